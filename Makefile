@@ -1,0 +1,66 @@
+# Two commands, nothing before them: `make demo` and `make test`. Each makes .venv itself.
+# Needs python3 (3.11 or newer) with pip, and make. Where packages come from is pip's own configuration.
+
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.installed
+# More arguments for pytest or the demo: `make test ARGS="tests/unit -x"`, `make demo ARGS=--keep`.
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format bench clean system-packages
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## Make .venv and install raypg with all it needs (quick when that is done)
+
+# Only pyproject.toml says what to install; the sources are used where they lie (-e).
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "raypg needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12 …" >&2; exit 1; }
+	@if [ ! -x $(VENV)/bin/pip ]; then \
+		echo "== making $(VENV) with $$($(PYTHON) --version)"; \
+		if $(PYTHON) -c 'import venv, ensurepip' 2>/dev/null; then \
+			$(PYTHON) -m venv --clear $(VENV); \
+		elif $(PYTHON) -c 'import venv, pip' 2>/dev/null; then \
+			$(PYTHON) -m venv --clear --without-pip $(VENV) && \
+			$(PYTHON) -m pip --python $(VENV)/bin/python install --quiet pip; \
+		else \
+			echo "$(PYTHON) can make no virtual environment: it has neither ensurepip nor pip." >&2; \
+			echo "Install them first (Debian, Ubuntu: apt-get install python3-venv python3-pip)." >&2; \
+			exit 1; \
+		fi; \
+	fi
+	@echo "== installing raypg, Ray, PostgreSQL 18 and the test tools into $(VENV) (a few minutes the first time)"
+	@start=$$SECONDS; $(VENV)/bin/pip install --quiet --disable-pip-version-check -e '.[test]' && \
+		echo "== installed in $$((SECONDS - start)) s"
+	@touch $@
+
+demo: setup ## Load 336,776 real flights through a pool on a local Ray cluster, and query them
+	$(VENV)/bin/raypg demo $(ARGS)
+
+system-packages: ## What some tests need of the system: PostgreSQL with TLS and contrib, PgBouncer (root, apt)
+	@bash tests/system-packages.sh
+
+test: setup system-packages ## Run all tests on real PostgreSQL and real Ray
+	$(VENV)/bin/pytest -q --durations=15 $(ARGS)
+
+lint: setup ## Check format, lint and types
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+format: setup ## Bring the sources into the common format
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+bench: setup ## Run the benchmarks
+	@shopt -s nullglob; files=(benchmarks/bench_*.py); \
+	if [ $${#files[@]} -eq 0 ]; then echo "benchmarks/ holds no bench_*.py"; exit 1; fi; \
+	for file in "$${files[@]}"; do echo "== $$file"; $(VENV)/bin/python "$$file" $(ARGS) || exit 1; done
+
+clean: ## Delete all that make made: .venv, builds, caches
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,163 @@
+"""PoolWorker: the actor that owns connections and runs statements on them.
+
+It uses no Ray concurrency groups: each has an event loop of its own, and a connection belongs to one loop.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Awaitable
+from typing import Any
+
+from raypg import messages
+from raypg.config import PoolConfig
+from raypg.portable import pack_error
+from raypg.server.chunk import ChunkRequest, ChunkRun
+from raypg.server.connect import Connector
+from raypg.server.engine import Engine
+from raypg.server.work import Refused
+
+Answer = tuple[str, Any]
+"""("ok", value) or ("error", packed error): outcomes are values, so that the caller's process raises them."""
+
+
+def application_name(cluster: str, pool: str, worker: str, incarnation: str) -> str:
+    """The ``application_name`` under which PostgreSQL shows the connections of one incarnation of one worker.
+
+    It is what raypg counts and reaps by, so it is unique to the Ray cluster (two may use one database and one pool
+    name) and to the life of the process; and it fits the 63 bytes that PostgreSQL keeps.
+    """
+    return f"{application_prefix(cluster, pool)}{worker}:{incarnation}"
+
+
+def application_prefix(cluster: str, pool: str) -> str:
+    """What the ``application_name`` of every connection of a pool begins with."""
+    return f"raypg:{hashlib.sha256(f'{cluster}/{pool}'.encode()).hexdigest()[:8]}:"
+
+
+class PoolWorker:
+    """One worker of one pool.
+
+    Args:
+        pool: name of the pool.
+        index: number of this worker within it.
+        cluster: id of the Ray cluster.
+        config: the pool's configuration, as :meth:`PoolConfig.to_dict` gave it. Ray hands the same again to a
+            restarted worker.
+    """
+
+    def __init__(self, pool: str, index: int, cluster: str, config: dict[str, Any]) -> None:
+        self._pool = pool
+        self._index = index
+        self._incarnation = secrets.token_hex(4)
+        settings = PoolConfig.from_dict(config)
+        name = application_name(cluster, pool, str(index), self._incarnation)
+        self._connector = Connector(settings, name)
+        # The budget is 0 until the Pool actor grants one: a restarted worker must not connect before the backends of
+        # its predecessor are gone.
+        self._engine = Engine(settings, self._connector)
+        self._epoch = 0
+
+    def __repr__(self) -> str:
+        return f"PoolWorker({getattr(self, '_pool', '?')}/{getattr(self, '_index', '?')})"
+
+    # --- from the Pool actor ---
+
+    async def ping(self, epoch: int, budget: int, gone: list[int]) -> dict[str, Any]:
+        """Take the budget of *epoch*, learn which abandoned backends are gone, and say how things stand."""
+        connections = self._engine.connections
+        connections.confirm_gone(set(gone))
+        if epoch >= self._epoch:
+            self._epoch = epoch
+            if connections.budget != budget:
+                connections.budget = budget
+                self._engine.pump()
+        return {
+            "incarnation": self._incarnation,
+            "epoch": self._epoch,
+            "application_name": self._connector.application_name,
+            "unconfirmed": connections.unconfirmed,
+            "slots": connections.slots,
+        }
+
+    async def warm_up(self, least: int) -> Answer:
+        """Open connections until *least* exist; the error of the first failure if none could be opened."""
+        return await _answer(self._engine.connections.warm_up(least))
+
+    async def set_password(self, config: dict[str, Any]) -> None:
+        """Use another password for connections opened from now on (rotation)."""
+        self._connector.config = PoolConfig.from_dict(config)
+
+    async def status(self) -> dict[str, Any]:
+        """Figures of this worker; times in milliseconds."""
+        return self._engine.status()
+
+    async def close(self, reason: str) -> None:
+        """Refuse new work, end leases, close connections."""
+        await self._engine.close(reason)
+
+    # --- from handles ---
+
+    async def here(self) -> str:
+        """Which life of this worker answers."""
+        return self._incarnation
+
+    async def run(self, client: str, job: str, number: int, runs: list[messages.Run]) -> messages.Reply:
+        """Run a batch of independent statements; see :mod:`raypg.messages`."""
+        known = self._engine.client(client, job)
+        batch = self._engine.submit(known, number, runs)
+        return await known.first_reply(batch, len(self._engine.queue))
+
+    async def collect(self, client: str, job: str) -> messages.Reply:
+        """What finished since the last answer to this client, of batches answered before their end."""
+        left, parts = await self._engine.client(client, job).next_reply()
+        return len(self._engine.queue), left, parts
+
+    async def cancel(self, client: str, job: str, number: int, position: int) -> None:
+        """One caller of a batch has left."""
+        self._engine.cancel(self._engine.client(client, job), number, position)
+
+    async def acquire(
+        self, job: str, owner: dict[str, Any], timeout: float, seconds: float, begin: str | None
+    ) -> Answer:
+        """Lease a connection; answers its token and what users see of it."""
+        return await _answer(self._acquire(job, owner, timeout, seconds, begin))
+
+    async def _acquire(
+        self, job: str, owner: dict[str, Any], timeout: float, seconds: float, begin: str | None
+    ) -> dict[str, Any]:
+        lease = await self._engine.lease(job, owner, timeout, seconds, begin)
+        return {
+            "token": lease.token,
+            "connection_id": lease.connection.identifier,
+            "health_score": lease.connection.health,
+            "backend_pid": lease.connection.pid,
+        }
+
+    async def lease_run(
+        self, token: str, number: int, mode: int, sql: str, arguments: Any, timeout: float | None
+    ) -> Answer:
+        """Run one statement on a leased connection."""
+        return await _answer(self._engine.run_leased(token, number, mode, sql, arguments, timeout))
+
+    async def lease_cancel(self, token: str, number: int) -> None:
+        """The caller of a statement on a lease has left."""
+        self._engine.leases.cancel(token, number)
+
+    async def release(self, token: str, last: str | None = None) -> Answer:
+        """End a lease, after running *last* on it (COMMIT or ROLLBACK), whatever comes of that."""
+        return await _answer(self._engine.release(token, last))
+
+    async def chunk(self, job: str, runs: list[ChunkRun], most: int, token: str | None) -> Answer:
+        """Run a chunk of a pipeline, on any connection or (*token*) inside a leased transaction."""
+        return await _answer(ChunkRequest.run(self._engine, job, runs, most, token))
+
+
+async def _answer(work: Awaitable[Any]) -> Answer:
+    try:
+        return "ok", await work
+    except Refused as refused:
+        return "error", refused.packed
+    except Exception as error:
+        return "error", pack_error(error)

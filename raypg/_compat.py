@@ -1,0 +1,44 @@
+"""Everything of Ray that is not its stable public API, in one place; tests/contract pins each of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+from ray.experimental import internal_kv
+
+_KV_NAMESPACE = b"raypg"
+
+
+def kv_put(key: str, value: bytes) -> None:
+    """Store *value* in Ray's cluster-wide key-value store; it outlives every actor. Never put a secret there."""
+    internal_kv._internal_kv_put(key.encode(), value, overwrite=True, namespace=_KV_NAMESPACE)
+
+
+def kv_get(key: str) -> bytes | None:
+    """The value stored under *key*, or ``None``."""
+    value: bytes | None = internal_kv._internal_kv_get(key.encode(), namespace=_KV_NAMESPACE)
+    return value
+
+
+def kv_delete(key: str) -> None:
+    """Remove *key*; not an error if it is not there."""
+    internal_kv._internal_kv_del(key.encode(), namespace=_KV_NAMESPACE)
+
+
+def cluster_id() -> str:
+    """Identity of this Ray cluster: two clusters may use one database and one pool name."""
+    worker: Any = ray._private.worker.global_worker
+    return str(worker.gcs_client.cluster_id.hex())
+
+
+def worker_nodes() -> list[str]:
+    """Ids of the nodes that are alive and may run work, the one we are on first.
+
+    A node with 0 CPUs is one that its operator keeps free of work (usually the head); it is taken only if there is no
+    other.
+    """
+    here = ray.get_runtime_context().get_node_id()
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    chosen = [node for node in alive if node["Resources"].get("CPU", 0) > 0] or alive
+    return sorted((str(node["NodeID"]) for node in chosen), key=lambda node: (node != here, node))

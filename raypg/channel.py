@@ -1,0 +1,235 @@
+"""One caller's line to one worker: statements of many callers travel together, outcomes come back in columns.
+
+Natural batching: whatever is asked for in one step of the event loop, and whatever piles up while the allowed messages
+are under way, goes into the next message. Nobody waits for a batch to fill.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from ray.exceptions import RayActorError
+
+from raypg import messages
+from raypg.messages import Arguments, Part, Reply, Run
+from raypg.portable import unpack_error
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
+    from raypg.dispatch import Dispatcher
+
+MOST_MESSAGES = 2
+"""Messages with statements under way to one worker: one that it works on, one that is on its way."""
+
+MOST_STATEMENTS = 500
+MOST_BYTES = 80_000
+"""Limits of one message. Above 100 kB Ray sends it through the object store, which takes three times as long."""
+
+PATIENCE = 5.0
+"""Seconds without an answer after which the Pool actor is asked whether the worker still lives."""
+
+
+class Call:
+    """One statement of one caller, on its way."""
+
+    __slots__ = ("arguments", "channel", "future", "mode", "number", "position", "retried", "since", "sql", "timeout")
+
+    def __init__(self, mode: int, sql: str, arguments: Any, timeout: float | None, since: float) -> None:
+        self.mode = mode
+        self.sql = sql
+        self.arguments = arguments
+        self.timeout = timeout
+        self.since = since
+        self.future: asyncio.Future[tuple[Any, tuple[str, ...] | None]] = asyncio.get_running_loop().create_future()
+        self.retried = False
+        self.channel: Channel | None = None
+        self.number = -1
+        self.position = -1
+
+
+class WorkerGone(Exception):
+    """The worker died, or its node was lost; what it had been sent has an unknown outcome."""
+
+
+class Channel:
+    """The line from one event loop of one process to one worker.
+
+    Args:
+        dispatcher: whom to tell when the worker is gone.
+        handle: the worker.
+        index, node, budget: what the membership says of it.
+        incarnation: which life of the worker this is a line to.
+    """
+
+    def __init__(
+        self, dispatcher: Dispatcher, handle: ActorHandle, index: int, node: str, budget: int, incarnation: str
+    ) -> None:
+        self.handle = handle
+        self.index = index
+        self.node = node
+        self.budget = budget
+        self.incarnation = incarnation
+        self.load = 0
+        self.closed = False
+        self._dispatcher = dispatcher
+        self._pending: deque[Call] = deque()
+        self._batches: dict[int, list[Call]] = {}
+        self._numbers = itertools.count(1)
+        self._messages = 0
+        self._collector: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.open = 0
+
+    # --- sending ---
+
+    def send(self, call: Call) -> None:
+        """Send *call* with the next message."""
+        call.channel = self
+        self.open += 1
+        self._pending.append(call)
+        if self._messages < MOST_MESSAGES:
+            self._messages += 1
+            self._start(self._pump())
+
+    async def _pump(self) -> None:
+        try:
+            await asyncio.sleep(0)  # the other callers of this step join
+            while self._pending and not self.closed:
+                number = next(self._numbers)
+                calls, runs = self._pack(number)
+                if not runs:
+                    continue
+                self._batches[number] = calls
+                self._settle(await self.ask("run", self._dispatcher.client, self._dispatcher.job, number, runs))
+        except WorkerGone:
+            self._lost()
+        except Exception as error:
+            self._broken(error)
+        finally:
+            self._messages -= 1
+
+    def _pack(self, number: int) -> tuple[list[Call], list[Run]]:
+        """The next message: calls with the same text share it."""
+        groups: dict[tuple[int, str, float | None], tuple[list[Arguments], list[Call]]] = {}
+        size = count = 0
+        while self._pending and count < MOST_STATEMENTS and size < MOST_BYTES:
+            call = self._pending.popleft()
+            if call.future.done():  # its caller has left
+                self.open -= 1
+                continue
+            key = (call.mode, call.sql, call.timeout)
+            group = groups.get(key)
+            if group is None:
+                group = groups[key] = ([], [])
+                size += len(call.sql) + 64
+            group[0].append(call.arguments)
+            group[1].append(call)
+            size += messages.size_of(call.arguments)
+            count += 1
+        calls: list[Call] = []
+        runs: list[Run] = []
+        for (mode, sql, timeout), (rows, group_calls) in groups.items():
+            runs.append((mode, sql, rows, timeout))
+            for call in group_calls:
+                call.number, call.position = number, len(calls)
+                calls.append(call)
+        return calls, runs
+
+    async def ask(self, method: str, *arguments: Any) -> Any:
+        """Send a message and wait for its answer, as long as the worker lives.
+
+        Raises:
+            WorkerGone: it does not.
+        """
+        try:
+            future = asyncio.ensure_future(getattr(self.handle, method).remote(*arguments).as_future())
+            while True:
+                done, _ = await asyncio.wait((future,), timeout=PATIENCE)
+                if done:
+                    return future.result()
+                if not await self._dispatcher.is_current(self):
+                    future.cancel()
+                    raise WorkerGone
+        except RayActorError as error:
+            raise WorkerGone from error
+
+    # --- receiving ---
+
+    def _settle(self, reply: Reply) -> None:
+        self.load, unfinished, parts = reply
+        for part in parts:
+            self._tell(part)
+        if unfinished and self._collector is None:
+            self._collector = self._start(self._collect())
+
+    async def _collect(self) -> None:
+        try:
+            unfinished = 1
+            while unfinished and not self.closed:
+                self.load, unfinished, parts = await self.ask("collect", self._dispatcher.client, self._dispatcher.job)
+                for part in parts:
+                    self._tell(part)
+        except WorkerGone:
+            self._lost()
+        except Exception as error:
+            self._broken(error)
+        finally:
+            self._collector = None
+
+    def _tell(self, part: Part) -> None:
+        number = part[0]
+        calls = self._batches.get(number)
+        if calls is None:
+            return
+        for position, (payload, names, error) in messages.finished_of(part):
+            future = calls[position].future
+            self.open -= 1
+            if future.done():
+                continue
+            if error is None:
+                future.set_result((payload, names))
+            else:
+                future.set_exception(unpack_error(error))
+        if len(part[1]) == len(calls) or all(call.future.done() for call in calls):
+            del self._batches[number]
+
+    # --- when it goes wrong ---
+
+    def cancel(self, call: Call) -> None:
+        """The caller of *call* has left: tell the worker, and nobody else."""
+        if call.number in self._batches and not self.closed:
+            self.handle.cancel.remote(self._dispatcher.client, self._dispatcher.job, call.number, call.position)
+
+    def _lost(self) -> None:
+        """The worker is gone: what waits goes elsewhere, what was sent is for the dispatcher to judge."""
+        if not self.closed:
+            self.closed = True
+            sent = [call for calls in self._batches.values() for call in calls if not call.future.done()]
+            unsent = [call for call in self._pending if not call.future.done()]
+            self._batches.clear()
+            self._pending.clear()
+            self._dispatcher.worker_gone(self, sent, unsent)
+
+    def _broken(self, error: Exception) -> None:
+        """Something failed that should not: every caller on this line learns of it, none waits for ever."""
+        for calls in (*self._batches.values(), self._pending):
+            for call in calls:
+                if not call.future.done():
+                    call.future.set_exception(error)
+        self._batches.clear()
+        self._pending.clear()
+
+    def close(self, error: Exception) -> None:
+        """The pool is closed: no more statements on this line."""
+        self.closed = True
+        self._broken(error)
+
+    def _start(self, work: Any) -> asyncio.Task[None]:
+        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task

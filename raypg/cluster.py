@@ -1,0 +1,53 @@
+"""Where pools are found, and made, in a Ray cluster."""
+
+from __future__ import annotations
+
+import ray
+from ray.actor import ActorHandle
+from ray.util import list_named_actors
+
+from raypg import naming
+from raypg.config import PoolConfig
+from raypg.errors import PoolNotFoundError
+
+
+def running_pools() -> list[str]:
+    """Names of the pools that run in this cluster, sorted."""
+    named = list_named_actors(all_namespaces=True)
+    found = (naming.pool_of(actor["name"]) for actor in named if actor["namespace"] == naming.NAMESPACE)
+    return sorted(name for name in found if name is not None)
+
+
+def find(name: str) -> ActorHandle:
+    """The Pool actor of pool *name*.
+
+    Raises:
+        PoolNotFoundError: no such pool; names those that run.
+        ConfigError: it cannot be the name of a pool.
+    """
+    naming.check_pool_name(name)
+    try:
+        return ray.get_actor(naming.pool_actor(name), namespace=naming.NAMESPACE)
+    except ValueError:
+        raise PoolNotFoundError(name, running_pools()) from None
+
+
+def find_or_start(config: PoolConfig) -> ActorHandle:
+    """The Pool actor for *config*, started if it does not run. Whether it really has this configuration, it says
+    itself: of two callers that start it at once, one wins, and Ray ignores the arguments of the other."""
+    from raypg.actors.pool import PoolActor  # not for those who only use a pool
+
+    return (
+        ray.remote(PoolActor)
+        .options(
+            name=naming.pool_actor(config.name),
+            namespace=naming.NAMESPACE,
+            lifetime="detached",
+            get_if_exists=True,
+            num_cpus=0,
+            max_restarts=-1,
+            max_task_retries=0,
+            max_concurrency=10_000,
+        )
+        .remote(config.name, config.to_dict())
+    )

@@ -1,0 +1,305 @@
+"""What all handles of one pool share in one event loop: the membership, and a line to each worker."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import weakref
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError
+
+from raypg import cluster, messages, naming
+from raypg.channel import Call, Channel
+from raypg.config import PoolConfig
+from raypg.core.sql import classify, shorten
+from raypg.errors import (
+    ConnectionLostError,
+    OutcomeUnknownError,
+    PoolClosedError,
+    PoolNotFoundError,
+    UnavailableError,
+)
+from raypg.portable import unpack_error
+
+ANSWER_WITHIN = 5.0
+"""Seconds in which the Pool actor must answer a question about its workers."""
+
+RETRY_EVERY = 0.1
+"""Seconds between two looks for a worker that can be used."""
+
+
+class Dispatcher:
+    """Sends statements of one event loop to the workers of one pool."""
+
+    def __init__(self, name: str, pool: ActorHandle, greeting: dict[str, Any]) -> None:
+        self.name = name
+        self.client = secrets.token_hex(8)
+        context = ray.get_runtime_context()
+        self.job: str = context.get_job_id()
+        self.node: str = context.get_node_id()
+        self.config = PoolConfig.from_dict(greeting["config"])
+        self.pool = pool
+        self._loop = asyncio.get_running_loop()
+        self._channels: dict[int, Channel] = {}
+        self._epoch = 0
+        self._closed: Exception | None = None
+        self._parked: list[Call] = []
+        self._finding: asyncio.Task[None] | None = None
+        self._take(greeting)
+
+    def owner(self) -> dict[str, Any]:
+        """Who holds a lease, in words for ``get_status`` and ``raypg status``."""
+        context = ray.get_runtime_context()
+        return {
+            "job": self.job,
+            "node": self.node,
+            "actor": context.get_actor_id(),
+            "task": context.get_task_name() or "driver",
+            "process": os.getpid(),
+            "client": self.client,
+        }
+
+    # --- statements ---
+
+    async def run(
+        self, mode: int, sql: str, arguments: Any, timeout: float | None
+    ) -> tuple[Any, tuple[str, ...] | None]:
+        """Run one statement on any worker; see :meth:`ServerConnection.run` for what comes back."""
+        call = Call(mode, sql, arguments, timeout, self._loop.time())
+        self._send(call)
+        try:
+            return await call.future
+        except asyncio.CancelledError:
+            if call.channel is not None:
+                call.channel.cancel(call)
+            raise
+
+    def _send(self, call: Call) -> None:
+        if self._closed is not None:
+            call.future.set_exception(self._closed)
+            return
+        channel = self.choose()
+        if channel is None:
+            self._parked.append(call)
+            self._find_workers()
+        else:
+            channel.send(call)
+
+    def choose(self) -> Channel | None:
+        """The worker to send to: the one on our node if it has room, else the least loaded for its share."""
+        best: Channel | None = None
+        best_load = 0.0
+        for channel in self._channels.values():
+            if channel.closed:
+                continue
+            if channel.node == self.node and channel.open < channel.budget:
+                return channel
+            load = (channel.open + channel.load) / max(channel.budget, 0.1)
+            if best is None or load < best_load:
+                best, best_load = channel, load
+        return best
+
+    async def channel(self) -> Channel:
+        """A worker to talk to directly, for a lease or a pipeline.
+
+        Raises:
+            UnavailableError: none was found in time.
+        """
+        until = self._loop.time() + self.config.acquire_timeout
+        while True:
+            if self._closed is not None:
+                raise self._closed
+            channel = self.choose()
+            if channel is not None:
+                return channel
+            if self._loop.time() > until:
+                raise self._no_worker()
+            self._find_workers()
+            await asyncio.sleep(RETRY_EVERY)
+
+    # --- membership ---
+
+    def _take(self, membership: dict[str, Any]) -> None:
+        if membership.get("closed"):
+            self.close(PoolClosedError(membership["closed"]))
+            return
+        if membership["epoch"] < self._epoch:
+            return
+        self._epoch = membership["epoch"]
+        for index, name, node, budget, incarnation in membership["workers"]:
+            known = self._channels.get(index)
+            if known is not None and known.incarnation == incarnation:
+                known.budget = budget
+            elif incarnation is not None:
+                handle = ray.get_actor(name, namespace=naming.NAMESPACE)
+                self._channels[index] = Channel(self, handle, index, node, budget, incarnation)
+
+    async def refresh(self) -> None:
+        """Ask the Pool actor where the workers are now. Its silence is no news."""
+        try:
+            reference = self.pool.membership.remote()
+            self._take(await asyncio.wait_for(reference, ANSWER_WITHIN))
+        except TimeoutError:
+            pass
+        except RayActorError:
+            # Restarting, or ended: a closed pool leaves no actor of that name.
+            try:
+                self.pool = cluster.find(self.name)
+            except PoolNotFoundError:
+                self.close(PoolClosedError(f"pool {self.name!r} was closed"))
+
+    async def is_current(self, channel: Channel) -> bool:
+        """Whether the life of the worker that *channel* leads to goes on, as far as the Pool actor knows."""
+        await self.refresh()
+        return not channel.closed and self._closed is None and self._channels.get(channel.index) is channel
+
+    def worker_gone(self, channel: Channel, sent: list[Call], unsent: list[Call]) -> None:
+        """A worker died. Reads that were on their way are sent once more; of writes nobody knows; the rest goes on."""
+        for call in sent:
+            verdict = classify(call.sql)
+            if verdict.retryable and not call.retried:
+                call.retried = True
+                unsent.append(call)
+            elif verdict.retryable:
+                error = f"worker {channel.index} of pool {self.name!r} died while it read [{shorten(call.sql)}]"
+                call.future.set_exception(ConnectionLostError(error))
+            else:
+                error = f"worker {channel.index} of pool {self.name!r} died after the statement was sent to it"
+                call.future.set_exception(OutcomeUnknownError(error, shorten(call.sql)))
+        for call in unsent:
+            self._send(call)
+        self._find_workers()
+
+    def _find_workers(self) -> None:
+        if self._finding is None or self._finding.done():
+            self._finding = self._loop.create_task(self._find())
+
+    async def _find(self) -> None:
+        """Look for the new life of lost workers until every line stands again, and send what waits meanwhile."""
+        while self._closed is None:
+            await self.refresh()
+            for channel in tuple(self._channels.values()):
+                if not channel.closed:
+                    continue
+                line = await self._new_life(channel)
+                if line is not None:
+                    self._channels[channel.index] = line
+            if self.choose() is not None:
+                parked, self._parked = self._parked, []
+                for call in parked:
+                    if not call.future.done():
+                        self._send(call)
+            now = self._loop.time()
+            waiting = []
+            for call in self._parked:
+                if now - call.since > self.config.acquire_timeout:
+                    call.future.set_exception(self._no_worker())
+                elif not call.future.done():
+                    waiting.append(call)
+            self._parked = waiting
+            if not any(channel.closed for channel in self._channels.values()):
+                return
+            await asyncio.sleep(RETRY_EVERY)
+
+    async def _new_life(self, dead: Channel) -> Channel | None:
+        """A line to the restarted worker, as soon as it answers: sooner than the Pool actor's next ping."""
+        try:
+            incarnation = await asyncio.wait_for(dead.handle.here.remote(), 1.0)
+        except (RayActorError, TimeoutError):
+            return None
+        return Channel(self, dead.handle, dead.index, dead.node, dead.budget, incarnation)
+
+    def _no_worker(self) -> UnavailableError:
+        return UnavailableError(
+            f"no worker of pool {self.name!r} answers (waited {self.config.acquire_timeout:g} s); "
+            "see `raypg status` and `ray list actors`"
+        )
+
+    def close(self, error: Exception) -> None:
+        """The pool is closed: all who wait get *error*."""
+        if self._closed is None:
+            self._closed = error
+            for call in self._parked:
+                if not call.future.done():
+                    call.future.set_exception(error)
+            self._parked.clear()
+            for channel in self._channels.values():
+                channel.close(error)
+
+
+_dispatchers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, Dispatcher]] = weakref.WeakKeyDictionary()
+_connecting: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, asyncio.Lock]] = weakref.WeakKeyDictionary()
+
+
+def existing(name: str) -> Dispatcher | None:
+    """The dispatcher of pool *name* in the running event loop, if there is one."""
+    return _dispatchers.get(asyncio.get_running_loop(), {}).get(name)
+
+
+async def connect(name: str, config: PoolConfig | None) -> tuple[Dispatcher, bool]:
+    """The dispatcher of pool *name* in the running event loop; handles of one pool share it.
+
+    Args:
+        config: start the pool with it if it does not run, and compare it if it does; ``None`` to only look for it.
+
+    Returns:
+        (dispatcher, whether the pool was started by this call).
+
+    Raises:
+        PoolNotFoundError, PoolConflictError, PoolVersionError, PoolClosedError, ConnectError, ConfigError.
+    """
+    loop = asyncio.get_running_loop()
+    lock = _connecting.setdefault(loop, {}).setdefault(name, asyncio.Lock())
+    async with lock:
+        known = _dispatchers.setdefault(loop, {})
+        found = known.get(name)
+        if found is not None and config is None:
+            return found, False
+        pool, greeting = await _greet(name, config)
+        if found is None:
+            found = known[name] = Dispatcher(name, pool, greeting)
+        return found, bool(greeting["first"])
+
+
+async def _greet(name: str, config: PoolConfig | None) -> tuple[ActorHandle, dict[str, Any]]:
+    attempts = 0
+    while True:
+        pool = cluster.find(name) if config is None else cluster.find_or_start(config)
+        asked = None if config is None else config.to_dict()
+        try:
+            kind, value = await pool.hello.remote(messages.hello(), asked)
+        except RayActorError as error:
+            # It ended between our look and our word: a pool that could not start, or was just closed. Once more.
+            attempts += 1
+            if attempts > 20:
+                raise UnavailableError(f"pool {name!r} does not start: {error}") from error
+            await asyncio.sleep(RETRY_EVERY)
+            continue
+        if kind == "ok":
+            return pool, value
+        problem = unpack_error(value)
+        if kind == "failed":
+            ray.kill(pool)  # it could not start: a corrected configuration must find the name free
+        raise problem
+
+
+def forget(name: str, error: Exception) -> None:
+    """This process is done with pool *name*: its dispatchers are closed in every loop."""
+    for loop, known in tuple(_dispatchers.items()):
+        dispatcher = known.pop(name, None)
+        if dispatcher is not None and not loop.is_closed():
+            if loop is _running():
+                dispatcher.close(error)
+            else:
+                loop.call_soon_threadsafe(dispatcher.close, error)
+
+
+def _running() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None

@@ -1,0 +1,76 @@
+"""The messages between handles and actors: plain tuples and dicts, never classes of a library or of the user.
+
+Caller → worker::
+
+    run(client, job, number, runs)     runs = [Run, …]; a Run is one SQL text with the parameters of many calls
+    collect(client)                    what finished since the last answer, when ``run`` answered before the end
+    cancel(client, number, position)   one caller of a batch left; nobody else is touched
+
+Worker → caller::
+
+    Reply = (load, open, [Part, …])    load = callers waiting, open = batches of this client not finished yet
+
+A statement of a batch is known by its *position*: its index, counted through the runs of the batch in order.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from importlib.metadata import version
+from typing import Any, NamedTuple, TypeAlias
+
+from raypg.naming import PROTOCOL
+from raypg.portable import PortableError
+
+# What is wanted of a statement. Small integers: they travel with every run.
+FETCH = 0  # all rows
+ROW = 1  # the first row, or none
+STATUS = 2  # the command tag, as asyncpg's execute()
+MANY = 3  # executemany(): the parameters are a list of rows, run as one atomic statement
+BOTH = 4  # rows and command tag
+
+Arguments: TypeAlias = tuple[Any, ...]
+Run: TypeAlias = "tuple[int, str, list[Arguments], float | None]"
+"""(mode, SQL, one tuple of parameters per call, timeout in seconds or None)."""
+
+Part: TypeAlias = "tuple[int, list[int] | range, tuple[str, ...] | None, list[Any], dict[int, PortableError] | None]"
+"""(batch number, positions, column names, one payload per position, errors by index into positions)."""
+
+Reply: TypeAlias = "tuple[int, int, list[Part]]"
+
+
+class Finished(NamedTuple):
+    """The outcome of one statement: exactly one of *payload* (with *names* for rows) and *error* counts."""
+
+    payload: Any
+    names: tuple[str, ...] | None
+    error: PortableError | None
+
+
+def size_of(arguments: Arguments) -> int:
+    """A cheap estimate of the bytes that *arguments* take in a message (long strings and bytes counted, rest guessed)."""
+    size = 24
+    for value in arguments:
+        size += 16
+        if isinstance(value, str | bytes | bytearray | list | tuple | dict):
+            size += len(value) if isinstance(value, str | bytes | bytearray) else 24 * len(value)
+    return size
+
+
+def finished_of(part: Part) -> Iterator[tuple[int, Finished]]:
+    """The outcomes in *part*: pairs of position and :class:`Finished`."""
+    _, positions, names, payloads, failed = part
+    for index, position in enumerate(positions):
+        error = failed.get(index) if failed else None
+        yield position, Finished(payloads[index], names, error)
+
+
+def hello() -> dict[str, Any]:
+    """Who we are: the first message of every handle to a pool."""
+    return {
+        "protocol": PROTOCOL,
+        "raypg": version("raypg"),
+        "ray": version("ray"),
+        "python": ".".join(platform.python_version_tuple()[:2]),
+    }

@@ -1,0 +1,43 @@
+"""The names under which raypg's actors are found, and the protocol they speak."""
+
+from __future__ import annotations
+
+import re
+
+from raypg.errors import ConfigError
+
+NAMESPACE = "raypg"
+"""Ray namespace of every raypg actor: fixed, because the default one is anonymous per job."""
+
+PROTOCOL = 1
+"""Version of the messages between handles and actors; a handle of another version is refused."""
+
+POOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,32}")
+
+
+def check_pool_name(name: object) -> str:
+    """Return *name* if it may name a pool.
+
+    Raises:
+        ConfigError: it is not a string of 1–32 characters out of ``A-Z a-z 0-9 _ . -``.
+    """
+    if not isinstance(name, str) or not POOL_NAME.fullmatch(name):
+        raise ConfigError(f"pool name {name!r}: 1 to 32 characters out of A-Z a-z 0-9 _ . - are allowed")
+    return name
+
+
+def pool_actor(pool: str) -> str:
+    """Ray name of the Pool actor of *pool*."""
+    return f"raypg:{pool}:pool"
+
+
+def worker_actor(pool: str, index: int) -> str:
+    """Ray name of worker *index* of *pool*: bounded in number, so that metrics labelled with it stay bounded."""
+    return f"raypg:{pool}:worker:{index}"
+
+
+def pool_of(actor_name: str) -> str | None:
+    """Name of the pool whose Pool actor is called *actor_name*; ``None`` for any other actor."""
+    prefix, _, rest = actor_name.partition(":")
+    name, _, role = rest.rpartition(":")
+    return name if prefix == "raypg" and role == "pool" and POOL_NAME.fullmatch(name) else None

@@ -1,0 +1,312 @@
+"""``pool.process({"operation": …})``: one method for each operation, with the keys and shapes of the guide."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import asyncpg
+
+from raypg import messages
+from raypg.core.nearest import did_you_mean
+from raypg.core.sql import classify
+from raypg.core.sqlstate import error_category
+from raypg.errors import ConfigError, OutcomeUnknownError, QueryTimeoutError, StatementNotAllowedError, UnavailableError
+from raypg.lease import LeasedConnection, acquire
+from raypg.portable import unpack_error
+from raypg.row import Row, row_type
+
+if TYPE_CHECKING:
+    from raypg.pool import WorkflowConnectionPool
+
+_LATER = {
+    "get_comprehensive_status": "metrics",
+    "export_metrics": "metrics",
+    "start_monitoring": "the dashboard",
+    "stop_monitoring": "the dashboard",
+}
+_FETCH_MODES = ("one", "all", "many")
+
+
+class Operations:
+    """The operations of one handle. Leases made by ``acquire`` belong to the handle that made them."""
+
+    def __init__(self, pool: WorkflowConnectionPool) -> None:
+        self._pool = pool
+        self._leases: dict[str, LeasedConnection] = {}
+        self._known: dict[str, tuple[Callable[..., Awaitable[Any]], frozenset[str]]] = {
+            "initialize": (self.initialize, frozenset()),
+            "acquire": (self.acquire, frozenset({"timeout", "lease_timeout"})),
+            "release": (self.release, frozenset({"connection_id"})),
+            "execute": (self.execute, frozenset({"query", "params", "connection_id", "fetch_mode", "timeout"})),
+            "stats": (self.stats, frozenset()),
+            "get_status": (self.get_status, frozenset()),
+            "get_pool_statistics": (self.get_pool_statistics, frozenset()),
+            "adjust_pool_size": (self.adjust_pool_size, frozenset({"new_size"})),
+            "close": (self.close, frozenset()),
+        }
+
+    async def run(self, request: Mapping[str, Any]) -> Any:
+        """Do what *request* asks.
+
+        Raises:
+            ConfigError: not a mapping, unknown operation, unknown or missing key.
+            NotImplementedError: an operation of a part of raypg that is not there yet.
+        """
+        if not isinstance(request, Mapping):
+            raise ConfigError(f"process() takes a dict with the key 'operation', not {type(request).__name__}")
+        name = request.get("operation")
+        if name in _LATER:
+            raise NotImplementedError(f"operation {name!r} comes with {_LATER[name]}; see the CHANGELOG")
+        if name not in self._known:
+            names = [*self._known, *_LATER]
+            raise ConfigError(f"unknown operation {name!r}{did_you_mean(str(name), names)}")
+        operation, keys = self._known[name]
+        arguments = {key: value for key, value in request.items() if key != "operation"}
+        for key in arguments:
+            if key not in keys:
+                raise ConfigError(f"operation {name!r}: unknown key {key!r}{did_you_mean(str(key), keys)}")
+        return await operation(**arguments)
+
+    async def initialize(self) -> dict[str, Any]:
+        """Start the pool, or join the one that runs."""
+        dispatcher, first = await self._pool._initialize()
+        config = dispatcher.config
+        return {
+            "status": "initialized" if first else "already_initialized",
+            "pool_name": config.name,
+            "min_connections": config.min_connections,
+            "max_connections": config.max_connections,
+            "adaptive_sizing": config.adaptive_sizing,
+            "query_routing": config.enable_query_routing,
+        }
+
+    async def acquire(self, timeout: float | None = None, lease_timeout: float | None = None) -> dict[str, Any]:
+        """Lease a connection: ``{connection_id, health_score, acquisition_time_ms}``."""
+        started = time.perf_counter()
+        lease = await acquire(await self._pool._dispatcher(), timeout, lease_timeout, None)
+        # The id alone opens nothing: the lease itself is found in this handle, and its token stays there.
+        self._leases[lease.connection_id] = lease
+        return {
+            "connection_id": lease.connection_id,
+            "health_score": lease.health_score,
+            "acquisition_time_ms": (time.perf_counter() - started) * 1000,
+        }
+
+    async def release(self, connection_id: str | None = None) -> dict[str, Any]:
+        """Give a leased connection back: ``{status: "released", connection_id}``."""
+        lease = self._lease(connection_id)
+        del self._leases[lease.connection_id]
+        await lease.release()
+        return {"status": "released", "connection_id": connection_id}
+
+    async def execute(
+        self,
+        query: str | None = None,
+        params: Any = None,
+        connection_id: str | None = None,
+        fetch_mode: str = "all",
+        timeout: float | None = None,
+    ) -> dict[str, Any]:
+        """Run a statement, on a leased connection or on any.
+
+        Returns:
+            ``{success, data, execution_time_ms, …}``. Rows as a list of dicts; with ``fetch_mode="one"`` one dict or
+            ``None``; a statement without rows gives ``[{"rows_affected": n}]``. What the server says against the
+            statement comes back as ``{success: False, data: None, error, error_category, sqlstate, …}``.
+
+        Raises:
+            UnavailableError: the database cannot be used now.
+        """
+        if not isinstance(query, str):
+            raise ConfigError("operation 'execute' needs the key 'query', a string")
+        if fetch_mode not in _FETCH_MODES:
+            raise ConfigError(f"fetch_mode={fetch_mode!r}: must be 'one', 'all' or 'many'")
+        arguments = _arguments(params)
+        lease = None if connection_id is None else self._lease(connection_id)
+        started = time.perf_counter()
+        answer: dict[str, Any] = {"success": True, "data": None, "error": None}
+        try:
+            if lease is not None:
+                rows, status = await lease.execute_with_rows(query, arguments, timeout)
+            else:
+                (plain, status), names = await self._pool._run(messages.BOTH, query, arguments, timeout)
+                rows = list(map(row_type(names), plain)) if plain else []
+        except UnavailableError:
+            raise
+        except (asyncpg.PostgresError, asyncpg.InterfaceError, ValueError, TypeError, OverflowError) as error:
+            answer |= _failure(error)
+        except (QueryTimeoutError, OutcomeUnknownError, StatementNotAllowedError) as error:
+            answer |= _failure(error)
+        else:
+            answer["data"] = _data(query, rows, status, fetch_mode)
+            answer["rows_affected"] = _affected(status)
+        answer["execution_time_ms"] = (time.perf_counter() - started) * 1000
+        answer["connection_id"] = connection_id
+        return answer
+
+    async def adjust_pool_size(self, new_size: Any = None) -> dict[str, Any]:
+        """Change ``max_connections`` of the whole pool: ``{success, previous_size, new_size}``, or why not."""
+        if isinstance(new_size, bool) or not isinstance(new_size, int) or new_size < 1:
+            raise ConfigError(f"new_size={new_size!r}: must be a whole number of connections, at least 1")
+        dispatcher = await self._pool._dispatcher()
+        kind, value = await dispatcher.pool.resize.remote(new_size)
+        if kind == "error":
+            return {"success": False, "reason": str(unpack_error(value))}
+        await dispatcher.refresh()
+        return {"success": True, **value}
+
+    async def close(self) -> dict[str, Any]:
+        """Close the handle; the pool ends with it if the handle was constructed."""
+        self._leases.clear()
+        await self._pool.close()
+        return {"status": "closed"}
+
+    # --- figures ---
+
+    async def get_status(self) -> dict[str, Any]:
+        """Every connection with its health, use, and, if it is leased, its owner."""
+        status = await self._figures()
+        return {
+            "connections": {
+                f"{worker['index']}/{name}": connection
+                for worker in status["workers"]
+                if worker["figures"]
+                for name, connection in worker["figures"]["connections"].items()
+            },
+            "pool_size": _sum(status, "total"),
+            "active_count": _sum(status, "active"),
+            "available_count": _sum(status, "idle"),
+            "max_connections": status["max_connections"],
+            "workers": [
+                {key: worker[key] for key in ("index", "node", "budget", "reachable")} for worker in status["workers"]
+            ],
+        }
+
+    async def get_pool_statistics(self) -> dict[str, Any]:
+        """Counts and rates of the whole pool. A rate of nothing is 0.0, a time never measured is NaN."""
+        status = await self._figures()
+        executed, errors = _sum(status, "executed"), _sum(status, "errors")
+        active, cap = _sum(status, "active"), status["max_connections"]
+        health = [
+            connection["health_score"]
+            for worker in status["workers"]
+            if worker["figures"]
+            for connection in worker["figures"]["connections"].values()
+        ]
+        return {
+            "pool_name": status["pool_name"],
+            "total_connections": _sum(status, "total"),
+            "active_connections": active,
+            "idle_connections": _sum(status, "idle"),
+            "max_connections": cap,
+            "queue_depth": _sum(status, "waiting"),
+            "utilization_rate": active / cap,
+            "avg_health_score": sum(health) / len(health) if health else math.nan,
+            "avg_acquisition_time_ms": _mean(status, "wait_ms"),
+            "avg_query_time_ms": _mean(status, "query_ms"),
+            "query_time_samples": _count(status, "query_ms"),
+            "error_rate": errors / executed if executed else 0.0,
+        }
+
+    async def stats(self) -> dict[str, Any]:
+        """Counters since the workers started."""
+        status = await self._figures()
+        executed, errors = _sum(status, "executed"), _sum(status, "errors")
+        return {
+            "pool_name": status["pool_name"],
+            "connections": {key: _sum(status, key) for key in ("created", "recycled", "failed")},
+            "queries": {
+                "executed": executed,
+                "errors": errors,
+                "retries": _sum(status, "retries"),
+                "error_rate": errors / executed if executed else 0.0,
+            },
+            "performance": {
+                "avg_acquisition_time_ms": _mean(status, "wait_ms"),
+                "avg_query_time_ms": _mean(status, "query_ms"),
+                "query_samples": _count(status, "query_ms"),
+            },
+            "current_state": {
+                "total_connections": _sum(status, "total"),
+                "active_connections": _sum(status, "active"),
+                "available_connections": _sum(status, "idle"),
+                "waiting": _sum(status, "waiting"),
+            },
+            "exhausted": _sum(status, "exhausted"),
+        }
+
+    # --- inside ---
+
+    def _lease(self, connection_id: Any) -> LeasedConnection:
+        lease = self._leases.get(connection_id)
+        if lease is None:
+            raise ConfigError(
+                f"connection_id={connection_id!r} is not a connection that this handle has acquired"
+                f"{did_you_mean(str(connection_id), self._leases)}"
+            )
+        return lease
+
+    async def _figures(self) -> dict[str, Any]:
+        dispatcher = await self._pool._dispatcher()
+        kind, value = await dispatcher.pool.status.remote()
+        if kind == "error":
+            raise unpack_error(value)
+        return value  # type: ignore[no-any-return]
+
+
+def _arguments(params: Any) -> tuple[Any, ...]:
+    if params is None:
+        return ()
+    if isinstance(params, list | tuple):
+        return tuple(params)
+    raise ConfigError(f"params must be a list or tuple of values for $1, $2 …, not {type(params).__name__}")
+
+
+def _data(query: str, rows: list[Row], status: str, fetch_mode: str) -> Any:
+    affected = _affected(status)
+    if not rows and affected is not None and not classify(query).returning:
+        return [{"rows_affected": affected}]
+    if fetch_mode == "one":
+        return dict(rows[0].items()) if rows else None
+    return [dict(row.items()) for row in rows]
+
+
+def _affected(status: str) -> int | None:
+    """The count in the command tag of a statement that changes rows (``INSERT 0 3``, ``UPDATE 2``)."""
+    command, _, count = status.rpartition(" ")
+    if count.isdigit() and command.split(" ")[0] in ("INSERT", "UPDATE", "DELETE", "MERGE", "COPY"):
+        return int(count)
+    return None if status.startswith(("SELECT", "FETCH", "SHOW", "VALUES", "EXPLAIN")) else 0
+
+
+def _failure(error: Exception) -> dict[str, Any]:
+    sqlstate = getattr(error, "sqlstate", None)
+    timed_out = isinstance(error, TimeoutError)
+    return {
+        "success": False,
+        "error": str(error),
+        "error_type": type(error).__name__,
+        "error_category": error_category(sqlstate, connecting=False, timed_out=timed_out),
+        "sqlstate": sqlstate,
+    }
+
+
+def _figures_of(status: dict[str, Any]) -> list[dict[str, Any]]:
+    return [worker["figures"] for worker in status["workers"] if worker["figures"]]
+
+
+def _sum(status: dict[str, Any], key: str) -> int:
+    return sum(figures[key] for figures in _figures_of(status))
+
+
+def _count(status: dict[str, Any], key: str) -> int:
+    return sum(figures[key]["count"] for figures in _figures_of(status))
+
+
+def _mean(status: dict[str, Any], key: str) -> float:
+    parts = [figures[key] for figures in _figures_of(status) if figures[key]["count"]]
+    count = sum(part["count"] for part in parts)
+    return sum(part["mean"] * part["count"] for part in parts) / count if count else math.nan

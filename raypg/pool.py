@@ -1,0 +1,235 @@
+"""The pool as its users hold it: a small, picklable handle. All work is done by the pool's actors."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import ray
+
+from raypg import dispatch, messages
+from raypg.cluster import find
+from raypg.config import PoolConfig, from_kwargs
+from raypg.dispatch import Dispatcher
+from raypg.errors import PoolClosedError, PoolNotInitializedError
+from raypg.lease import AcquireContext, Isolation, LeasedConnection, PoolTransaction, begin_text
+from raypg.naming import check_pool_name
+from raypg.operations import Operations
+from raypg.row import Row, row_type
+
+__all__ = ["WorkflowConnectionPool", "get_pool"]
+
+
+class WorkflowConnectionPool:
+    """One pool of PostgreSQL connections for the whole Ray cluster.
+
+    The constructor only checks its arguments. The pool starts at the first use, or with
+    ``await pool.process({"operation": "initialize"})``; it lives on when this job ends, any other job finds it by name
+    (:func:`get_pool`), and constructing it again with the same settings gives the same pool.
+
+    Two ways in: ``await pool.process({"operation": …})``, and asyncpg's own words on the handle itself.
+
+    Args:
+        config: see :class:`raypg.config.PoolConfig` for every key, its unit and its default.
+
+    Raises:
+        ConfigError: a key is unknown, or a value is wrong; names the nearest valid one.
+    """
+
+    def __init__(self, **config: Any) -> None:
+        self._config: PoolConfig | None = from_kwargs(**config)
+        self._name: str = self._config.name
+        self._started = False
+        self._closed: PoolClosedError | None = None
+        self._operations = Operations(self)
+
+    @classmethod
+    def _attach(cls, name: str) -> WorkflowConnectionPool:
+        handle = cls.__new__(cls)
+        handle._config = None
+        handle._name = name
+        handle._started = True
+        handle._closed = None
+        handle._operations = Operations(handle)
+        return handle
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The name travels, and nothing else: no connection, no configuration, no password.
+        if not self._started:
+            raise PoolNotInitializedError(
+                f"pool {self._name!r} does not run yet, so another process would not find it: "
+                "await pool.process({'operation': 'initialize'}) first"
+            )
+        return _unpickle, (self._name,)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "started" if self._started else "not started"
+        return f"<WorkflowConnectionPool {self._name!r}, {state}>"
+
+    @property
+    def name(self) -> str:
+        """The pool's name."""
+        return self._name
+
+    # --- the guide's way in ---
+
+    async def process(self, request: dict[str, Any]) -> Any:
+        """Do one operation; ``request["operation"]`` names it.
+
+        Operations: initialize, acquire, release, execute, stats, get_status, get_pool_statistics, adjust_pool_size,
+        close. See :class:`raypg.operations.Operations` for what each takes and returns.
+
+        Raises:
+            ConfigError: unknown operation or key; names the nearest valid one.
+            UnavailableError: the database cannot be used now (PoolExhaustedError, ConnectError, PoolClosedError …).
+        """
+        return await self._operations.run(request)
+
+    # --- asyncpg's words ---
+
+    async def fetch(self, query: str, *args: Any, timeout: float | None = None) -> list[Row]:
+        """Run a query and return all its rows.
+
+        Args:
+            query: SQL with ``$1``, ``$2`` …
+            args: their values.
+            timeout: seconds for waiting and running together.
+
+        Raises:
+            asyncpg.PostgresError: what the server says of the statement, as asyncpg's own class.
+            QueryTimeoutError: cancelled by *timeout*, without effect.
+            OutcomeUnknownError: it was sent, and whether it took effect cannot be known.
+            UnavailableError: it could not run now, and did not.
+        """
+        payload, names = await self._run(messages.FETCH, query, args, timeout)
+        return list(map(row_type(names), payload)) if payload else []
+
+    async def fetchrow(self, query: str, *args: Any, timeout: float | None = None) -> Row | None:
+        """Run a query and return its first row, or ``None``. Errors as :meth:`fetch`."""
+        payload, names = await self._run(messages.ROW, query, args, timeout)
+        return row_type(names)(payload[0]) if payload else None
+
+    async def fetchval(self, query: str, *args: Any, column: int = 0, timeout: float | None = None) -> Any:
+        """Run a query and return one value of its first row, or ``None``. Errors as :meth:`fetch`."""
+        payload, _ = await self._run(messages.ROW, query, args, timeout)
+        return payload[0][column] if payload else None
+
+    async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:
+        """Run a statement and return its command tag, such as ``INSERT 0 1``. Errors as :meth:`fetch`."""
+        payload, _ = await self._run(messages.STATUS, query, args, timeout)
+        return str(payload)
+
+    async def executemany(self, command: str, args: Iterable[Sequence[Any]], *, timeout: float | None = None) -> None:
+        """Run a statement for each row of *args*; all or none of them take effect. Errors as :meth:`fetch`."""
+        rows = [tuple(row) for row in args]
+        if rows:
+            await self._run(messages.MANY, command, rows, timeout)
+
+    def acquire(self, *, timeout: float | None = None, lease_timeout: float | None = None) -> AcquireContext:
+        """Lease a connection: ``async with pool.acquire() as connection``, or await it and ``release`` it.
+
+        Args:
+            timeout: seconds to wait for one, ``acquire_timeout`` by default.
+            lease_timeout: seconds it may be held, ``lease_timeout`` of the pool by default.
+
+        Raises:
+            PoolExhaustedError, ConnectError, PoolClosedError: none is to be had.
+        """
+        return AcquireContext(self._dispatcher, timeout, lease_timeout)
+
+    async def release(self, connection: LeasedConnection) -> None:
+        """Give a leased connection back."""
+        await connection.release()
+
+    def transaction(
+        self,
+        *,
+        isolation: Isolation | None = None,
+        readonly: bool = False,
+        deferrable: bool = False,
+        timeout: float | None = None,
+        lease_timeout: float | None = None,
+    ) -> PoolTransaction:
+        """``async with pool.transaction() as tx``: a leased connection in a transaction of its own.
+
+        It commits at the end of the block, and rolls back if the block raises.
+
+        Raises:
+            ConfigError: unknown isolation level.
+            TransactionRolledBackError: a statement had failed, and the block swallowed its error.
+            OutcomeUnknownError: the connection was lost while COMMIT was under way.
+        """
+        return PoolTransaction(self._dispatcher, begin_text(isolation, readonly, deferrable), timeout, lease_timeout)
+
+    async def close(self) -> None:
+        """End the pool, if this handle was constructed; a handle from :func:`get_pool` is only detached.
+
+        Whoever waits on an ended pool gets :class:`PoolClosedError` at once.
+        """
+        if self._closed is not None:
+            return
+        self._closed = PoolClosedError(f"this handle of pool {self._name!r} was closed")
+        if self._config is not None and self._started:
+            await end(self._name, f"pool {self._name!r} was closed")
+
+    async def __aenter__(self) -> WorkflowConnectionPool:
+        await self._dispatcher()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    # --- inside ---
+
+    async def _run(self, mode: int, query: str, args: Any, timeout: float | None) -> tuple[Any, Any]:
+        if not isinstance(query, str):
+            raise TypeError(f"the statement must be a str, not {type(query).__name__}")
+        dispatcher = await self._dispatcher()
+        return await dispatcher.run(mode, query, args, timeout)
+
+    async def _dispatcher(self) -> Dispatcher:
+        if self._closed is not None:
+            raise self._closed
+        if self._started:
+            found = dispatch.existing(self._name)
+            if found is not None:
+                return found
+        return (await self._initialize())[0]
+
+    async def _initialize(self) -> tuple[Dispatcher, bool]:
+        if self._closed is not None:
+            raise self._closed
+        found = await dispatch.connect(self._name, None if self._started else self._config)
+        self._started = True
+        return found
+
+
+def _unpickle(name: str) -> WorkflowConnectionPool:
+    return WorkflowConnectionPool._attach(name)
+
+
+def get_pool(name: str) -> WorkflowConnectionPool:
+    """A handle of the running pool *name*, whichever job started it.
+
+    Raises:
+        PoolNotFoundError: it does not run; names those that do.
+        ConfigError: it cannot be the name of a pool.
+    """
+    find(check_pool_name(name))
+    return WorkflowConnectionPool._attach(name)
+
+
+async def end(name: str, reason: str) -> None:
+    """End pool *name* for everybody: its actors close their connections and stop.
+
+    Raises:
+        PoolNotFoundError: it does not run.
+    """
+    actor = find(name)
+    try:
+        await asyncio.wait_for(actor.close.remote(reason), 30.0)
+    except (ray.exceptions.RayActorError, TimeoutError):
+        pass
+    ray.kill(actor)
+    dispatch.forget(name, PoolClosedError(reason))

@@ -1,0 +1,56 @@
+"""The few private parts of asyncpg that raypg needs, in one place; tests/contract pins each of them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import asyncpg
+from asyncpg import connect_utils
+
+
+async def fetch_with_status(
+    raw: asyncpg.Connection, sql: str, arguments: Sequence[Any], limit: int
+) -> tuple[list[asyncpg.Record], str]:
+    """Run one statement by the extended protocol and return its rows *and* its command tag in one round trip.
+
+    The public calls give either the one (``fetch``) or the other (``execute``).
+
+    Args:
+        limit: most rows to return, 0 for all.
+    """
+    records, status, _ = await raw._execute(sql, arguments, limit, None, return_status=True)
+    return records, status.decode() if status else ""
+
+
+def file_descriptor(raw: asyncpg.Connection) -> int:
+    """The socket of *raw*, to be polled before a statement is sent."""
+    descriptor: int = raw._transport.get_extra_info("socket").fileno()
+    return descriptor
+
+
+async def send_cancel(raw: asyncpg.Connection) -> None:
+    """Ask the server to cancel what *raw* runs, and return when it has processed the request.
+
+    asyncpg only does this by cancelling the waiting task, which then never learns whether the statement took effect.
+    Source: PostgreSQL manual, "Canceling Requests in Progress" (protocol flow): the server closes the connection
+    when it has processed the request.
+    """
+    protocol = raw._protocol
+    try:
+        await connect_utils._cancel(
+            loop=asyncio.get_running_loop(),
+            addr=raw._addr,
+            params=raw._params,
+            backend_pid=protocol.backend_pid,
+            backend_secret=protocol.backend_secret,
+        )
+    except ConnectionResetError:
+        # Some servers reset instead of closing, after they have processed the request.
+        pass
+
+
+def forget_statements(raw: asyncpg.Connection) -> None:
+    """Forget the prepared statements of *raw*: the server no longer has them (DISCARD ALL, DEALLOCATE ALL)."""
+    raw._drop_local_statement_cache()

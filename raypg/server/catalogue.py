@@ -1,0 +1,85 @@
+"""Facts of the catalogue that decide whether inserts may travel as one group.
+
+A group is one transaction. It must give the same results as its statements one by one would: so no user triggers or
+rules (they could tell the difference), no deferrable constraints (checked at the end), no defaults out of the now()
+family (equal for all rows of a transaction), no default isolation above READ COMMITTED.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pgparse
+
+from raypg.server.connection import ServerConnection
+
+REMEMBER = 10.0
+"""Seconds for which a fact is believed: somebody may add a trigger at any time."""
+
+_FACTS = """
+WITH RECURSIVE family AS (
+    SELECT to_regclass($1)::oid AS oid
+    UNION SELECT inhrelid FROM pg_catalog.pg_inherits JOIN family ON inhparent = family.oid
+)
+SELECT coalesce(bool_and(
+           c.relkind IN ('r', 'p')
+           AND NOT c.relrowsecurity
+           AND NOT EXISTS (SELECT FROM pg_catalog.pg_trigger t WHERE t.tgrelid = c.oid AND NOT t.tgisinternal)
+           AND NOT EXISTS (SELECT FROM pg_catalog.pg_rewrite r WHERE r.ev_class = c.oid)
+           AND NOT EXISTS (SELECT FROM pg_catalog.pg_constraint k WHERE k.conrelid = c.oid AND k.condeferrable)
+       ), false)
+       AND current_setting('default_transaction_isolation') IN ('read committed', 'read uncommitted') AS plain,
+       ARRAY(
+           SELECT a.attname::text
+           FROM pg_catalog.pg_attrdef d
+           JOIN pg_catalog.pg_attribute a ON a.attrelid = d.adrelid AND a.attnum = d.adnum
+           WHERE d.adrelid = to_regclass($1) AND a.attgenerated = ''
+             AND pg_catalog.pg_get_expr(d.adbin, d.adrelid) LIKE '%(%'
+             AND pg_catalog.pg_get_expr(d.adbin, d.adrelid)
+                 !~ '^(nextval\\(''[^'']*''::regclass\\)|gen_random_uuid\\(\\)|uuidv[47]\\(\\)|random\\(\\)|clock_timestamp\\(\\))$'
+       ) AS clocked,
+       ARRAY(
+           SELECT a.attname::text FROM pg_catalog.pg_attribute a
+           WHERE a.attrelid = to_regclass($1) AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum
+       ) AS columns
+FROM family JOIN pg_catalog.pg_class c ON c.oid = family.oid
+"""
+
+
+class Catalogue:
+    """What one worker knows of tables, for a few seconds."""
+
+    def __init__(self) -> None:
+        self._groupable: dict[str, tuple[float, bool]] = {}
+
+    async def may_group(self, connection: ServerConnection, insert: str, now: float) -> bool:
+        """Whether many runs of *insert*, an INSERT … VALUES without ON CONFLICT and RETURNING, may share a transaction.
+
+        Raises:
+            ConnectionLost, asyncpg.PostgresError: as :meth:`ServerConnection.run`.
+        """
+        known = self._groupable.get(insert)
+        if known is not None and now < known[0]:
+            return known[1]
+        table, columns, width = _target(insert)
+        rows, _ = await connection.run(0, _FACTS, (table,))
+        verdict = False
+        if rows:
+            plain, clocked, every = rows[0]
+            given = set(columns) if columns else set(every[:width])
+            verdict = bool(plain) and not set(clocked) - given
+        if len(self._groupable) >= 1000:
+            self._groupable.clear()
+        self._groupable[insert] = (now + REMEMBER, verdict)
+        return verdict
+
+
+def _target(insert: str) -> tuple[str, list[str], int]:
+    """(table as text for to_regclass, its columns as far as named, number of values)."""
+    statement: dict[str, Any] = pgparse.parse(insert)[0]["stmt"]["InsertStmt"]
+    relation = statement["relation"]
+    parts = [relation[key] for key in ("schemaname", "relname") if relation.get(key)]
+    table = ".".join('"' + part.replace('"', '""') + '"' for part in parts)
+    columns = [column["ResTarget"]["name"] for column in statement.get("cols", [])]
+    values = statement["selectStmt"]["SelectStmt"]["valuesLists"][0]["List"]["items"]
+    return table, columns, len(values)

@@ -1,0 +1,266 @@
+"""One connection to PostgreSQL, owned by one worker: opened, polled, used, reset, cancelled, closed.
+
+What is known after a failure follows one rule: an error of severity ERROR on a connection that answers again proves
+that the statement did not take effect; a connection that dies under a statement proves nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+import select
+from typing import Any
+
+import asyncpg
+
+from raypg import messages
+from raypg.core.backoff import jittered
+from raypg.errors import QueryTimeoutError
+from raypg.portable import plain_rows
+from raypg.server import _asyncpg
+
+CANCEL_GRACE = 5.0
+"""Seconds that a server may take to answer a cancel request before its connection is given up."""
+
+LIFETIME_JITTER = 0.1
+"""Connections opened together must not all be replaced together."""
+
+RESET = """
+RESET SESSION AUTHORIZATION;
+RESET ROLE;
+SELECT pg_catalog.pg_advisory_unlock_all();
+CLOSE ALL;
+UNLISTEN *;
+RESET ALL;
+DISCARD TEMP;
+DISCARD SEQUENCES;
+DO $raypg$ DECLARE n pg_catalog.text; BEGIN
+  FOR n IN SELECT name FROM pg_catalog.pg_prepared_statements WHERE from_sql LOOP
+    EXECUTE pg_catalog.format('DEALLOCATE %I', n);
+  END LOOP;
+END $raypg$;
+"""
+"""Undoes whatever a statement may have left in its session, in one round trip.
+
+``DISCARD ALL`` would do, but it also drops asyncpg's own prepared statements, and with them the speed of every later
+call; statements that the *user* prepared are dropped by name instead.
+"""
+
+
+class ConnectionLost(Exception):
+    """The connection died under a statement; whether it took effect is unknown.
+
+    Args:
+        sqlstate: code of the server's FATAL message, or ``None`` if it went without a word.
+    """
+
+    def __init__(self, sqlstate: str | None) -> None:
+        super().__init__(sqlstate)
+        self.sqlstate = sqlstate
+
+    @property
+    def by_crash(self) -> bool:
+        """Whether the backend crashed: then the statement itself may be what killed it, and must not run again."""
+        return self.sqlstate is None or self.sqlstate == "57P02"
+
+
+class ServerConnection:
+    """A connection and what its worker must know about it."""
+
+    __slots__ = (
+        "_cancel_reason",
+        "_cancelling",
+        "_poll",
+        "abandoned",
+        "busy",
+        "dirty",
+        "expires_at",
+        "health",
+        "last_used",
+        "lease",
+        "number",
+        "opened_at",
+        "pid",
+        "raw",
+        "used",
+    )
+
+    def __init__(self, raw: asyncpg.Connection, number: int, now: float, lifetime: float | None) -> None:
+        self.raw = raw
+        self.number = number
+        self.pid: int = raw.get_server_pid()
+        self.opened_at = now
+        self.last_used = now
+        self.expires_at = math.inf if lifetime is None else now + jittered(lifetime, LIFETIME_JITTER, random.random())
+        self.health = 100.0
+        self.used = 0
+        self.dirty = False
+        self.abandoned = False
+        self.busy = False
+        self.lease: str | None = None
+        self._cancelling: asyncio.Task[None] | None = None
+        self._cancel_reason: str | None = None
+        self._poll = select.poll()
+        self._poll.register(_asyncpg.file_descriptor(raw), select.POLLIN | select.POLLRDHUP)
+
+    @property
+    def identifier(self) -> str:
+        """Name of this connection towards users; not a key to it."""
+        return f"conn_{self.number}_{self.pid}"
+
+    async def is_alive(self) -> bool:
+        """Whether the connection still stands, asked of the socket: no round trip, about a microsecond.
+
+        A backend that was terminated while idle has sent its last words already, but asyncpg only notices when the
+        event loop next reads; without this check the next caller's statement would be written into a dead socket and
+        its outcome unknown.
+        """
+        if self.raw.is_closed():
+            return False
+        for _ in range(4):
+            if not self._poll.poll(0):
+                return True
+            await asyncio.sleep(0)  # lets the protocol read what lies there: a notice, or the end
+            if self.raw.is_closed():
+                return False
+        hung_up = select.POLLRDHUP | select.POLLHUP | select.POLLERR
+        return not any(event & hung_up for _, event in self._poll.poll(0))
+
+    async def run(
+        self, mode: int, sql: str, arguments: Any, timeout: float | None = None, simple: bool = False
+    ) -> tuple[Any, tuple[str, ...] | None]:
+        """Run one statement.
+
+        Args:
+            mode: what is wanted back, see :mod:`raypg.messages`.
+            arguments: tuple of parameters; for ``MANY`` a list of them.
+            timeout: seconds until it is cancelled on the server.
+            simple: send the text by the simple protocol (several statements in one text; only inside a lease).
+
+        Returns:
+            (payload, column names): payload is a list of tuples for ``FETCH`` and ``ROW``, the command tag for
+            ``STATUS``, (rows, tag) for ``BOTH``, ``None`` for ``MANY``.
+
+        Raises:
+            ConnectionLost: the outcome is unknown.
+            QueryTimeoutError: cancelled by its timeout, had no effect.
+            asyncpg.PostgresError, asyncpg.InterfaceError: had no effect; the connection is good.
+        """
+        raw = self.raw
+        loop = asyncio.get_running_loop()
+        timer = None if timeout is None else loop.call_later(max(timeout, 0.0), self.cancel, "timeout")
+        self._cancel_reason = None
+        self.used += 1
+        self.busy = True
+        try:
+            if mode == messages.MANY:
+                await raw.executemany(sql, arguments)
+                return None, None
+            if mode == messages.STATUS and not arguments:
+                return await raw.execute(sql), None
+            if simple:
+                status = await raw.execute(sql)
+                return ([], status) if mode == messages.BOTH else [], None
+            limit = 1 if mode == messages.ROW else 0
+            records, status = await _asyncpg.fetch_with_status(raw, sql, arguments, limit)
+            if mode == messages.STATUS:
+                return status, None
+            names = tuple(records[0].keys()) if records else None
+            rows = plain_rows(records)
+            return ((rows, status) if mode == messages.BOTH else rows), names
+        except asyncpg.PostgresError as error:
+            if raw.is_closed():
+                raise ConnectionLost(_last_words(error)) from error
+            if error.sqlstate == "57014" and self._cancel_reason == "timeout":
+                raise QueryTimeoutError(
+                    f"the statement took longer than its timeout of {timeout:g} s and was cancelled; it had no effect",
+                    timeout,
+                ) from error
+            raise
+        except (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
+            if raw.is_closed():
+                raise ConnectionLost(None) from error
+            raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+            if self._cancelling is not None:
+                # The request must have been processed before anybody else uses this connection, or it would cancel
+                # the next statement.
+                await asyncio.shield(self._cancelling)
+                self._cancelling = None
+            self.busy = False
+            self.last_used = loop.time()
+
+    def cancel(self, reason: str) -> None:
+        """Cancel what runs now, on the server. ``run`` then ends as the server says: cancelled, or done after all."""
+        if self._cancelling is None:
+            self._cancel_reason = reason
+            self._cancelling = asyncio.get_running_loop().create_task(self._cancel())
+
+    async def _cancel(self) -> None:
+        try:
+            await asyncio.wait_for(_asyncpg.send_cancel(self.raw), CANCEL_GRACE)
+        except (OSError, TimeoutError):
+            # Not even a cancel request gets through: nothing more will come over this connection.
+            self.abandon()
+            return
+        asyncio.get_running_loop().call_later(CANCEL_GRACE, self._give_up, self._cancelling)
+
+    def _give_up(self, request: asyncio.Task[None] | None) -> None:
+        if self._cancelling is request and request is not None and not self.raw.is_closed():
+            self.abandon()
+
+    async def reset(self) -> None:
+        """Put the session back to how it was when the connection was opened. One round trip.
+
+        Raises:
+            ConnectionLost: the connection died.
+            asyncpg.PostgresError: the session cannot be reset; the connection must not be used again.
+        """
+        try:
+            rollback = "ROLLBACK;" if self.raw.is_in_transaction() else ""
+            await self.raw.execute(rollback + RESET, timeout=CANCEL_GRACE)
+        except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+            if isinstance(error, TimeoutError):
+                self.abandon()
+            if self.raw.is_closed():
+                raise ConnectionLost(None) from error
+            raise
+        self.dirty = False
+
+    async def ping(self, timeout: float) -> bool:
+        """Whether the server answers an empty query within *timeout* seconds."""
+        try:
+            await self.raw.execute("", timeout=timeout)
+        except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
+            return False
+        self.last_used = asyncio.get_running_loop().time()
+        return True
+
+    async def close(self, timeout: float = 2.0) -> bool:
+        """Close the connection; True when the server has confirmed it, so that its slot is free."""
+        if self.raw.is_closed():
+            return True
+        try:
+            await self.raw.close(timeout=timeout)
+        except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
+            self.abandon()
+            return False
+        return True
+
+    def abandon(self) -> None:
+        """Give the connection up without the server's consent: its backend may live on until the server notices."""
+        self.abandoned = True
+        self.raw.terminate()
+
+
+def _last_words(error: BaseException) -> str | None:
+    """SQLSTATE of the FATAL message with which the server ended the connection, if it said one."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, asyncpg.PostgresError) and not isinstance(cause, asyncpg.ConnectionDoesNotExistError):
+            return str(cause.sqlstate) if cause.sqlstate else None
+        cause = cause.__cause__
+    return None

@@ -1,0 +1,203 @@
+"""The connections of one worker: never more than its budget, the idle ones kept warm, the old ones replaced."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Iterator
+
+from raypg.config import PoolConfig
+from raypg.errors import ConnectError
+from raypg.server.connect import Connector
+from raypg.server.connection import ServerConnection
+
+logger = logging.getLogger(__name__)
+
+PING_TIMEOUT = 2.0
+"""Seconds in which an idle connection must answer a ping."""
+
+
+class ConnectionSet:
+    """Owns the connections of a worker. A *slot* is one unit of budget; it is taken before a connection is opened
+    and free again only when the server has confirmed the end of that connection.
+
+    Args:
+        connector: opens connections.
+        config: lifetimes, sizes and timeouts.
+        on_free: called when a connection or a slot may have become free.
+    """
+
+    def __init__(self, connector: Connector, config: PoolConfig, on_free: Callable[[], None]) -> None:
+        self._connector = connector
+        self._config = config
+        self._on_free = on_free
+        self._idle: list[ServerConnection] = []
+        self._all: set[ServerConnection] = set()
+        self._opening = 0
+        self._retiring = 0
+        self._unconfirmed: dict[int, float] = {}
+        self._closers: set[asyncio.Task[None]] = set()
+        self.budget = 0
+        self.created = 0
+        self.recycled = 0
+        self.failed = 0
+        self.last_error: ConnectError | None = None
+
+    # --- what there is ---
+
+    def __iter__(self) -> Iterator[ServerConnection]:
+        return iter(tuple(self._all))
+
+    @property
+    def total(self) -> int:
+        """Connections that exist."""
+        return len(self._all)
+
+    @property
+    def idle(self) -> int:
+        """Connections that nobody uses."""
+        return len(self._idle)
+
+    @property
+    def opening(self) -> int:
+        """Connections being opened."""
+        return self._opening
+
+    @property
+    def slots(self) -> int:
+        """Slots in use: connections that exist, are being opened, or whose end the server has not confirmed."""
+        return len(self._all) + self._opening + len(self._unconfirmed)
+
+    @property
+    def unconfirmed(self) -> list[int]:
+        """Process ids of backends that were given up and may still exist."""
+        return list(self._unconfirmed)
+
+    @property
+    def may_open(self) -> bool:
+        """Whether the budget has room for one more."""
+        return self.slots < self.budget
+
+    @property
+    def _surplus(self) -> bool:
+        return len(self._all) - self._retiring > self.budget
+
+    # --- using them ---
+
+    def take_idle(self) -> ServerConnection | None:
+        """The most recently used idle connection (the warmest), or ``None``. It may have died: ask ``is_alive``."""
+        return self._idle.pop() if self._idle else None
+
+    def open(self) -> Coroutine[None, None, ServerConnection]:
+        """Begin to open a connection; its slot is taken at once. The caller has checked :attr:`may_open`.
+
+        Raises:
+            ConnectError: when awaited: the server could not be reached or refused.
+        """
+        self._opening += 1
+        return self._open()
+
+    async def _open(self) -> ServerConnection:
+        try:
+            connection = await self._connector.open()
+        except ConnectError as error:
+            self.failed += 1
+            self.last_error = error
+            raise
+        finally:
+            self._opening -= 1
+        self.created += 1
+        self.last_error = None
+        self._all.add(connection)
+        return connection
+
+    def put_back(self, connection: ServerConnection) -> None:
+        """Return a clean, living connection."""
+        if connection.raw.is_closed():
+            self.drop(connection)
+        elif self.is_unwanted(connection, connection.last_used):
+            self.retire(connection)
+        else:
+            self._idle.append(connection)
+        self._on_free()
+
+    def is_unwanted(self, connection: ServerConnection, now: float) -> bool:
+        """Whether *connection* should be closed rather than used again: too old, unhealthy, or over the budget."""
+        return self._surplus or now >= connection.expires_at or connection.health < self._config.health_threshold
+
+    def drop(self, connection: ServerConnection) -> None:
+        """Forget a connection that is of no more use. Its slot is free if it was the server that ended it."""
+        self._all.discard(connection)
+        self.recycled += 1
+        if not connection.raw.is_closed():
+            connection.abandon()
+        if connection.abandoned:
+            self._unconfirmed[connection.pid] = connection.last_used
+        self._on_free()
+
+    def retire(self, connection: ServerConnection) -> None:
+        """Close a connection in the background; its slot is free when the server has confirmed."""
+        self._retiring += 1
+        task = asyncio.get_running_loop().create_task(self._retire(connection))
+        self._closers.add(task)
+        task.add_done_callback(self._closers.discard)
+
+    async def _retire(self, connection: ServerConnection) -> None:
+        try:
+            confirmed = await connection.close()
+        finally:
+            self._retiring -= 1
+        self._all.discard(connection)
+        self.recycled += 1
+        if not confirmed:
+            self._unconfirmed[connection.pid] = connection.last_used
+        self._on_free()
+
+    def confirm_gone(self, pids: set[int]) -> None:
+        """The server no longer shows these backends: their slots are free."""
+        if any(self._unconfirmed.pop(pid, None) is not None for pid in pids):
+            self._on_free()
+
+    # --- keeping them ---
+
+    async def warm_up(self, least: int) -> None:
+        """Open connections until *least* exist, as far as the budget goes.
+
+        Raises:
+            ConnectError: of the first that failed, if no connection exists afterwards.
+        """
+        missing = min(least, self.budget) - self.slots
+        results = await asyncio.gather(*(self.open() for _ in range(missing)), return_exceptions=True)
+        for result in results:
+            if isinstance(result, ServerConnection):
+                self.put_back(result)
+        errors = [result for result in results if isinstance(result, ConnectError)]
+        if errors and not self._all:
+            raise errors[0]
+
+    async def maintain(self, now: float) -> None:
+        """Replace what is too old or unhealthy, close what is idle too long or over the budget, ping the rest."""
+        config = self._config
+        for connection in tuple(self._idle):
+            idle = now - connection.last_used
+            too_idle = config.max_idle is not None and self.total > config.min_connections and idle > config.max_idle
+            if too_idle or self.is_unwanted(connection, now):
+                self._idle.remove(connection)
+                self.retire(connection)
+        due = [c for c in self._idle if now - c.last_used > config.health_check_interval]
+        for connection in due:
+            if connection not in self._idle:
+                continue
+            self._idle.remove(connection)  # nobody else may use it meanwhile
+            if await connection.is_alive() and await connection.ping(PING_TIMEOUT):
+                connection.health = min(100.0, connection.health + 5.0)
+                self.put_back(connection)
+            else:
+                self.drop(connection)
+
+    async def close(self) -> None:
+        """Close all connections; returns when the server has confirmed, or after the close timeout."""
+        self.budget = 0
+        self._idle.clear()
+        closing, self._retiring = tuple(self._all), self._retiring + len(self._all)
+        await asyncio.gather(*(self._retire(connection) for connection in closing), *self._closers)

@@ -1,0 +1,106 @@
+"""The control connection: one connection of the cap that belongs to the Pool actor, opened when it is needed.
+
+It counts and ends backends. What it may end is proven to be ours: same application name (which holds a nonce of the
+worker's life), same role, and the very backend that was seen, by process id *and* start time, since process ids are
+used again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import asyncpg
+
+from raypg.server.connect import Connector
+from raypg.server.connection import ServerConnection
+
+IDLE_FOR = 30.0
+"""Seconds after which an unused control connection is closed."""
+
+_BACKENDS = """
+SELECT pid, backend_start FROM pg_catalog.pg_stat_activity
+WHERE backend_type = 'client backend' AND application_name = $1 AND usename = current_user
+"""
+
+_TERMINATE = """
+SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity
+WHERE pid = $1 AND backend_start = $2 AND usename = current_user
+"""
+
+_LIMITS = """
+SELECT current_setting('max_connections')::int AS max_connections,
+       current_setting('superuser_reserved_connections')::int
+           + coalesce(current_setting('reserved_connections', true)::int, 0) AS reserved,
+       (SELECT count(*) FROM pg_catalog.pg_stat_activity WHERE backend_type = 'client backend')::int AS in_use,
+       (SELECT rolconnlimit FROM pg_catalog.pg_roles WHERE rolname = current_user) AS role_limit,
+       (SELECT datconnlimit FROM pg_catalog.pg_database WHERE datname = current_database()) AS database_limit,
+       current_setting('server_version') AS server_version,
+       pg_catalog.pg_is_in_recovery() AS in_recovery
+"""
+
+
+class Control:
+    """Runs control queries one at a time over a connection of its own."""
+
+    def __init__(self, connector: Connector) -> None:
+        self._connector = connector
+        self._connection: ServerConnection | None = None
+        self._lock = asyncio.Lock()
+
+    async def _fetch(self, sql: str, *arguments: Any) -> list[asyncpg.Record]:
+        async with self._lock:
+            if self._connection is None or not await self._connection.is_alive():
+                self._connection = await self._connector.open()
+            records: list[asyncpg.Record] = await self._connection.raw.fetch(sql, *arguments, timeout=10.0)
+            return records
+
+    async def limits(self) -> dict[str, Any]:
+        """The server's own limits on connections, and how many are in use.
+
+        Raises:
+            ConnectError: the server cannot be reached.
+        """
+        return dict((await self._fetch(_LIMITS))[0])
+
+    async def backends(self, application_name: str) -> list[tuple[int, Any]]:
+        """(process id, start time) of the client backends with exactly this application name."""
+        return [(record["pid"], record["backend_start"]) for record in await self._fetch(_BACKENDS, application_name)]
+
+    async def gone(self, pids: list[int]) -> list[int]:
+        """Those of *pids* that are no client backend any more."""
+        alive = await self._fetch(
+            "SELECT pid FROM pg_catalog.pg_stat_activity WHERE pid = any($1::int[]) AND backend_type = 'client backend'",
+            pids,
+        )
+        return sorted(set(pids) - {record["pid"] for record in alive})
+
+    async def end_backends(self, application_name: str, timeout: float) -> int:
+        """End the backends of a dead worker and wait until the server no longer shows them.
+
+        Returns:
+            How many still exist after *timeout* seconds.
+        """
+        until = asyncio.get_running_loop().time() + timeout
+        while backends := await self.backends(application_name):
+            for pid, started in backends:
+                await self._fetch(_TERMINATE, pid, started)
+            if asyncio.get_running_loop().time() > until:
+                return len(backends)
+            await asyncio.sleep(0.05)
+        return 0
+
+    async def rest(self, now: float) -> None:
+        """Close the connection if nobody has used it lately."""
+        connection = self._connection
+        if connection is not None and not self._lock.locked() and now - connection.last_used > IDLE_FOR:
+            async with self._lock:
+                self._connection = None
+                await connection.close()
+
+    async def close(self) -> None:
+        """Close the connection."""
+        async with self._lock:
+            if self._connection is not None:
+                await self._connection.close()
+                self._connection = None

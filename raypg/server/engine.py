@@ -1,0 +1,424 @@
+"""The engine of a worker: a fair queue in front, connections behind, and lanes that carry work from one to the other.
+
+Nothing here knows Ray. A *lane* is one connection at work: it takes the next item from the queue, serves it, puts the
+session back in order if it may have been touched, and goes on until the queue is empty.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import random
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any
+
+from ddsketch import DDSketch
+
+from raypg.config import PoolConfig
+from raypg.core.backoff import Backoff
+from raypg.core.fair_queue import FairQueue, QueueFull
+from raypg.core.sql import classify
+from raypg.errors import ConnectError, PoolClosedError, PoolExhaustedError
+from raypg.messages import MANY, STATUS, Run
+from raypg.portable import PortableError, pack_error
+from raypg.server import _asyncpg
+from raypg.server.catalogue import Catalogue
+from raypg.server.connect import Connector
+from raypg.server.connection import ConnectionLost, ServerConnection
+from raypg.server.connection_set import ConnectionSet
+from raypg.server.leases import Lease, LeaseTable
+from raypg.server.replies import BatchState, Client
+from raypg.server.work import LeaseRequest, Statement, Work, refuse
+
+logger = logging.getLogger(__name__)
+
+EXPIRY_TICK = 0.05
+"""Seconds between two looks for callers that have waited too long."""
+
+MAINTENANCE_TICK = 1.0
+"""Seconds between two rounds of maintenance of the connections."""
+
+CLOSE_GRACE = 2.0
+"""Seconds that a closing pool gives to statements that run."""
+
+CLIENT_FORGOTTEN_AFTER = 60.0
+"""Seconds after which outcomes that nobody fetches are thrown away: their process is gone."""
+
+
+class Engine:
+    """Runs statements on the connections of one worker.
+
+    Args:
+        config: the pool's configuration.
+        connector: opens connections.
+    """
+
+    def __init__(self, config: PoolConfig, connector: Connector) -> None:
+        self.config = config
+        self.connections = ConnectionSet(connector, config, self.pump)
+        self.leases = LeaseTable(self.take_back)
+        self.catalogue = Catalogue()
+        self.queue: FairQueue[Work] = FairQueue(limit=config.max_waiting)
+        self.closed: PoolClosedError | None = None
+        self._loop = asyncio.get_running_loop()
+        self._clients: dict[str, Client] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._connect_backoff = Backoff(first=0.05, most=2.0)
+        self._connect_again_at = 0.0
+        self._connect_failures = 0
+        self._pumping = False
+        self.executed = 0
+        self.errors = 0
+        self.retries = 0
+        self.acquired = 0
+        self.exhausted = 0
+        self.wait_times = DDSketch(0.01)
+        self.query_times = DDSketch(0.01)
+        self._background(self._maintain())
+
+    def now(self) -> float:
+        """The event loop's monotonic clock, in seconds."""
+        return self._loop.time()
+
+    # --- what callers ask for ---
+
+    def submit(self, client: Client, number: int, runs: Sequence[Run]) -> BatchState:
+        """Take in a batch; the outcomes appear in the returned state as they come."""
+        now = self.now()
+        total = sum(len(rows) for _, _, rows, _ in runs)
+        batch = BatchState(client, number, total)
+        client.batches[number] = batch
+        position = 0
+        for mode, sql, rows, timeout in runs:
+            verdict = classify(sql)
+            refusal = self.closed or refuse(verdict, sql)
+            if timeout is None:
+                timeout = self.config.command_timeout
+            deadline = now + (
+                self.config.acquire_timeout if timeout is None else min(timeout, self.config.acquire_timeout)
+            )
+            expires_at = None if timeout is None else now + timeout
+            for arguments in rows:
+                if refusal is not None:
+                    batch.finish(position, None, None, pack_error(refusal))
+                else:
+                    statement = Statement(batch, position, mode, sql, arguments, verdict, now, deadline, expires_at)
+                    batch.statements[position] = statement
+                    self.enqueue(client.job, statement, cost=len(arguments) / 8 if mode == MANY else 1.0)
+                position += 1
+        self.pump()
+        return batch
+
+    def cancel(self, client: Client, number: int, position: int) -> None:
+        """One caller left. What still waits is taken out; what runs, runs alone, and is cancelled on the server."""
+        batch = client.batches.get(number)
+        if batch is None:
+            return
+        statement = batch.statements.get(position)
+        if statement is None:
+            return
+        statement.cancelled = True
+        if statement.connection is not None:
+            statement.connection.cancel("caller")
+        elif statement.ticket is not None and self.queue.cancel(statement.ticket):
+            statement.fail(pack_error(TimeoutError("cancelled before it ran")))
+
+    async def lease(self, job: str, owner: dict[str, Any], timeout: float, seconds: float, begin: str | None) -> Lease:
+        """Wait for a connection, at most *timeout* seconds, and lease it for at most *seconds*.
+
+        Raises:
+            Refused: there is none to be had, or *begin* failed; carries the packed error.
+            PoolClosedError: the pool is closed.
+        """
+        if self.closed is not None:
+            raise self.closed
+        now = self.now()
+        request = LeaseRequest(begin, now, now + timeout)
+        self.enqueue(job, request, cost=1.0)
+        self.pump()
+        try:
+            connection = await request.future
+        except asyncio.CancelledError:
+            if request.ticket is not None:
+                self.queue.cancel(request.ticket)
+            raise
+        connection.dirty = True
+        return self.leases.grant(connection, owner, seconds)
+
+    async def run_leased(
+        self, token: str, number: int, mode: int, sql: str, arguments: Any, timeout: float | None
+    ) -> tuple[Any, tuple[str, ...] | None]:
+        """Run one statement on a leased connection; see :meth:`LeaseTable.run`."""
+        started = self.now()
+        failed = True
+        try:
+            outcome = await self.leases.run(
+                token, number, mode, sql, arguments, self.config.command_timeout if timeout is None else timeout
+            )
+            failed = False
+            return outcome
+        finally:
+            self.ran(self.now() - started, failed)
+
+    async def release(self, token: str, last: str | None) -> str | None:
+        """End a lease; *last* (COMMIT, ROLLBACK) runs first, and its command tag is returned.
+
+        Raises:
+            LeaseLostError: it had ended before.
+            OutcomeUnknownError: the connection died under *last*.
+        """
+        lease = self.leases.find(token)
+        status: str | None = None
+        try:
+            if last is not None:
+                status, _ = await self.leases.run(token, -1, STATUS, last, (), None)
+        finally:
+            self.leases.end(token, "it was released", dead=lease.connection.raw.is_closed())
+        return status
+
+    def client(self, identity: str, job: str) -> Client:
+        """The client of that identity, made on first sight."""
+        found = self._clients.get(identity)
+        if found is None:
+            found = self._clients[identity] = Client(identity, job)
+        found.seen = self.now()
+        return found
+
+    # --- queue and lanes ---
+
+    def enqueue(self, job: str, work: Any, cost: float) -> None:
+        """Put work in the queue, or fail it at once if the queue is full."""
+        try:
+            work.ticket = self.queue.push(job, work, cost=cost, deadline=work.deadline)
+        except QueueFull as full:
+            self.exhausted += 1
+            work.fail(
+                pack_error(
+                    PoolExhaustedError(self.config.name, 0.0, full.depth, full.limit, self.connections.budget, "full")
+                )
+            )
+
+    def put_first(self, work: Any) -> None:
+        """Put work back that was taken out but not done: it keeps its turn."""
+        work.ticket = None
+        self.queue.push_front(work)
+        self.pump()
+
+    def pump(self) -> None:
+        """Bring waiting work and free connections together. Cheap, and called whenever either may have changed."""
+        if self._pumping:
+            return
+        self._pumping = True
+        try:
+            while len(self.queue) and (connection := self.connections.take_idle()) is not None:
+                work = self.queue.pop(self.now())
+                if work is None:
+                    self.connections.put_back(connection)
+                    break
+                self._background(self._lane(connection, work))
+            wanted = len(self.queue) - self.connections.opening
+            if self._connect_failures:
+                # The last attempt failed: one at a time, and not at once.
+                wanted = min(wanted, 1) if self.connections.opening == 0 and self._may_connect() else 0
+            while wanted > 0 and self.connections.may_open:
+                wanted -= 1
+                self._background(self._open_lane(self.connections.open()))
+        finally:
+            self._pumping = False
+
+    def _may_connect(self) -> bool:
+        # With no connection at all, a caller is owed an attempt: it must learn what is wrong now.
+        return self.now() >= self._connect_again_at or self.connections.total == 0
+
+    async def _open_lane(self, opening: Awaitable[ServerConnection]) -> None:
+        try:
+            connection = await opening
+        except ConnectError as error:
+            self._connect_failures += 1
+            delay = self._connect_backoff.next(random.random())
+            self._connect_again_at = self.now() + delay
+            if self.connections.total == 0:
+                self._fail_waiting(pack_error(error))
+            else:
+                self._loop.call_later(delay, self.pump)
+            return
+        self._connect_failures = 0
+        self._connect_backoff.reset()
+        work = self.queue.pop(self.now())
+        if work is None:
+            self.connections.put_back(connection)
+        else:
+            await self._lane(connection, work)
+
+    async def _lane(self, connection: ServerConnection, work: Work | None) -> None:
+        while work is not None:
+            if not await connection.is_alive():
+                self.connections.drop(connection)
+                self.put_first(work)
+                return
+            kept = await work.serve(self, connection)
+            if kept is None:
+                self.pump()
+                return
+            if connection.dirty and not await self._cleaned(connection):
+                return
+            if self.connections.is_unwanted(connection, self.now()):
+                break
+            work = self.queue.pop(self.now())
+        self.connections.put_back(connection)
+
+    async def _cleaned(self, connection: ServerConnection) -> bool:
+        try:
+            await connection.reset()
+        except ConnectionLost:
+            self.connections.drop(connection)
+        except Exception:
+            logger.warning("pool %s: a session could not be reset, its connection is replaced", self.config.name)
+            self.connections.retire(connection)
+        else:
+            return True
+        self.pump()
+        return False
+
+    def take_back(self, connection: ServerConnection) -> None:
+        """A lease has ended: clean its connection and let it serve again."""
+        if connection.raw.is_closed():
+            self.connections.drop(connection)
+            self.pump()
+        else:
+            self._background(self._resume(connection))
+
+    async def _resume(self, connection: ServerConnection) -> None:
+        if await self._cleaned(connection):
+            await self._lane(connection, self.queue.pop(self.now()))
+
+    def forget_statements(self, connection: ServerConnection) -> None:
+        """The server lost the prepared statements of *connection*."""
+        _asyncpg.forget_statements(connection.raw)
+
+    # --- figures ---
+
+    def waited(self, seconds: float) -> None:
+        """Note how long a caller waited for its connection."""
+        self.acquired += 1
+        self.wait_times.add(seconds * 1000)
+
+    def ran(self, seconds: float, failed: bool) -> None:
+        """Note how long a statement took, and whether it failed."""
+        self.executed += 1
+        self.errors += failed
+        self.query_times.add(seconds * 1000)
+
+    def status(self) -> dict[str, Any]:
+        """What there is and what was done. Times in milliseconds; a quantile of nothing is NaN."""
+        connections = tuple(self.connections)
+        leased = {lease.connection.identifier: lease for lease in self.leases}
+        now = self.now()
+        return {
+            "budget": self.connections.budget,
+            "total": self.connections.total,
+            "idle": self.connections.idle,
+            "opening": self.connections.opening,
+            "active": self.connections.total - self.connections.idle,
+            "waiting": len(self.queue),
+            "created": self.connections.created,
+            "recycled": self.connections.recycled,
+            "failed": self.connections.failed,
+            "acquired": self.acquired,
+            "executed": self.executed,
+            "errors": self.errors,
+            "retries": self.retries,
+            "exhausted": self.exhausted,
+            "last_error": str(self.connections.last_error) if self.connections.last_error else None,
+            "wait_ms": _summary(self.wait_times),
+            "query_ms": _summary(self.query_times),
+            "connections": {
+                c.identifier: {
+                    "health_score": c.health,
+                    "active_queries": int(c.busy),
+                    "last_used": now - c.last_used,
+                    "age": now - c.opened_at,
+                    "statements": c.used,
+                    "backend_pid": c.pid,
+                    "lease": None
+                    if (lease := leased.get(c.identifier)) is None
+                    else {**lease.owner, "age": now - lease.since},
+                }
+                for c in connections
+            },
+        }
+
+    # --- housekeeping ---
+
+    def _background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("pool %s: internal error in a worker", self.config.name, exc_info=error)
+
+    async def _maintain(self) -> None:
+        next_round = 0.0
+        while self.closed is None:
+            await asyncio.sleep(EXPIRY_TICK)
+            now = self.now()
+            self._expire(now)
+            if now < next_round:
+                continue
+            next_round = now + MAINTENANCE_TICK
+            for identity, client in tuple(self._clients.items()):
+                if now - client.seen > CLIENT_FORGOTTEN_AFTER and not any(b.open for b in client.batches.values()):
+                    del self._clients[identity]
+            try:
+                await self.connections.maintain(now)
+            except Exception:
+                logger.exception("pool %s: maintenance of connections failed", self.config.name)
+            self.pump()
+
+    def _expire(self, now: float) -> None:
+        for work in self.queue.expire(now):
+            self.exhausted += 1
+            error = PoolExhaustedError(
+                self.config.name,
+                now - work.arrived,
+                len(self.queue) + 1,
+                self.config.max_waiting,
+                self.connections.budget,
+            )
+            work.fail(pack_error(error))
+
+    def _fail_waiting(self, error: PortableError) -> None:
+        for work in self.queue.drain():
+            work.fail(error)
+
+    async def close(self, reason: str) -> None:
+        """Refuse new work, fail what waits, end all leases, let what runs end (briefly), close the connections."""
+        if self.closed is not None:
+            return
+        self.closed = PoolClosedError(reason)
+        self._fail_waiting(pack_error(self.closed))
+        self.leases.close()
+        await self._until(lambda: self.connections.idle == self.connections.total, CLOSE_GRACE)
+        with contextlib.suppress(Exception):
+            await self.connections.close()
+        # What finished last must have reached its callers before this process is ended.
+        await self._until(lambda: not any(client.batches for client in self._clients.values()), CLOSE_GRACE)
+
+    async def _until(self, condition: Callable[[], bool], seconds: float) -> None:
+        until = self.now() + seconds
+        while not condition() and self.now() < until:
+            await asyncio.sleep(0.01)
+
+
+def _summary(sketch: DDSketch) -> dict[str, float]:
+    """Count, mean and quantiles (1 % relative error) of a sketch; NaN for what was never measured."""
+    count = int(sketch.count)
+    quantiles = {
+        f"p{int(q * 100)}": float(sketch.get_quantile_value(q)) if count else math.nan for q in (0.5, 0.95, 0.99)
+    }
+    return {"count": count, "mean": sketch.avg if count else math.nan, **quantiles}

@@ -1,0 +1,154 @@
+"""Leases: a connection that one caller has for itself, until it gives it back or its time is up."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from raypg.core.sql import classify
+from raypg.errors import LeaseLostError
+from raypg.server.connection import ConnectionLost, ServerConnection
+from raypg.server.work import lost_error
+
+
+class Lease:
+    """One lease. Its token is a secret between holder and worker: a connection cannot be had by guessing."""
+
+    __slots__ = ("_timer", "busy", "connection", "lock", "owner", "since", "token")
+
+    def __init__(self, token: str, connection: ServerConnection, owner: dict[str, Any], since: float) -> None:
+        self.token = token
+        self.connection = connection
+        self.owner = owner
+        self.since = since
+        self.lock = asyncio.Lock()
+        self.busy: int | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+
+class LeaseTable:
+    """The leases of one worker.
+
+    Args:
+        take_back: called with a connection whose lease has ended; it is dirty.
+    """
+
+    def __init__(self, take_back: Callable[[ServerConnection], None]) -> None:
+        self._take_back = take_back
+        self._leases: dict[str, Lease] = {}
+        self._ended: dict[str, str] = {}
+
+    def __len__(self) -> int:
+        return len(self._leases)
+
+    def __iter__(self) -> Iterator[Lease]:
+        return iter(tuple(self._leases.values()))
+
+    def grant(self, connection: ServerConnection, owner: dict[str, Any], seconds: float) -> Lease:
+        """Give *connection* to *owner* for at most *seconds*."""
+        loop = asyncio.get_running_loop()
+        lease = Lease(secrets.token_hex(16), connection, owner, loop.time())
+        connection.lease = lease.token
+        self._leases[lease.token] = lease
+        lease._timer = loop.call_later(
+            seconds, self.end, lease.token, f"it was held for longer than its deadline of {seconds:g} s"
+        )
+        return lease
+
+    def find(self, token: str) -> Lease:
+        """The lease of *token*.
+
+        Raises:
+            LeaseLostError: it has ended; says why.
+        """
+        lease = self._leases.get(token)
+        if lease is None:
+            raise LeaseLostError(f"the lease is gone: {self._ended.get(token, 'this worker does not know it')}")
+        return lease
+
+    async def run(
+        self, token: str, number: int, mode: int, sql: str, arguments: Any, timeout: float | None
+    ) -> tuple[Any, tuple[str, ...] | None]:
+        """Run a statement on a leased connection; those of one lease run one after the other, in order of arrival.
+
+        Raises:
+            LeaseLostError: the lease has ended, or its connection died *before* the statement was sent.
+            OutcomeUnknownError, ConnectionLostError: the connection died under it.
+            asyncpg.PostgresError, QueryTimeoutError, …: as :meth:`ServerConnection.run`.
+        """
+        lease = self.find(token)
+        async with lease.lock:
+            lease = self.find(token)
+            connection = lease.connection
+            if not await connection.is_alive():
+                self.end(token, "its backend was terminated", dead=True)
+                raise LeaseLostError(f"the lease is gone: {self._ended[token]}; nothing was sent")
+            connection.dirty = True
+            lease.busy = number
+            verdict = classify(sql)
+            try:
+                return await connection.run(
+                    mode, sql, arguments, timeout, simple=verdict.statements > 1 and not arguments
+                )
+            except ConnectionLost as lost:
+                in_transaction = connection.raw.is_in_transaction()
+                self.end(token, "its connection died", dead=True)
+                if in_transaction and verdict.kind != "transaction":
+                    # Whatever it did, it did inside a transaction that never saw a COMMIT.
+                    raise LeaseLostError(
+                        "the connection died inside the transaction: the server has rolled all of it back"
+                    ) from lost
+                raise lost_error(lost, sql, verdict.retryable) from lost
+            finally:
+                lease.busy = None
+
+    def cancel(self, token: str, number: int) -> None:
+        """The caller of statement *number* has left: cancel it on the server if it runs now."""
+        lease = self._leases.get(token)
+        if lease is not None and lease.busy == number:
+            lease.connection.cancel("caller")
+
+    def end(self, token: str, why: str, dead: bool = False) -> bool:
+        """End a lease; its connection goes back, or is dropped if *dead*. False if it had ended before."""
+        lease = self._leases.pop(token, None)
+        if lease is None:
+            return False
+        if lease._timer is not None:
+            lease._timer.cancel()
+        self._ended[token] = why
+        while len(self._ended) > 1000:
+            self._ended.pop(next(iter(self._ended)))
+        lease.connection.lease = None
+        lease.connection.dirty = True
+        if lease.busy is not None and not dead:
+            # The holder's statement still runs. It must end before anybody else may have the connection.
+            lease.connection.cancel("lease")
+        self._hand_back(lease)
+        return True
+
+    def _hand_back(self, lease: Lease) -> None:
+        if not lease.lock.locked() or lease.connection.raw.is_closed():
+            self._take_back(lease.connection)
+            return
+        task = asyncio.get_running_loop().create_task(self._hand_back_later(lease))
+        _keep(task)
+
+    async def _hand_back_later(self, lease: Lease) -> None:
+        async with lease.lock:
+            self._take_back(lease.connection)
+
+    def close(self) -> None:
+        """End all leases: the pool closes."""
+        for token in tuple(self._leases):
+            self.end(token, "the pool was closed")
+
+
+_tasks: set[asyncio.Task[None]] = set()
+
+
+def _keep(task: asyncio.Task[None]) -> None:
+    """Hold *task* until it is done: the event loop itself only holds it weakly."""
+    _tasks.add(task)
+    task.add_done_callback(_tasks.discard)

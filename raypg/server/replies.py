@@ -1,0 +1,129 @@
+"""Answers to callers: together while they come quickly, apart as soon as one of them is slow.
+
+Many callers share a message to a worker. If the answer waited for the slowest statement of the message, a point read
+that travels beside a report would take as long as the report. So ``run`` answers when all is done *or* when it stalls,
+and what finishes later is fetched by ``collect``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from raypg.messages import Part, Reply
+from raypg.portable import PortableError
+
+if TYPE_CHECKING:
+    from raypg.server.work import Statement
+
+STALL = 0.010
+"""Seconds without any progress after which a batch is answered as far as it got."""
+
+PATIENCE = 0.050
+"""Seconds after which a batch is answered as far as it got, even while it makes progress."""
+
+HOLD = 1.0
+"""Seconds that ``collect`` waits for something to tell; its answer, even if empty, shows that the worker lives."""
+
+
+class BatchState:
+    """What is known of one batch: how many of its statements are open, and the outcomes not yet told."""
+
+    __slots__ = ("_untold", "changed", "client", "deferred", "number", "open", "statements")
+
+    def __init__(self, client: Client, number: int, size: int) -> None:
+        self.client = client
+        self.number = number
+        self.open = size
+        self.deferred = False
+        self.changed = asyncio.Event()
+        self.statements: dict[int, Statement] = {}
+        self._untold: dict[tuple[str, ...] | None, tuple[list[int], list[object], dict[int, PortableError]]] = {}
+
+    def finish(
+        self, position: int, payload: object, names: tuple[str, ...] | None, error: PortableError | None = None
+    ) -> None:
+        """Note the outcome of the statement at *position*; each position is finished once."""
+        column = self._untold.get(names)
+        if column is None:
+            column = self._untold[names] = ([], [], {})
+        positions, payloads, errors = column
+        if error is not None:
+            errors[len(positions)] = error
+        self.statements.pop(position, None)
+        positions.append(position)
+        payloads.append(payload)
+        self.open -= 1
+        if self.open == 0:
+            self.changed.set()
+        self.client.changed.set()
+
+    @property
+    def done(self) -> int:
+        """Outcomes that wait to be told."""
+        return sum(len(column[0]) for column in self._untold.values())
+
+    def take(self) -> list[Part]:
+        """The outcomes not told yet; afterwards they count as told."""
+        parts: list[Part] = [
+            (self.number, positions, names, payloads, errors or None)
+            for names, (positions, payloads, errors) in self._untold.items()
+        ]
+        self._untold = {}
+        return parts
+
+
+class Client:
+    """One handle in one event loop of one process, as its worker sees it."""
+
+    __slots__ = ("batches", "changed", "identity", "job", "seen")
+
+    def __init__(self, identity: str, job: str) -> None:
+        self.identity = identity
+        self.job = job
+        self.batches: dict[int, BatchState] = {}
+        self.changed = asyncio.Event()
+        self.seen = asyncio.get_running_loop().time()
+
+    async def first_reply(self, batch: BatchState, load: int) -> Reply:
+        """Answer to ``run``: complete, or as far as *batch* got when it stalled."""
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        while batch.open:
+            before = batch.open
+            try:
+                await asyncio.wait_for(batch.changed.wait(), STALL)
+            except TimeoutError:
+                if batch.open == before or loop.time() - started > PATIENCE:
+                    break
+        parts = batch.take()
+        if batch.open == 0:
+            self.batches.pop(batch.number, None)
+        else:
+            batch.deferred = True
+        return (load, len(self._deferred()), parts)
+
+    def _deferred(self) -> list[BatchState]:
+        """The batches whose ``run`` was answered before their end: ``collect`` tells the rest."""
+        return [batch for batch in self.batches.values() if batch.deferred]
+
+    async def next_reply(self) -> tuple[int, list[Part]]:
+        """Answer to ``collect``: what finished since, of all batches; waits up to ``HOLD`` seconds for something."""
+        loop = asyncio.get_running_loop()
+        self.seen = until = loop.time()
+        until += HOLD
+        while not any(batch.done for batch in self._deferred()):
+            self.changed.clear()
+            try:
+                await asyncio.wait_for(self.changed.wait(), until - loop.time())
+            except TimeoutError:
+                break
+            if any(batch.open for batch in self._deferred()):
+                await asyncio.sleep(STALL / 2)  # others that finish now travel along
+        parts: list[Part] = []
+        for batch in self._deferred():
+            parts += batch.take()
+            if batch.open == 0:
+                del self.batches[batch.number]
+        self.seen = loop.time()
+        return len(self._deferred()), parts

@@ -1,0 +1,197 @@
+"""What waits for a connection: single statements, and requests for a lease. Pipeline chunks are in ``chunk.py``.
+
+Each kind knows how to use the connection it is given and how to fail without one. ``serve`` returns the connection if
+the next caller may have it, or ``None`` if it is gone or kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, Protocol
+
+from asyncpg import InvalidSQLStatementNameError
+
+from raypg import messages
+from raypg.core.sql import Verdict, shorten
+from raypg.errors import ConnectionLostError, OutcomeUnknownError, StatementNotAllowedError
+from raypg.portable import PortableError, pack_error
+from raypg.server.connection import ConnectionLost, ServerConnection
+from raypg.server.replies import BatchState
+
+if TYPE_CHECKING:
+    from raypg.core.fair_queue import Ticket
+    from raypg.server.engine import Engine
+
+
+class Work(Protocol):
+    """Something that needs a connection."""
+
+    arrived: float
+    deadline: float
+
+    async def serve(self, engine: Engine, connection: ServerConnection) -> ServerConnection | None:
+        """Use *connection*. Never raises for what a caller did or for what happens to the server."""
+        ...
+
+    def fail(self, error: PortableError) -> None:
+        """No connection will be had: tell the caller."""
+        ...
+
+
+class Statement:
+    """One statement of one caller, on its own (autocommit)."""
+
+    __slots__ = (
+        "arguments",
+        "arrived",
+        "batch",
+        "cancelled",
+        "connection",
+        "deadline",
+        "expires_at",
+        "mode",
+        "position",
+        "retried",
+        "sql",
+        "ticket",
+        "verdict",
+    )
+
+    def __init__(
+        self,
+        batch: BatchState,
+        position: int,
+        mode: int,
+        sql: str,
+        arguments: Any,
+        verdict: Verdict,
+        arrived: float,
+        deadline: float,
+        expires_at: float | None,
+    ) -> None:
+        self.batch = batch
+        self.position = position
+        self.mode = mode
+        self.sql = sql
+        self.arguments = arguments
+        self.verdict = verdict
+        self.arrived = arrived
+        self.deadline = deadline
+        self.expires_at = expires_at
+        self.retried = False
+        self.cancelled = False
+        self.connection: ServerConnection | None = None
+        self.ticket: Ticket | None = None
+
+    def fail(self, error: PortableError) -> None:
+        self.batch.finish(self.position, None, None, error)
+
+    async def serve(self, engine: Engine, connection: ServerConnection) -> ServerConnection | None:
+        now = engine.now()
+        engine.waited(now - self.arrived)
+        timeout = None if self.expires_at is None else self.expires_at - now
+        if not self.verdict.clean:
+            connection.dirty = True
+        self.connection = connection
+        try:
+            payload, names = await connection.run(self.mode, self.sql, self.arguments, timeout)
+        except ConnectionLost as lost:
+            engine.connections.drop(connection)
+            if self.verdict.retryable and not lost.by_crash and not self.retried and not self.cancelled:
+                # It only read, and the backend was ended on purpose: asking once more is safe.
+                self.retried = True
+                engine.retries += 1
+                engine.put_first(self)
+            else:
+                engine.ran(engine.now() - now, failed=True)
+                self.fail(pack_error(lost_error(lost, self.sql, self.verdict.retryable)))
+            return None
+        except Exception as error:
+            if isinstance(error, InvalidSQLStatementNameError) and not connection.raw.is_in_transaction():
+                if not self.retried:
+                    # The user dropped asyncpg's prepared statements (DISCARD ALL): the server did not know the
+                    # statement, so it did not run; forget them and send it anew.
+                    engine.forget_statements(connection)
+                    self.retried = True
+                    engine.put_first(self)
+                    return connection
+            engine.ran(engine.now() - now, failed=True)
+            self.fail(pack_error(error))
+        else:
+            engine.ran(engine.now() - now, failed=False)
+            self.batch.finish(self.position, payload, names)
+        finally:
+            self.connection = None
+        return connection
+
+
+class LeaseRequest:
+    """A caller that wants a connection for itself, optionally with a transaction begun on it."""
+
+    __slots__ = ("arrived", "begin", "cancelled", "connection", "deadline", "future", "ticket")
+
+    def __init__(self, begin: str | None, arrived: float, deadline: float) -> None:
+        self.begin = begin
+        self.arrived = arrived
+        self.deadline = deadline
+        self.cancelled = False
+        self.connection: ServerConnection | None = None
+        self.ticket: Ticket | None = None
+        self.future: asyncio.Future[ServerConnection] = asyncio.get_running_loop().create_future()
+
+    def fail(self, error: PortableError) -> None:
+        if not self.future.done():
+            self.future.set_exception(Refused(error))
+
+    async def serve(self, engine: Engine, connection: ServerConnection) -> ServerConnection | None:
+        engine.waited(engine.now() - self.arrived)
+        if self.begin is not None:
+            try:
+                await connection.run(messages.STATUS, self.begin, ())
+            except ConnectionLost:
+                engine.connections.drop(connection)
+                engine.put_first(self)  # nothing was done yet; another connection will do
+                return None
+            except Exception as error:
+                self.fail(pack_error(error))
+                connection.dirty = True
+                return connection
+        if self.future.done():
+            connection.dirty = True
+            return connection
+        self.future.set_result(connection)
+        return None
+
+
+class Refused(Exception):
+    """Carries a packed error from the queue to the message that asked."""
+
+    def __init__(self, packed: PortableError) -> None:
+        super().__init__(packed)
+        self.packed = packed
+
+
+def lost_error(lost: ConnectionLost, sql: str, reads_only: bool) -> Exception:
+    """What to tell the caller of a statement whose connection died under it."""
+    how = f"with {lost.sqlstate}" if lost.sqlstate else "without a word"
+    if reads_only:
+        return ConnectionLostError(f"the server ended the connection ({how}) while it read [{shorten(sql)}]")
+    return OutcomeUnknownError(
+        f"the server ended the connection ({how}) after the statement was sent; it may or may not have taken effect",
+        shorten(sql),
+    )
+
+
+def refuse(verdict: Verdict, sql: str) -> StatementNotAllowedError | None:
+    """Why a statement cannot run without a lease, if it cannot."""
+    if verdict.kind == "transaction":
+        return StatementNotAllowedError(
+            f"{verdict.command} without a lease would end up on some connection or other: use "
+            "`async with pool.transaction() as tx:` or `async with pool.acquire() as connection:`"
+        )
+    if verdict.statements > 1:
+        return StatementNotAllowedError(
+            f"{verdict.statements} statements in one text: send them one by one, or, if they belong together, with "
+            f"`async with pool.transaction() as tx: await tx.execute(…)` [{shorten(sql)}]"
+        )
+    return None

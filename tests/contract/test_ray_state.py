@@ -1,0 +1,99 @@
+"""Ray's private key-value store and cluster id (raypg._compat), and whose module an import finds on a worker."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from raypg import _compat
+
+pytestmark = [pytest.mark.contract, pytest.mark.usefixtures("ray_cluster")]
+
+
+class Store:
+    """Uses the key-value store from an async actor."""
+
+    async def put(self, key: str, value: bytes) -> None:
+        _compat.kv_put(key, value)
+
+    async def get(self, key: str) -> bytes | None:
+        return _compat.kv_get(key)
+
+    async def delete(self, key: str) -> None:
+        _compat.kv_delete(key)
+
+    async def cluster(self) -> tuple[str, list[str]]:
+        return _compat.cluster_id(), _compat.worker_nodes()
+
+
+@pytest.fixture(scope="module")
+def store(ray_cluster: Any) -> Any:
+    actor: Any = ray.remote(Store).options(num_cpus=0).remote()
+    yield actor
+    ray.kill(actor)
+
+
+async def test_driver_and_actors_see_one_key_value_store(store: Any) -> None:
+    key = f"contract/{uuid.uuid4().hex}"
+    assert await store.get.remote(key) is None
+    _compat.kv_put(key, b"from the driver")
+    assert await store.get.remote(key) == b"from the driver"
+    await store.put.remote(key, b"\0from an actor\xff")
+    assert _compat.kv_get(key) == b"\0from an actor\xff", "overwritten"
+    await store.delete.remote(key)
+    assert _compat.kv_get(key) is None
+    _compat.kv_delete(key)
+
+
+async def test_what_an_actor_stored_outlives_it() -> None:
+    key = f"contract/{uuid.uuid4().hex}"
+    actor: Any = ray.remote(Store).options(num_cpus=0).remote()
+    await actor.put.remote(key, b"kept")
+    ray.kill(actor)
+    with pytest.raises(ray.exceptions.ActorDiedError):
+        await actor.get.remote(key)
+    assert _compat.kv_get(key) == b"kept"
+    _compat.kv_delete(key)
+
+
+async def test_all_processes_know_the_same_cluster_id_and_nodes(store: Any) -> None:
+    identity, nodes = await store.cluster.remote()
+    assert identity == _compat.cluster_id()
+    assert len(bytes.fromhex(identity)) >= 16
+    assert nodes == _compat.worker_nodes() == [ray.get_runtime_context().get_node_id()]
+
+
+SHADOWING = """
+import sys, ray
+ray.init(address=sys.argv[1], namespace="x", log_to_driver=False, logging_level="error",
+         runtime_env={"working_dir": "."})
+
+@ray.remote(num_cpus=0)
+def look():
+    import actors, deployments, raypg.actors, raypg.deployments
+    return [actors.WHOSE, deployments.WHOSE, raypg.actors.__name__, hasattr(raypg.actors, "WHOSE")]
+
+print(ray.get(look.remote()))
+"""
+
+
+def test_a_users_own_packages_called_actors_and_deployments_win_and_ours_are_still_there(tmp_path: Path) -> None:
+    for name in ("actors", "deployments"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("WHOSE = 'the user'\n")
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", SHADOWING, ray.get_runtime_context().gcs_address],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "['the user', 'the user', 'raypg.actors', False]"
