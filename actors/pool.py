@@ -16,6 +16,7 @@ import asyncio
 import json
 import logging
 import secrets
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,13 +28,16 @@ from raypg import _compat, naming
 from raypg.actors.worker import Answer, PoolWorker, application_name
 from raypg.config import PoolConfig
 from raypg.core import sizing
-from raypg.errors import ConfigError, PoolClosedError, PoolConflictError, PoolVersionError, RaypgError
+from raypg.errors import ConfigError, PoolClosedError, PoolConflictError, PoolVersionError, RaypgError, UnavailableError
 from raypg.messages import hello
 from raypg.portable import pack_error
 from raypg.server.connect import Connector
 from raypg.server.control import Control
 
 logger = logging.getLogger(__name__)
+
+START_TIMEOUT = 60.0
+"""Seconds in which a worker's process must have started."""
 
 PING_EVERY = 1.0
 """Seconds between pings; also the longest a ping may take."""
@@ -59,7 +63,7 @@ class Member:
     index: int
     name: str
     node: str
-    handle: ActorHandle
+    handle: ActorHandle[Any]
     budget: int = 0
     incarnation: str | None = None
     missed: int = 0
@@ -216,16 +220,22 @@ class PoolActor:
             return "error", pack_error(error)
         for index in range(count):
             self._members.append(self._start_worker(index, nodes[index % len(nodes)], shares[index]))
-        while not all([await self._ping(member, timeout=60.0) for member in self._members]):
-            await asyncio.sleep(0.1)
+        here = await asyncio.gather(*(self._ping(member, timeout=START_TIMEOUT) for member in self._members))
+        if not any(here):
+            return "error", pack_error(
+                UnavailableError(
+                    f"no worker of pool {self._name!r} started within {START_TIMEOUT:g} s; see `ray list actors`"
+                )
+            )
         await asyncio.gather(*(self._ping(member) for member in self._members))  # grants the budgets
         least = self._config.min_connections if self._config.pre_warm else 1
         warm = await asyncio.gather(
-            *(m.handle.warm_up.remote(max(1, round(least * m.budget / max(1, sum(shares))))) for m in self._members)
+            *(m.handle.warm_up.remote(max(1, round(least * m.budget / max(1, sum(shares))))) for m in self._members),
+            return_exceptions=True,
         )
-        failures = [answer for answer in warm if answer[0] == "error"]
-        if len(failures) == len(warm):
-            return failures[0]  # type: ignore[no-any-return]
+        failures = [("error", pack_error(a)) if isinstance(a, BaseException) else a for a in warm]
+        if all(kind == "error" for kind, _ in failures):
+            return failures[0]
         self._keeper = asyncio.get_running_loop().create_task(self._keep())
         return "ok", None
 
@@ -264,7 +274,7 @@ class PoolActor:
             await asyncio.sleep(PING_EVERY)
             await asyncio.gather(*(self._ping(member) for member in self._members))
             await self._confirm_gone()
-            await self._control.rest(asyncio.get_running_loop().time())
+            await self._control.rest(time.monotonic())
 
     async def _ping(self, member: Member, timeout: float = PING_EVERY) -> bool:
         gone, member.gone = member.gone, []

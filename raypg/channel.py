@@ -38,13 +38,15 @@ class Call:
 
     __slots__ = ("arguments", "channel", "future", "mode", "number", "position", "retried", "since", "sql", "timeout")
 
-    def __init__(self, mode: int, sql: str, arguments: Any, timeout: float | None, since: float) -> None:
+    def __init__(
+        self, mode: int, sql: str, arguments: Any, timeout: float | None, loop: asyncio.AbstractEventLoop
+    ) -> None:
         self.mode = mode
         self.sql = sql
         self.arguments = arguments
         self.timeout = timeout
-        self.since = since
-        self.future: asyncio.Future[tuple[Any, tuple[str, ...] | None]] = asyncio.get_running_loop().create_future()
+        self.since = loop.time()
+        self.future: asyncio.Future[tuple[Any, tuple[str, ...] | None]] = loop.create_future()
         self.retried = False
         self.channel: Channel | None = None
         self.number = -1
@@ -66,7 +68,7 @@ class Channel:
     """
 
     def __init__(
-        self, dispatcher: Dispatcher, handle: ActorHandle, index: int, node: str, budget: int, incarnation: str
+        self, dispatcher: Dispatcher, handle: ActorHandle[Any], index: int, node: str, budget: int, incarnation: str
     ) -> None:
         self.handle = handle
         self.index = index
@@ -222,6 +224,7 @@ class Channel:
                     call.future.set_exception(error)
         self._batches.clear()
         self._pending.clear()
+        self.open = 0
 
     def close(self, error: Exception) -> None:
         """The pool is closed: no more statements on this line."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import ray
 from ray.actor import ActorHandle
 from ray.util import list_named_actors
@@ -18,7 +20,7 @@ def running_pools() -> list[str]:
     return sorted(name for name in found if name is not None)
 
 
-def find(name: str) -> ActorHandle:
+def find(name: str) -> ActorHandle[Any]:
     """The Pool actor of pool *name*.
 
     Raises:
@@ -32,7 +34,7 @@ def find(name: str) -> ActorHandle:
         raise PoolNotFoundError(name, running_pools()) from None
 
 
-def find_or_start(config: PoolConfig) -> ActorHandle:
+def find_or_start(config: PoolConfig) -> ActorHandle[Any]:
     """The Pool actor for *config*, started if it does not run. Whether it really has this configuration, it says
     itself: of two callers that start it at once, one wins, and Ray ignores the arguments of the other."""
     from raypg.actors.pool import PoolActor  # not for those who only use a pool

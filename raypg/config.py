@@ -249,7 +249,7 @@ def from_kwargs(*, environ: Mapping[str, str] | None = None, **given: Any) -> Po
     A place is looked for in: arguments, connection string, service file, PG* environment, libpq's defaults
     (but TCP on localhost instead of a socket, for workers run on other nodes). A password: one explicit
     source (``password`` or one inside the connection string, ``password_env``, ``passfile``,
-    ``password_command``), the service file, and, on the worker, PGPASSWORD, PGPASSFILE, ``~/.pgpass``. An
+    ``password_command``), the service file, PGPASSWORD here, and, on the worker, PGPASSFILE, ``~/.pgpass``. An
     argument of None counts as not given, except where None means *no limit*.
 
     Args:
@@ -273,10 +273,14 @@ def from_kwargs(*, environ: Mapping[str, str] | None = None, **given: Any) -> Po
     _raise_for(problems)
     assert checked is not None
     assert found.target is not None
+    target = found.target
+    if target.password_source.kind == "none" and environ.get("PGPASSWORD"):
+        # The worker that connects may run where the caller's environment is not known.
+        target = Target.from_dict(target.to_dict(), PasswordSource.literal(environ["PGPASSWORD"]))
     return PoolConfig(
         **dict(checked),
         name=given["name"],
-        target=found.target,
+        target=target,
         replicas=found.replicas,
         connection_string=found.shown,
         explicit=frozenset(given) | found.explicit,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+import threading
 import weakref
 from typing import Any
 
@@ -28,6 +29,12 @@ from raypg.portable import unpack_error
 ANSWER_WITHIN = 5.0
 """Seconds in which the Pool actor must answer a question about its workers."""
 
+MOST_ATTEMPTS = 100
+"""How often a pool that ends is waited for, ``RETRY_EVERY`` seconds each, before its name is used again."""
+
+LIFE_SIGN_WITHIN = 2.0
+"""Seconds in which a worker must say that it is there."""
+
 RETRY_EVERY = 0.1
 """Seconds between two looks for a worker that can be used."""
 
@@ -35,7 +42,7 @@ RETRY_EVERY = 0.1
 class Dispatcher:
     """Sends statements of one event loop to the workers of one pool."""
 
-    def __init__(self, name: str, pool: ActorHandle, greeting: dict[str, Any]) -> None:
+    def __init__(self, name: str, pool: ActorHandle[Any], greeting: dict[str, Any]) -> None:
         self.name = name
         self.client = secrets.token_hex(8)
         context = ray.get_runtime_context()
@@ -46,10 +53,19 @@ class Dispatcher:
         self._loop = asyncio.get_running_loop()
         self._channels: dict[int, Channel] = {}
         self._epoch = 0
-        self._closed: Exception | None = None
+        self._thread = threading.get_ident()
+        self.closed: Exception | None = None
         self._parked: list[Call] = []
         self._finding: asyncio.Task[None] | None = None
         self._take(greeting)
+
+    def is_here(self) -> bool:
+        """Whether this dispatcher is open and belongs to the running event loop.
+
+        Asked for every statement, and asyncio.get_running_loop() is a system call each time (it compares process ids):
+        it took 17 % of the time of a busy caller. Only one loop runs in a thread, so thread and state say the same.
+        """
+        return self.closed is None and self._thread == threading.get_ident() and self._loop.is_running()
 
     def owner(self) -> dict[str, Any]:
         """Who holds a lease, in words for ``get_status`` and ``raypg status``."""
@@ -69,7 +85,7 @@ class Dispatcher:
         self, mode: int, sql: str, arguments: Any, timeout: float | None
     ) -> tuple[Any, tuple[str, ...] | None]:
         """Run one statement on any worker; see :meth:`ServerConnection.run` for what comes back."""
-        call = Call(mode, sql, arguments, timeout, self._loop.time())
+        call = Call(mode, sql, arguments, timeout, self._loop)
         self._send(call)
         try:
             return await call.future
@@ -79,8 +95,8 @@ class Dispatcher:
             raise
 
     def _send(self, call: Call) -> None:
-        if self._closed is not None:
-            call.future.set_exception(self._closed)
+        if self.closed is not None:
+            call.future.set_exception(self.closed)
             return
         channel = self.choose()
         if channel is None:
@@ -111,8 +127,8 @@ class Dispatcher:
         """
         until = self._loop.time() + self.config.acquire_timeout
         while True:
-            if self._closed is not None:
-                raise self._closed
+            if self.closed is not None:
+                raise self.closed
             channel = self.choose()
             if channel is not None:
                 return channel
@@ -132,11 +148,19 @@ class Dispatcher:
         self._epoch = membership["epoch"]
         for index, name, node, budget, incarnation in membership["workers"]:
             known = self._channels.get(index)
-            if known is not None and known.incarnation == incarnation:
-                known.budget = budget
-            elif incarnation is not None:
-                handle = ray.get_actor(name, namespace=naming.NAMESPACE)
-                self._channels[index] = Channel(self, handle, index, node, budget, incarnation)
+            if known is not None and not known.closed:
+                known.budget = budget  # we may know of a newer life of it than the Pool actor does
+            elif known is None and incarnation is not None:
+                handle = self._handle(name)
+                if handle is not None:
+                    self._channels[index] = Channel(self, handle, index, node, budget, incarnation)
+
+    @staticmethod
+    def _handle(name: str) -> ActorHandle[Any] | None:
+        try:
+            return ray.get_actor(name, namespace=naming.NAMESPACE)
+        except ValueError:
+            return None  # it is just being ended
 
     async def refresh(self) -> None:
         """Ask the Pool actor where the workers are now. Its silence is no news."""
@@ -153,9 +177,20 @@ class Dispatcher:
                 self.close(PoolClosedError(f"pool {self.name!r} was closed"))
 
     async def is_current(self, channel: Channel) -> bool:
-        """Whether the life of the worker that *channel* leads to goes on, as far as the Pool actor knows."""
-        await self.refresh()
-        return not channel.closed and self._closed is None and self._channels.get(channel.index) is channel
+        """Whether the life of the worker that *channel* leads to goes on: it says so, or the Pool actor does."""
+        if channel.closed or self.closed is not None:
+            return False
+        incarnation = await self._life_of(channel)
+        if incarnation is not None:
+            return incarnation == channel.incarnation
+        try:
+            membership = await asyncio.wait_for(self.pool.membership.remote(), ANSWER_WITHIN)
+        except TimeoutError:
+            return True
+        except RayActorError:
+            await self.refresh()
+            return self.closed is None
+        return any(index == channel.index for index, *_ in membership["workers"])
 
     def worker_gone(self, channel: Channel, sent: list[Call], unsent: list[Call]) -> None:
         """A worker died. Reads that were on their way are sent once more; of writes nobody knows; the rest goes on."""
@@ -180,7 +215,7 @@ class Dispatcher:
 
     async def _find(self) -> None:
         """Look for the new life of lost workers until every line stands again, and send what waits meanwhile."""
-        while self._closed is None:
+        while self.closed is None:
             await self.refresh()
             for channel in tuple(self._channels.values()):
                 if not channel.closed:
@@ -207,11 +242,18 @@ class Dispatcher:
 
     async def _new_life(self, dead: Channel) -> Channel | None:
         """A line to the restarted worker, as soon as it answers: sooner than the Pool actor's next ping."""
-        try:
-            incarnation = await asyncio.wait_for(dead.handle.here.remote(), 1.0)
-        except (RayActorError, TimeoutError):
+        incarnation = await self._life_of(dead)
+        if incarnation is None:
             return None
         return Channel(self, dead.handle, dead.index, dead.node, dead.budget, incarnation)
+
+    @staticmethod
+    async def _life_of(channel: Channel) -> str | None:
+        try:
+            incarnation: str = await asyncio.wait_for(channel.handle.here.remote(), LIFE_SIGN_WITHIN)
+        except (RayActorError, TimeoutError):
+            return None
+        return incarnation
 
     def _no_worker(self) -> UnavailableError:
         return UnavailableError(
@@ -221,8 +263,8 @@ class Dispatcher:
 
     def close(self, error: Exception) -> None:
         """The pool is closed: all who wait get *error*."""
-        if self._closed is None:
-            self._closed = error
+        if self.closed is None:
+            self.closed = error
             for call in self._parked:
                 if not call.future.done():
                     call.future.set_exception(error)
@@ -233,11 +275,6 @@ class Dispatcher:
 
 _dispatchers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, Dispatcher]] = weakref.WeakKeyDictionary()
 _connecting: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, asyncio.Lock]] = weakref.WeakKeyDictionary()
-
-
-def existing(name: str) -> Dispatcher | None:
-    """The dispatcher of pool *name* in the running event loop, if there is one."""
-    return _dispatchers.get(asyncio.get_running_loop(), {}).get(name)
 
 
 async def connect(name: str, config: PoolConfig | None) -> tuple[Dispatcher, bool]:
@@ -265,7 +302,7 @@ async def connect(name: str, config: PoolConfig | None) -> tuple[Dispatcher, boo
         return found, bool(greeting["first"])
 
 
-async def _greet(name: str, config: PoolConfig | None) -> tuple[ActorHandle, dict[str, Any]]:
+async def _greet(name: str, config: PoolConfig | None) -> tuple[ActorHandle[Any], dict[str, Any]]:
     attempts = 0
     while True:
         pool = cluster.find(name) if config is None else cluster.find_or_start(config)
@@ -275,7 +312,7 @@ async def _greet(name: str, config: PoolConfig | None) -> tuple[ActorHandle, dic
         except RayActorError as error:
             # It ended between our look and our word: a pool that could not start, or was just closed. Once more.
             attempts += 1
-            if attempts > 20:
+            if attempts > MOST_ATTEMPTS:
                 raise UnavailableError(f"pool {name!r} does not start: {error}") from error
             await asyncio.sleep(RETRY_EVERY)
             continue
@@ -284,6 +321,10 @@ async def _greet(name: str, config: PoolConfig | None) -> tuple[ActorHandle, dic
         problem = unpack_error(value)
         if kind == "failed":
             ray.kill(pool)  # it could not start: a corrected configuration must find the name free
+        if isinstance(problem, PoolClosedError) and config is not None and attempts < MOST_ATTEMPTS:
+            attempts += 1  # the last pool of this name is still being ended
+            await asyncio.sleep(RETRY_EVERY)
+            continue
         raise problem
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 from collections.abc import Generator, Iterable, Sequence
 from types import TracebackType
@@ -35,6 +36,7 @@ class LeasedConnection:
         self._numbers = itertools.count(1)
         self._depth = 0
         self._ended: str | None = None
+        self._channel.open += 1  # it takes a connection of that worker's share for as long as it is held
         self.connection_id: str = granted["connection_id"]
         self.health_score: float = granted["health_score"]
         self.backend_pid: int = granted["backend_pid"]
@@ -88,7 +90,7 @@ class LeasedConnection:
             if last is None:
                 return None
             raise LeaseLostError(f"the lease is gone: {self._ended}")
-        self._ended = "it was released"
+        self._mark_ended("it was released")
         try:
             kind, value = await self._channel.ask("release", self._token, last)
         except WorkerGone:
@@ -102,6 +104,11 @@ class LeasedConnection:
             raise error
         return None if value is None else str(value)
 
+    def _mark_ended(self, why: str) -> None:
+        if self._ended is None:
+            self._ended = why
+            self._channel.open -= 1
+
     async def _run(self, mode: int, sql: str, arguments: Any, timeout: float | None) -> tuple[Any, Any]:
         if self._ended is not None:
             raise LeaseLostError(f"the lease is gone: {self._ended}")
@@ -114,7 +121,7 @@ class LeasedConnection:
             self._channel.handle.lease_cancel.remote(self._token, number)
             raise
         except WorkerGone:
-            self._ended = "its worker died"
+            self._mark_ended("its worker died")
             verdict = classify(sql)
             if self._depth and verdict.kind != "transaction":
                 raise LeaseLostError(
@@ -126,7 +133,7 @@ class LeasedConnection:
         if kind == "error":
             error = unpack_error(value)
             if isinstance(error, LeaseLostError):
-                self._ended = error.args[0].removeprefix("the lease is gone: ")
+                self._mark_ended(error.args[0].removeprefix("the lease is gone: "))
             raise error
         return value  # type: ignore[no-any-return]
 
@@ -268,7 +275,7 @@ async def acquire(
             continue
         except asyncio.CancelledError:
             # The connection may be granted all the same: then it must go back at once.
-            request.add_done_callback(lambda done: _return(channel, done))
+            request.add_done_callback(functools.partial(_return, channel))
             raise
         finally:
             channel.open -= 1

@@ -49,7 +49,7 @@ class Finished(NamedTuple):
 
 
 def size_of(arguments: Arguments) -> int:
-    """A cheap estimate of the bytes that *arguments* take in a message (long strings and bytes counted, rest guessed)."""
+    """A cheap estimate of the bytes that *arguments* take in a message: long values counted, the rest guessed."""
     size = 24
     for value in arguments:
         size += 16

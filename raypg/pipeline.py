@@ -276,7 +276,8 @@ class QueryPipelineNode:
         if outcomes[-1][3] is not None:
             last = outcomes[-1]
             self._culprit = self._query_id(first + last[0])
-            self._note_all(first + done, count - done, self._rolled_back()) if count > done else None
+            if count > done:
+                self._note_all(first + done, count - done, self._rolled_back())
 
     def _rolled_back(self) -> StatementNotRunError:
         return StatementNotRunError(
@@ -301,10 +302,10 @@ class QueryPipelineNode:
         if problem is not None:
             before = self._results
             self._results = PipelineResults(self._query_id)
-            for first, count, _, error, milliseconds, retries in before._spans:
-                if error is None:
+            for first, count, _, failed, milliseconds, retries in before._spans:
+                if failed is None:
                     self._failures += count
-                self._results.add(first, count, None, error or problem, milliseconds, retries)
+                self._results.add(first, count, None, failed or problem, milliseconds, retries)
 
     # --- flushing and closing ---
 
@@ -350,7 +351,7 @@ class QueryPipelineNode:
     def __del__(self) -> None:
         if getattr(self, "_rows", 0):
             warnings.warn(
-                f"pipeline {self.name!r} was dropped with {self._rows} queries that were not sent; flush() or close() it",
+                f"pipeline {self.name!r} was dropped with {self._rows} unsent queries; flush() or close() it",
                 ResourceWarning,
                 stacklevel=2,
             )
@@ -373,7 +374,7 @@ class QueryPipelineNode:
     async def _dispatcher(self) -> Dispatcher:
         if isinstance(self._pool, WorkflowConnectionPool):
             return await self._pool._dispatcher()
-        return dispatch.existing(self._pool) or (await dispatch.connect(self._pool, None))[0]
+        return (await dispatch.connect(self._pool, None))[0]
 
 
 async def _ask(channel: Channel, job: str, count: int, runs: list[Any], most: int, token: str | None) -> list[Any]:

@@ -41,6 +41,7 @@ class WorkflowConnectionPool:
         self._config: PoolConfig | None = from_kwargs(**config)
         self._name: str = self._config.name
         self._started = False
+        self._known: Dispatcher | None = None
         self._closed: PoolClosedError | None = None
         self._operations = Operations(self)
 
@@ -50,6 +51,7 @@ class WorkflowConnectionPool:
         handle._config = None
         handle._name = name
         handle._started = True
+        handle._known = None
         handle._closed = None
         handle._operations = Operations(handle)
         return handle
@@ -170,6 +172,7 @@ class WorkflowConnectionPool:
         if self._closed is not None:
             return
         self._closed = PoolClosedError(f"this handle of pool {self._name!r} was closed")
+        self._known = None
         if self._config is not None and self._started:
             await end(self._name, f"pool {self._name!r} was closed")
 
@@ -185,16 +188,14 @@ class WorkflowConnectionPool:
     async def _run(self, mode: int, query: str, args: Any, timeout: float | None) -> tuple[Any, Any]:
         if not isinstance(query, str):
             raise TypeError(f"the statement must be a str, not {type(query).__name__}")
-        dispatcher = await self._dispatcher()
-        return await dispatcher.run(mode, query, args, timeout)
+        known = self._known  # the shortest way, for every call but the first
+        if known is None or not known.is_here():
+            known = await self._dispatcher()
+        return await known.run(mode, query, args, timeout)
 
     async def _dispatcher(self) -> Dispatcher:
         if self._closed is not None:
             raise self._closed
-        if self._started:
-            found = dispatch.existing(self._name)
-            if found is not None:
-                return found
         return (await self._initialize())[0]
 
     async def _initialize(self) -> tuple[Dispatcher, bool]:
@@ -202,6 +203,7 @@ class WorkflowConnectionPool:
             raise self._closed
         found = await dispatch.connect(self._name, None if self._started else self._config)
         self._started = True
+        self._known = found[0]
         return found
 
 

@@ -25,7 +25,7 @@ PortableError: TypeAlias = tuple[str, str, Any, dict[str, Any] | None]
 
 
 def _reduce_sequence(value: Any) -> tuple[Any, ...]:
-    """For ``Point(x, y)``, ``Line(a, b, c)``, ``Box(high, low)``, ``LineSegment(p1, p2)``, ``Circle(center, radius)``."""
+    """For types whose constructor takes what iterating over them gives."""
     return type(value), tuple(value)
 
 

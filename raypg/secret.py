@@ -17,6 +17,7 @@ import re
 import shlex
 import signal
 import stat
+import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -140,39 +141,32 @@ class PasswordSource:
         return None
 
     async def _run(self, place: Mapping[str, str]) -> str:
-        words = shlex.split(self._value)
         try:
-            process = await asyncio.create_subprocess_exec(
-                *words,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
+            transport, output = await asyncio.get_running_loop().subprocess_exec(
+                _Output,
+                *shlex.split(self._value),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
                 # Helpers tend to print credentials when they fail: nothing of it may reach an error or a log.
-                stderr=asyncio.subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
                 env={**os.environ, **place},
                 start_new_session=True,
             )
         except (OSError, ValueError) as error:
             raise self._failed(f"it could not be started: {_why(error)}") from None
-        assert process.stdout is not None
         try:
             async with asyncio.timeout(self._timeout):
-                output = await _read_at_most(process.stdout, _COMMAND_OUTPUT_LIMIT)
-                code = await process.wait() if output is not None else 0
+                await output.complete.wait()
         except TimeoutError:
             raise self._failed(f"it did not finish within {self._timeout:g} s") from None
         finally:
-            if process.returncode is None:
-                # Its own session, so that what it started goes too.
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                with contextlib.suppress(ProcessLookupError):
-                    process.kill()
-        if output is None:
+            await _end(transport, output)
+        if output.too_long:
             raise self._failed(f"it printed more than {_COMMAND_OUTPUT_LIMIT} bytes")
-        if code != 0:
+        if code := transport.get_returncode():
             raise self._failed(f"it ended with exit code {code}")
         try:
-            password = output.decode().rstrip("\r\n")
+            password = output.text.decode().rstrip("\r\n")
         except UnicodeDecodeError:
             raise self._failed("it printed something that is not UTF-8") from None
         if not password:
@@ -232,14 +226,48 @@ class PasswordSource:
         raise AttributeError("a PasswordSource cannot be changed")
 
 
-async def _read_at_most(stream: asyncio.StreamReader, limit: int) -> bytes | None:
-    """All of a stream, or None if it is longer than ``limit`` bytes."""
-    output = bytearray()
-    while chunk := await stream.read(limit):
-        output += chunk
-        if len(output) > limit:
-            return None
-    return bytes(output)
+class _Output(asyncio.SubprocessProtocol):
+    """What a program prints. ``complete`` is set when it has ended and closed its output, or printed too much."""
+
+    def __init__(self) -> None:
+        self.text = bytearray()
+        self.too_long = False
+        self.complete = asyncio.Event()
+        self.exited = asyncio.Event()
+        self._closed = False
+
+    def pipe_data_received(self, fd: int, data: bytes | str) -> None:
+        assert isinstance(data, bytes)
+        if len(self.text) + len(data) <= _COMMAND_OUTPUT_LIMIT:
+            self.text += data
+        else:
+            self.too_long = True
+            self.complete.set()
+
+    def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
+        self._closed = True
+        self._check()
+
+    def process_exited(self) -> None:
+        self.exited.set()
+        self._check()
+
+    def _check(self) -> None:
+        if self._closed and self.exited.is_set():
+            self.complete.set()
+
+
+async def _end(transport: asyncio.SubprocessTransport, output: _Output) -> None:
+    """Leave neither process nor pipe behind, however the waiting ended."""
+    if not output.exited.is_set():
+        # It leads its own session, so that what it started goes too.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(transport.get_pid(), signal.SIGKILL)
+        # Reap it. Bounded, for a process in an uninterruptible system call does not even obey SIGKILL.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(1):
+                await output.exited.wait()
+    transport.close()
 
 
 def _is_sendable(password: str) -> bool:

@@ -42,7 +42,7 @@ class Bisection:
             else:
                 plan.passed()
 
-    It goes on row by row, left to right, when more than 5 % of the rows turned out bad, or after
+    It goes on row by row, left to right, when more than 5 % of the rows (and more than one) turned out bad, or after
     2 × log2(rows) failing trips with none between them that passed: then halving costs more than it saves.
 
     A range that fails with ``again`` is tried three times, then row by row; a single row three times, then it
@@ -131,7 +131,7 @@ class Bisection:
             self._bad += 1
         else:
             self._todo.append(self._split(trip))
-        if self._bad > _MOST_BAD * self.rows or self._failing_trips > self._most_failing_trips:
+        if self._bad > max(1, _MOST_BAD * self.rows) or self._failing_trips > self._most_failing_trips:
             self.one_by_one = True
         return single
 

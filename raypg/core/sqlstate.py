@@ -165,8 +165,14 @@ def stops_bisection(sqlstate: str | None, *, server_function: str | None = None)
 def bisection_kind(
     sqlstate: str | None, *, severity: str | None = "ERROR", server_function: str | None = None
 ) -> Literal["row", "again", "stop"]:
-    """What :meth:`raypg.core.bisection.Bisection.failed` is to be told; anything but an ERROR stops it."""
-    if severity != "ERROR" or stops_bisection(sqlstate, server_function=server_function):
+    """What :meth:`raypg.core.bisection.Bisection.failed` is to be told.
+
+    Args:
+        sqlstate: the server's code, or asyncpg's own for a value that it cannot encode (22000).
+        severity: ``severity_en``; None if asyncpg raised it itself. FATAL and PANIC stop the search.
+        server_function: as for :func:`is_row_error`.
+    """
+    if severity not in ("ERROR", None) or stops_bisection(sqlstate, server_function=server_function):
         return "stop"
     return "again" if is_rerun_whole_group(sqlstate) else "row"
 

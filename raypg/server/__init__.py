@@ -1,1 +1,1 @@
-"""Everything that speaks to PostgreSQL itself, without Ray: connections, resets, the set of connections of one worker."""
+"""Everything that speaks to PostgreSQL itself, without Ray: connections, resets, queues, leases."""

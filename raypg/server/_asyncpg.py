@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +30,18 @@ def file_descriptor(raw: asyncpg.Connection) -> int:
     """The socket of *raw*, to be polled before a statement is sent."""
     descriptor: int = raw._transport.get_extra_info("socket").fileno()
     return descriptor
+
+
+def set_socket_options(raw: asyncpg.Connection, options: Sequence[tuple[int, int, int]]) -> None:
+    """Set (level, option, value) on the socket of *raw*, if it is a TCP socket; asyncpg sets no keepalives."""
+    transport = raw._transport.get_extra_info("socket")
+    if transport.family != socket.AF_UNIX:
+        duplicate = socket.socket(
+            fileno=os.dup(transport.fileno())
+        )  # uvloop's socket cannot be set; options are shared
+        with duplicate:
+            for level, option, value in options:
+                duplicate.setsockopt(level, option, value)
 
 
 async def send_cancel(raw: asyncpg.Connection) -> None:

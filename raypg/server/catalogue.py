@@ -35,8 +35,8 @@ SELECT coalesce(bool_and(
            JOIN pg_catalog.pg_attribute a ON a.attrelid = d.adrelid AND a.attnum = d.adnum
            WHERE d.adrelid = to_regclass($1) AND a.attgenerated = ''
              AND pg_catalog.pg_get_expr(d.adbin, d.adrelid) LIKE '%(%'
-             AND pg_catalog.pg_get_expr(d.adbin, d.adrelid)
-                 !~ '^(nextval\\(''[^'']*''::regclass\\)|gen_random_uuid\\(\\)|uuidv[47]\\(\\)|random\\(\\)|clock_timestamp\\(\\))$'
+             AND pg_catalog.pg_get_expr(d.adbin, d.adrelid) !~
+                 '^(nextval\\(''[^'']*''::regclass\\)|(gen_random_uuid|uuidv[47]|random|clock_timestamp)\\(\\))$'
        ) AS clocked,
        ARRAY(
            SELECT a.attname::text FROM pg_catalog.pg_attribute a

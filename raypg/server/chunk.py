@@ -80,6 +80,7 @@ class ChunkRequest:
                 await request._in_transaction(engine, lease.connection, token)
             return request._done
         engine.enqueue(job, request, cost=max(1.0, sum(len(rows) for _, rows in runs) / 8))
+        engine.pump()
         try:
             return await request.future
         except Refused as refused:

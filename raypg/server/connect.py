@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import logging
 import socket
 import ssl
+import time
 
 import asyncpg
 
 from raypg.config import PoolConfig
 from raypg.core.sqlstate import error_category
 from raypg.errors import ConnectError
-from raypg.server import codecs
+from raypg.server import _asyncpg, codecs
 from raypg.server.connection import ServerConnection
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class Connector:
             raise
         except Exception as error:
             raise explain(error, config) from error
-        connection = ServerConnection(raw, next(self._numbers), asyncio.get_running_loop().time(), config.max_lifetime)
+        connection = ServerConnection(raw, next(self._numbers), time.monotonic(), config.max_lifetime)
         try:
             await codecs.install(raw, config.codecs)
         except Exception as error:
@@ -69,7 +69,7 @@ class Connector:
     async def _connect(self, password: str | None) -> asyncpg.Connection:
         try:
             arguments = {**self.config.connect_arguments(), "command_timeout": None}  # ours waits for the outcome
-            return await asyncpg.connect(
+            raw = await asyncpg.connect(
                 **arguments,
                 password=password or "",
                 server_settings=self.config.server_settings_for(self.base_name, safety=self._safe),
@@ -84,6 +84,8 @@ class Connector:
             )
             self._safe = False
             return await self._connect(password)
+        _asyncpg.set_socket_options(raw, self.config.target.socket_options())
+        return raw
 
 
 def explain(error: BaseException, config: PoolConfig) -> ConnectError:

@@ -10,6 +10,7 @@ import asyncio
 import math
 import random
 import select
+import time
 from typing import Any
 
 import asyncpg
@@ -148,8 +149,9 @@ class ServerConnection:
             asyncpg.PostgresError, asyncpg.InterfaceError: had no effect; the connection is good.
         """
         raw = self.raw
-        loop = asyncio.get_running_loop()
-        timer = None if timeout is None else loop.call_later(max(timeout, 0.0), self.cancel, "timeout")
+        timer: asyncio.TimerHandle | None = None
+        if timeout is not None:
+            timer = asyncio.get_running_loop().call_later(max(timeout, 0.0), self.cancel, "timeout")
         self._cancel_reason = None
         self.used += 1
         self.busy = True
@@ -191,7 +193,7 @@ class ServerConnection:
                 await asyncio.shield(self._cancelling)
                 self._cancelling = None
             self.busy = False
-            self.last_used = loop.time()
+            self.last_used = time.monotonic()
 
     def cancel(self, reason: str) -> None:
         """Cancel what runs now, on the server. ``run`` then ends as the server says: cancelled, or done after all."""
@@ -236,7 +238,7 @@ class ServerConnection:
             await self.raw.execute("", timeout=timeout)
         except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
             return False
-        self.last_used = asyncio.get_running_loop().time()
+        self.last_used = time.monotonic()
         return True
 
     async def close(self, timeout: float = 2.0) -> bool:

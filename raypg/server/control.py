@@ -8,6 +8,7 @@ used again.
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 import asyncpg
@@ -53,6 +54,7 @@ class Control:
             if self._connection is None or not await self._connection.is_alive():
                 self._connection = await self._connector.open()
             records: list[asyncpg.Record] = await self._connection.raw.fetch(sql, *arguments, timeout=10.0)
+            self._connection.last_used = time.monotonic()
             return records
 
     async def limits(self) -> dict[str, Any]:
@@ -70,7 +72,8 @@ class Control:
     async def gone(self, pids: list[int]) -> list[int]:
         """Those of *pids* that are no client backend any more."""
         alive = await self._fetch(
-            "SELECT pid FROM pg_catalog.pg_stat_activity WHERE pid = any($1::int[]) AND backend_type = 'client backend'",
+            "SELECT pid FROM pg_catalog.pg_stat_activity "
+            "WHERE pid = any($1::int[]) AND backend_type = 'client backend'",
             pids,
         )
         return sorted(set(pids) - {record["pid"] for record in alive})

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import math
 import random
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
@@ -79,8 +80,8 @@ class Engine:
         self._background(self._maintain())
 
     def now(self) -> float:
-        """The event loop's monotonic clock, in seconds."""
-        return self._loop.time()
+        """The monotonic clock, in seconds. Not the event loop's, which uvloop keeps in whole milliseconds."""
+        return time.monotonic()
 
     # --- what callers ask for ---
 
@@ -189,7 +190,7 @@ class Engine:
     # --- queue and lanes ---
 
     def enqueue(self, job: str, work: Any, cost: float) -> None:
-        """Put work in the queue, or fail it at once if the queue is full."""
+        """Put work in the queue, or fail it at once if the queue is full. The caller pumps when all of it is in."""
         try:
             work.ticket = self.queue.push(job, work, cost=cost, deadline=work.deadline)
         except QueueFull as full:
@@ -411,7 +412,7 @@ class Engine:
 
     async def _until(self, condition: Callable[[], bool], seconds: float) -> None:
         until = self.now() + seconds
-        while not condition() and self.now() < until:
+        while not condition() and self.now() < until:  # noqa: ASYNC110 - made of many small events
             await asyncio.sleep(0.01)
 
 

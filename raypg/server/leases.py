@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -49,7 +50,7 @@ class LeaseTable:
     def grant(self, connection: ServerConnection, owner: dict[str, Any], seconds: float) -> Lease:
         """Give *connection* to *owner* for at most *seconds*."""
         loop = asyncio.get_running_loop()
-        lease = Lease(secrets.token_hex(16), connection, owner, loop.time())
+        lease = Lease(secrets.token_hex(16), connection, owner, time.monotonic())
         connection.lease = lease.token
         self._leases[lease.token] = lease
         lease._timer = loop.call_later(

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 STALL = 0.010
 """Seconds without any progress after which a batch is answered as far as it got."""
 
-PATIENCE = 0.050
-"""Seconds after which a batch is answered as far as it got, even while it makes progress."""
+PATIENCE = 0.100
+"""Seconds after which a batch is answered as far as it got, even while it makes progress or has not had its turn."""
 
 HOLD = 1.0
 """Seconds that ``collect`` waits for something to tell; its answer, even if empty, shows that the worker lives."""
@@ -29,12 +29,13 @@ HOLD = 1.0
 class BatchState:
     """What is known of one batch: how many of its statements are open, and the outcomes not yet told."""
 
-    __slots__ = ("_untold", "changed", "client", "deferred", "number", "open", "statements")
+    __slots__ = ("_untold", "begun", "changed", "client", "deferred", "number", "open", "statements")
 
     def __init__(self, client: Client, number: int, size: int) -> None:
         self.client = client
         self.number = number
         self.open = size
+        self.begun = False
         self.deferred = False
         self.changed = asyncio.Event()
         self.statements: dict[int, Statement] = {}
@@ -94,7 +95,8 @@ class Client:
             try:
                 await asyncio.wait_for(batch.changed.wait(), STALL)
             except TimeoutError:
-                if batch.open == before or loop.time() - started > PATIENCE:
+                stalled = batch.open == before and batch.begun
+                if stalled or loop.time() - started > PATIENCE:
                     break
         parts = batch.take()
         if batch.open == 0:

@@ -81,7 +81,7 @@ class Statement:
         self.retried = False
         self.cancelled = False
         self.connection: ServerConnection | None = None
-        self.ticket: Ticket | None = None
+        self.ticket: Ticket[Work] | None = None
 
     def fail(self, error: PortableError) -> None:
         self.batch.finish(self.position, None, None, error)
@@ -89,6 +89,7 @@ class Statement:
     async def serve(self, engine: Engine, connection: ServerConnection) -> ServerConnection | None:
         now = engine.now()
         engine.waited(now - self.arrived)
+        self.batch.begun = True
         timeout = None if self.expires_at is None else self.expires_at - now
         if not self.verdict.clean:
             connection.dirty = True
@@ -107,14 +108,13 @@ class Statement:
                 self.fail(pack_error(lost_error(lost, self.sql, self.verdict.retryable)))
             return None
         except Exception as error:
-            if isinstance(error, InvalidSQLStatementNameError) and not connection.raw.is_in_transaction():
-                if not self.retried:
-                    # The user dropped asyncpg's prepared statements (DISCARD ALL): the server did not know the
-                    # statement, so it did not run; forget them and send it anew.
-                    engine.forget_statements(connection)
-                    self.retried = True
-                    engine.put_first(self)
-                    return connection
+            if isinstance(error, InvalidSQLStatementNameError) and not self.retried:
+                # The user dropped asyncpg's prepared statements (DISCARD ALL): the server did not know the
+                # statement, so it did not run; forget them and send it anew.
+                engine.forget_statements(connection)
+                self.retried = True
+                engine.put_first(self)
+                return connection
             engine.ran(engine.now() - now, failed=True)
             self.fail(pack_error(error))
         else:
@@ -136,7 +136,7 @@ class LeaseRequest:
         self.deadline = deadline
         self.cancelled = False
         self.connection: ServerConnection | None = None
-        self.ticket: Ticket | None = None
+        self.ticket: Ticket[Work] | None = None
         self.future: asyncio.Future[ServerConnection] = asyncio.get_running_loop().create_future()
 
     def fail(self, error: PortableError) -> None:
@@ -177,7 +177,7 @@ def lost_error(lost: ConnectionLost, sql: str, reads_only: bool) -> Exception:
     if reads_only:
         return ConnectionLostError(f"the server ended the connection ({how}) while it read [{shorten(sql)}]")
     return OutcomeUnknownError(
-        f"the server ended the connection ({how}) after the statement was sent; it may or may not have taken effect",
+        f"the server ended the connection ({how}) after the statement was sent; whether it took effect is unknown",
         shorten(sql),
     )
 
@@ -191,7 +191,7 @@ def refuse(verdict: Verdict, sql: str) -> StatementNotAllowedError | None:
         )
     if verdict.statements > 1:
         return StatementNotAllowedError(
-            f"{verdict.statements} statements in one text: send them one by one, or, if they belong together, with "
-            f"`async with pool.transaction() as tx: await tx.execute(…)` [{shorten(sql)}]"
+            f"{verdict.statements} statements in one text: send them one by one, or, if they belong together, "
+            f"with `async with pool.transaction() as tx: await tx.execute(…)` [{shorten(sql)}]"
         )
     return None

@@ -336,7 +336,7 @@ FRAGMENTS = st.sampled_from(
 )
 
 
-@settings(print_blob=True, max_examples=1500)
+@settings(print_blob=True, max_examples=600)
 @given(pieces=st.lists(FRAGMENTS, max_size=10))
 @example(pieces=["u", ":", "h1", "?", "@", "h1"])
 @example(pieces=["h1", ":", "5432", "/", "u", "@", "h1"])
@@ -347,7 +347,7 @@ def test_whatever_we_accept_libpq_reads_the_same(pieces: list[str]) -> None:
         assert ours == by_libpq(uri)
 
 
-@settings(print_blob=True, max_examples=1500)
+@settings(print_blob=True, max_examples=600)
 @given(pieces=st.lists(FRAGMENTS.filter(lambda piece: piece not in {"@", "%C3"}), max_size=10))
 def test_without_an_at_sign_we_accept_just_what_libpq_accepts(pieces: list[str]) -> None:
     uri = "postgresql://u@h" + "".join(pieces)
@@ -439,7 +439,7 @@ def test_any_pairs_that_are_quoted_are_read_back(values: dict[str, str]) -> None
     assert conninfo.split(text) == values == by_libpq(text)
 
 
-@settings(print_blob=True, max_examples=1000)
+@settings(print_blob=True, max_examples=500)
 @given(pieces=st.lists(st.sampled_from(["host", "user", "=", " ", "'", "\\", "x", "\n", "ü", "password"]), max_size=12))
 def test_pairs_are_accepted_just_as_by_libpq(pieces: list[str]) -> None:
     text = "".join(pieces)

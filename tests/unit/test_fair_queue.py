@@ -429,10 +429,7 @@ class QueueAgainstModel(RuleBasedStateMachine):
             *(i for waiting in self.flows.values() for i in waiting),
         ]
         drained_items = self.queue.drain()
-        assert (
-            drained_items[: len(self.control) + len(self.owed_to_expire)]
-            == self.control + self.owed_to_expire
-        )
+        assert drained_items[: len(self.control) + len(self.owed_to_expire)] == self.control + self.owed_to_expire
         assert sorted(drained_items) == sorted(expected)
         self.control, self.owed_to_expire = [], []
         self.flows = {flow: [] for flow in self.flows}
@@ -451,6 +448,4 @@ class QueueAgainstModel(RuleBasedStateMachine):
 
 
 TestQueueAgainstModel = QueueAgainstModel.TestCase
-TestQueueAgainstModel.settings = settings(
-    max_examples=200, stateful_step_count=60, deadline=None, print_blob=True
-)
+TestQueueAgainstModel.settings = settings(max_examples=200, stateful_step_count=60, deadline=None, print_blob=True)

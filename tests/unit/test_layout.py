@@ -88,7 +88,7 @@ def test_core_decides_and_does_nothing_else() -> None:
         if is_below(name, "raypg") and not is_below(name, "raypg.core", "raypg.errors")
     ]
     assert strangers == []
-    assert offences("raypg.core", "ray", "asyncio", "asyncpg", "socket", "threading", "subprocess", "os") == []
+    assert offences("raypg.core", "ray", "asyncio", "asyncpg", "socket", "subprocess", "os") == []
 
 
 def test_core_has_no_clock_of_its_own() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import ctypes
+import gc
 import os
 import pickle
 import select
@@ -23,6 +24,9 @@ from hypothesis import strategies as st
 
 from raypg.errors import ConfigError, ConnectError
 from raypg.secret import PasswordSource
+
+# A pipe or process that is left behind shows only when it is collected.
+pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning", "error::ResourceWarning")
 
 SECRET = "s3cr@t/ü:%?"
 PLACE = {"host": "db", "port": 5432, "database": "d", "user": "u"}
@@ -322,6 +326,16 @@ async def test_command_that_hangs_is_killed_with_its_children(tmp_path: Path) ->
     with pytest.raises(ConnectError, match=r"did not finish within 1\.5 s"):
         await reading
     await _ended(processes)
+    gc.collect()
+
+
+async def test_command_whose_daemon_keeps_the_pipe_open() -> None:
+    daemon = "import time; time.sleep(3)"
+    code = f"import subprocess, sys; subprocess.Popen([sys.executable, '-S', '-c', {daemon!r}], start_new_session=True)"
+    started = asyncio.get_running_loop().time()
+    with pytest.raises(ConnectError, match="did not finish"):
+        await read(PasswordSource.command(python(code), timeout=0.5))
+    assert asyncio.get_running_loop().time() - started < 2.5
 
 
 async def test_cancelled_command_is_killed(tmp_path: Path) -> None:

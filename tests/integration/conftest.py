@@ -1,0 +1,33 @@
+"""One pool, shared by all integration tests that do no harm to it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import asyncpg
+import pytest
+from pools import unique_name
+
+from raypg import WorkflowConnectionPool
+from raypg.embedded import EmbeddedServer
+
+
+@pytest.fixture(scope="session")
+def pool(ray_cluster: Any, pg18: EmbeddedServer) -> Iterator[WorkflowConnectionPool]:
+    """A running pool of 10 connections to `pg18`. It has no search_path: qualify names with your `schema`."""
+    handle = WorkflowConnectionPool(name=unique_name("shared"), **pg18.parameters, max_connections=10)
+    asyncio.run(handle.process({"operation": "initialize"}))
+    yield handle
+    asyncio.run(handle.close())
+
+
+@pytest.fixture
+async def table(schema: str, direct: asyncpg.Connection) -> str:
+    """Qualified name of an empty table ``(id int primary key, label text not null, amount int check (amount >= 0))``."""
+    name = f"{schema}.item"
+    await direct.execute(
+        f"create table {name} (id int primary key, label text not null default '', amount int check (amount >= 0))"
+    )
+    return name

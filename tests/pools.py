@@ -1,0 +1,107 @@
+"""Pools for tests: made with a name of their own, looked at from outside, and ended."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable
+from typing import Any
+
+import asyncpg
+import ray
+
+from raypg import WorkflowConnectionPool, naming
+from raypg._compat import cluster_id
+from raypg.actors.worker import application_prefix
+from raypg.embedded import EmbeddedServer
+
+
+def unique_name(prefix: str = "t") -> str:
+    """A pool name that no other test uses."""
+    return f"{prefix}-{secrets.token_hex(5)}"
+
+
+@contextlib.asynccontextmanager
+async def own_pool(server: EmbeddedServer, **settings: Any) -> AsyncIterator[WorkflowConnectionPool]:
+    """A pool on *server* for one test alone, initialized; ended after the block."""
+    handle = WorkflowConnectionPool(**{"name": unique_name(), **server.parameters, **settings})
+    try:
+        await handle.process({"operation": "initialize"})
+        yield handle
+    finally:
+        await handle.close()
+
+
+async def worker_pids(name: str) -> dict[int, int]:
+    """Worker index → process id, of the workers of pool *name*."""
+    found = {}
+    for index in range(100):
+        try:
+            actor = ray.get_actor(naming.worker_actor(name, index), namespace=naming.NAMESPACE)
+        except ValueError:
+            break
+        found[index] = await actor.__ray_call__.remote(lambda self: os.getpid())
+    return found
+
+
+_OURS = """
+SELECT pid, state, application_name FROM pg_stat_activity
+WHERE backend_type = 'client backend' AND starts_with(application_name, $1)
+"""
+
+
+async def backends_of(direct: asyncpg.Connection, name: str, *, control: bool = True) -> list[asyncpg.Record]:
+    """The server's own list of the client backends of pool *name*: pid, state, application_name."""
+    rows = await direct.fetch(_OURS, application_prefix(cluster_id(), name))
+    return [row for row in rows if control or ":control:" not in row["application_name"]]
+
+
+class CapWatch:
+    """Counts the client backends of a pool, over a connection of its own, as often as it can."""
+
+    def __init__(self, server: EmbeddedServer, name: str, every: float = 0.01) -> None:
+        self._server = server
+        self._name = name
+        self._every = every
+        self._task: asyncio.Task[None] | None = None
+        self.counts: list[int] = []
+        self.seconds = 0.0
+
+    @property
+    def most(self) -> int:
+        """Most backends seen at once."""
+        return max(self.counts)
+
+    @property
+    def rate(self) -> float:
+        """Looks per second."""
+        return len(self.counts) / self.seconds
+
+    async def _watch(self, connection: asyncpg.Connection) -> None:
+        while True:
+            self.counts.append(len(await backends_of(connection, self._name)))
+            await asyncio.sleep(self._every)
+
+    async def __aenter__(self) -> CapWatch:
+        self._connection = await asyncpg.connect(**self._server.parameters)
+        self._started = asyncio.get_running_loop().time()
+        self._task = asyncio.create_task(self._watch(self._connection))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._task is not None
+        failed = self._task.done()
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+        self.seconds = asyncio.get_running_loop().time() - self._started
+        self._connection.terminate()
+        assert not failed
+
+
+def outcomes(results: Iterable[Any]) -> Counter[str]:
+    """How often each kind of error is among *results* of ``gather(…, return_exceptions=True)``; ``ok`` for none."""
+    return Counter(type(result).__name__ if isinstance(result, BaseException) else "ok" for result in results)
