@@ -4,7 +4,7 @@ Its messages:
 
 - ``hello``: a handle says who it is and what it wants; the answer is the pool's membership, or why not.
 - ``membership``: where the workers are now.
-- ``status``, ``resize``, ``set_password``, ``close``.
+- ``status``, ``reconfigure``, ``close``.
 
 Once a second it pings its workers. A ping grants the worker its budget and brings back how it stands; a worker whose
 process is new is granted nothing until the backends of its predecessor are gone.
@@ -44,6 +44,9 @@ PING_EVERY = 1.0
 
 LOST_AFTER = 4
 """Pings in a row that a worker may miss before it counts as lost."""
+
+FIXED = frozenset({"workers", "pooler", "codecs", "statement_cache_size", "server_settings", "application_name"})
+"""Settings that connections are opened with, or that decide how many workers there are."""
 
 CONTROL_NEEDS = 4
 """From this cap on, one connection of it is kept for control; below, control borrows one when it needs it."""
@@ -93,11 +96,10 @@ class PoolActor:
         self._members: list[Member] = []
         self._opening: asyncio.Task[Answer] | None = None
         self._closed: PoolClosedError | None = None
-        self._cap = self._config.max_connections
         self._keeper: asyncio.Task[None] | None = None
         changed = _compat.kv_get(self._key)
         if changed is not None and ray.get_runtime_context().was_current_actor_reconstructed:
-            self._cap = int(json.loads(changed)["max_connections"])
+            self._config = self._config.changed(**json.loads(changed))
         control = application_name(self._cluster, name, "control", secrets.token_hex(4))
         self._connector = Connector(self._config, control)
         self._control = Control(self._connector)
@@ -162,7 +164,7 @@ class PoolActor:
         )
         return "ok", {
             "pool_name": self._name,
-            "max_connections": self._cap,
+            "max_connections": self._config.max_connections,
             "min_connections": self._config.min_connections,
             "workers": [
                 {
@@ -176,17 +178,32 @@ class PoolActor:
             ],
         }
 
-    async def resize(self, cap: int) -> Answer:
-        """Change ``max_connections``: at once where it grows, as connections come back where it shrinks."""
-        previous = self._cap
+    async def reconfigure(self, changes: dict[str, Any]) -> Answer:
+        """Change settings of the running pool: a smaller cap as connections come back, a larger one at once."""
+        if self._closed is not None:
+            return "error", pack_error(self._closed)
+        previous = self._config.max_connections
         try:
-            shares = self._divide(cap, len(self._members))
+            for key in changes:
+                if key in FIXED:
+                    raise ConfigError(f"{key} cannot be changed in a running pool: end it and start it anew")
+            config = self._config.changed(**changes)
+            shares = self._divide(config.max_connections, len(self._members))
         except RaypgError as error:
             return "error", pack_error(error)
-        self._cap = cap
-        _compat.kv_put(self._key, json.dumps({"max_connections": cap}).encode())
+        self._config = self._connector.config = config
+        stored = json.loads(_compat.kv_get(self._key) or b"{}")
+        _compat.kv_put(self._key, json.dumps({**stored, **changes}).encode())  # tunables only: no secret among them
+        await self._push_config()
         await self._assign(shares)
-        return "ok", {"previous_size": previous, "new_size": cap}
+        return "ok", {"previous_size": previous, "new_size": config.max_connections}
+
+    async def _push_config(self) -> None:
+        config = self._config.to_dict()
+        await asyncio.gather(
+            *(asyncio.wait_for(m.handle.use.remote(config), PING_EVERY * LOST_AFTER) for m in self._members),
+            return_exceptions=True,
+        )
 
     async def close(self, reason: str) -> None:
         """End the pool: callers get :class:`PoolClosedError` with *reason*; connections are closed, actors end."""
@@ -214,8 +231,8 @@ class PoolActor:
         try:
             nodes = _compat.worker_nodes()
             count = len(nodes) if self._config.workers == "per_node" else int(self._config.workers)
-            count = min(count, self._usable(self._cap))
-            shares = self._divide(self._cap, count)
+            count = min(count, self._usable(self._config.max_connections))
+            shares = self._divide(self._config.max_connections, count)
         except RaypgError as error:
             return "error", pack_error(error)
         for index in range(count):
@@ -306,7 +323,7 @@ class PoolActor:
 
     async def _reap(self, member: Member, name: str) -> None:
         loop = asyncio.get_running_loop()
-        if self._cap < CONTROL_NEEDS:
+        if self._config.max_connections < CONTROL_NEEDS:
             # No slot is kept for us: let the backends notice by themselves before one more connection is opened.
             await asyncio.sleep(SELF_REAPING)
         failed_at: float | None = None
@@ -322,14 +339,14 @@ class PoolActor:
                 continue
             if left == 0:
                 break
-        if self._cap < CONTROL_NEEDS:
+        if self._config.max_connections < CONTROL_NEEDS:
             await self._control.close()
         member.reaping = None
         await self._ping(member)
 
     async def _confirm_gone(self) -> None:
         doubtful = [pid for member in self._members for pid in member.unconfirmed]
-        if not doubtful or self._cap < CONTROL_NEEDS:
+        if not doubtful or self._config.max_connections < CONTROL_NEEDS:
             return
         try:
             gone = set(await self._control.gone(doubtful))
@@ -357,13 +374,12 @@ class PoolActor:
         if source == self._config.password_source or source.kind == "none":
             return
         self._config = self._connector.config = self._config.with_password_source(source)
-        config = self._config.to_dict()
-        await asyncio.gather(*(m.handle.set_password.remote(config) for m in self._members), return_exceptions=True)
+        await self._push_config()
 
     def _public_config(self) -> dict[str, Any]:
         config = self._config.to_dict()
         config.pop("password", None)
-        return {**config, "max_connections": self._cap}
+        return config
 
     def _membership(self) -> dict[str, Any]:
         return {

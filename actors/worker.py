@@ -90,9 +90,9 @@ class PoolWorker:
         """Open connections until *least* exist; the error of the first failure if none could be opened."""
         return await _answer(self._engine.connections.warm_up(least))
 
-    async def set_password(self, config: dict[str, Any]) -> None:
-        """Use another password for connections opened from now on (rotation)."""
-        self._connector.config = PoolConfig.from_dict(config)
+    async def use(self, config: dict[str, Any]) -> None:
+        """Use another configuration from now on; a new password for connections opened from now on."""
+        self._engine.use(PoolConfig.from_dict(config))
 
     async def status(self) -> dict[str, Any]:
         """Figures of this worker; times in milliseconds."""

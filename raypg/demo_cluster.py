@@ -33,7 +33,7 @@ class LocalCluster:
     """One Ray node with dashboard and job submission.
 
     Args:
-        directory: for Ray's files and the token; must exist and be empty. Short: socket paths end at 107 bytes.
+        directory: for Ray's files and the token; created if missing. Short: socket paths end at 107 bytes.
         environment: variables for Ray's processes, beside our own.
         cpus: CPUs that the node offers.
 
@@ -53,12 +53,10 @@ class LocalCluster:
 
     @property
     def variables(self) -> dict[str, str]:
-        """What a process needs in its environment to reach the cluster. The token is in a file, not in here."""
-        return {
-            "RAY_ADDRESS": self.address,
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(self.directory / "token"),
-        }
+        """What a process needs in its environment to reach the cluster: before it imports Ray, which reads
+        ``RAY_AUTH_MODE`` only then. The token itself is in a file."""
+        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.directory / "token")}
+        return {"RAY_ADDRESS": self.address, **token} if self.address else token
 
     def environment(self) -> dict[str, str]:
         """Our environment with :attr:`variables`, and without what would lead to another cluster."""
@@ -72,11 +70,10 @@ class LocalCluster:
             ClusterError: it did not start within *timeout* seconds.
         """
         # Ray's ports are open to the network, so even a demo's cluster wants a token of its own.
+        self.directory.mkdir(parents=True, exist_ok=True)
         token = self.directory / "token"
         token.touch(0o600)
         token.write_text(secrets.token_hex(32))
-        environment = self.environment()
-        del environment["RAY_ADDRESS"]
         client, agent = _free_ports(2)
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -87,7 +84,7 @@ class LocalCluster:
                     *(f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}"),
                     *("--object-store-memory", str(512 * 1024 * 1024)),
                 ],
-                env=environment,
+                env=self.environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

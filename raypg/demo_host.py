@@ -10,13 +10,14 @@ import asyncio
 import contextlib
 import json
 import os
+import shlex
 import signal
 import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import asyncpg
 import ray
@@ -36,10 +37,6 @@ LOOK_EVERY = 0.05
 _BACKENDS = """
 SELECT count(*)::int FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()
 """
-
-
-class _Stop(BaseException):
-    """SIGTERM came, or nobody listens any more."""
 
 
 def tell(kind: str, **what: Any) -> None:
@@ -69,6 +66,7 @@ class Demo:
         self._count = count
         self.cluster = LocalCluster(directory / "ray")
         self.server = EmbeddedServer(directory / "postgresql")
+        self.dashboard = ""
         self._most = 0
         self._looks = 0
         self._sums: dict[str, int] = {}
@@ -83,6 +81,7 @@ class Demo:
             self.cluster.start()
             os.environ.update(self.cluster.variables)
             context = ray.init(logging_level="ERROR", log_to_driver=False)
+            self.dashboard = f"http://{context.dashboard_url}"
             outcome["text"] = f"Ray {ray.__version__} with {int(ray.cluster_resources()['CPU'])} CPUs"
         async with self._watching_connections():
             with step("Pool") as outcome:
@@ -90,13 +89,27 @@ class Demo:
                 pool = WorkflowConnectionPool(name=POOL, max_connections=CONNECTIONS, **self.server.parameters)
                 await pool.process({"operation": "initialize"})
                 outcome["text"] = f"Pool {POOL!r}, at most {CONNECTIONS} connections"
-            await self._run_job(JobSubmissionClient(f"http://{context.dashboard_url}"))
+            await self._run_job(JobSubmissionClient(self.dashboard))
         with step("Check") as outcome:
             there = await self._check()
             outcome["text"] = f"{there:,} rows are in the table, and all {len(flights.COLUMNS)} columns add up"
         tell("report", connections=self._most, cap=CONNECTIONS, looks=self._looks, **self._report)
         if self._most > CONNECTIONS:
             raise RuntimeError(f"PostgreSQL saw {self._most} connections, the cap is {CONNECTIONS}")
+
+    def write_environment(self, file: Path) -> Path:
+        """Write a file for a shell to read, with all that finds Ray and PostgreSQL; the secrets stay in files."""
+        at = self.server.parameters
+        passfile = file.with_name("pgpass")
+        passfile.touch(0o600)
+        passfile.write_text(f"{at['host']}:{at['port']}:*:{at['user']}:{at['password']}\n")
+        variables = {
+            **self.cluster.variables,
+            **{f"PG{key.upper()}": str(at[key]) for key in ("host", "port", "user", "database")},
+            "PGPASSFILE": str(passfile),
+        }
+        file.write_text("".join(f"export {name}={shlex.quote(value)}\n" for name, value in variables.items()))
+        return file
 
     @contextlib.asynccontextmanager
     async def _watching_connections(self) -> AsyncIterator[None]:
@@ -128,7 +141,7 @@ class Demo:
         """Submit the job, and pass on what it tells until it ends."""
         with step("Ray job") as outcome:
             command = [sys.executable, "-m", "raypg.demo_job", POOL, str(self._count)]
-            job = await asyncio.to_thread(client.submit_job, entrypoint=" ".join(map(_quoted, command)))
+            job = await asyncio.to_thread(client.submit_job, entrypoint=shlex.join(command))
             outcome["text"] = f"Ray job {job} is submitted"
         # The job's own log, of which the API gives a new part only once a second.
         log = self.cluster.session / "logs" / f"job-driver-{job}.log"
@@ -195,14 +208,12 @@ class _Lines:
         return lines
 
 
-def _quoted(word: str) -> str:
-    import shlex
-
-    return shlex.quote(word)
-
-
-def _stop(*_: object) -> None:
-    raise _Stop
+def _end(status: int) -> NoReturn:
+    """End all that we started, then us; also from the signal handler, wherever the main thread is."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    end_descendants(patience=5.0)
+    # Not sys.exit: exit hooks of Ray would wait for the processes that have just been ended.
+    os._exit(status)
 
 
 def _watch_listener(kept: threading.Event) -> None:
@@ -212,44 +223,27 @@ def _watch_listener(kept: threading.Event) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def main(directory: Path, count: int, keep: bool) -> int:
-    """Run the demo; returns the exit status."""
+def main(directory: Path, count: int, keep: bool) -> NoReturn:
+    """Run the demo and end; exit status 0, 1 after an error, 130 if it was stopped."""
     adopt_orphans()
-    signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     kept = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: _end(0 if kept.is_set() else 130))
     threading.Thread(target=_watch_listener, args=(kept,), daemon=True).start()
-    demo = None
-    status = 1
     try:
         demo = Demo(directory, count)
         asyncio.run(demo.run())
-        status = 0
         if keep:
+            file = demo.write_environment(directory / "env")
             kept.set()
-            tell("kept", pid=os.getpid(), ray=demo.cluster.variables, dashboard=_dashboard(), dsn=demo.server.dsn)
+            tell("kept", pid=os.getpid(), environment=str(file), dashboard=demo.dashboard)
             while True:
                 signal.pause()
-    except _Stop:
-        status = 0 if kept.is_set() else 130
-    except BaseException as error:
+    except Exception as error:
         tell("error", text=" ".join(str(error).split()) or type(error).__name__)
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if demo is not None:
-            with contextlib.suppress(Exception):
-                demo.server.stop("immediate")  # nobody will read its data again
-        end_descendants()
-    return status
-
-
-def _dashboard() -> str:
-    return f"http://{ray._private.worker.get_dashboard_url()}"
+        _end(1)
+    _end(0)
 
 
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    done = main(Path(arguments[0]), int(arguments[1]), arguments[2] == "keep")
-    sys.stdout.flush()
-    # Ray's exit hooks would wait for the processes that have just been ended.
-    os._exit(done)
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "keep")

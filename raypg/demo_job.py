@@ -44,7 +44,7 @@ async def progress(name: str, total: int, done: Callable[[], int]) -> AsyncItera
 
     async def report() -> None:
         while True:
-            tell("progress", name=name, done=min(done(), total), total=total)
+            tell("bar", name=name, done=min(done(), total), total=total)
             await asyncio.sleep(0.1)
 
     reporter = asyncio.create_task(report())
@@ -52,7 +52,7 @@ async def progress(name: str, total: int, done: Callable[[], int]) -> AsyncItera
         yield
     finally:
         reporter.cancel()
-    tell("progress", name=name, done=total, total=total)
+    tell("bar", name=name, done=total, total=total)
 
 
 async def load_one_by_one(pool: WorkflowConnectionPool, rows: list[tuple[Any, ...]]) -> None:

@@ -137,6 +137,19 @@ class Dispatcher:
             self._find_workers()
             await asyncio.sleep(RETRY_EVERY)
 
+    async def reconfigure(self, changes: dict[str, Any]) -> dict[str, Any]:
+        """Change settings of the pool.
+
+        Raises:
+            ConfigError: they cannot be changed, or not to this.
+        """
+        kind, value = await self.pool.reconfigure.remote(changes)
+        if kind == "error":
+            raise unpack_error(value)
+        self.config = self.config.changed(**changes)
+        await self.refresh()
+        return value  # type: ignore[no-any-return]
+
     # --- membership ---
 
     def _take(self, membership: dict[str, Any]) -> None:

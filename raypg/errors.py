@@ -112,7 +112,10 @@ class PoolVersionError(RaypgError):
 
     def __str__(self) -> str:
         what = "; ".join(f"{key} {old} there, {new} here" for key, (old, new) in self.differences.items())
-        return f"pool {self.name!r} was started by other versions ({what}); run `raypg restart --pool {self.name}`"
+        return (
+            f"pool {self.name!r} was started by other versions ({what}); use the same here, or end it with "
+            f"`raypg down {self.name}` and start it anew"
+        )
 
 
 class UnavailableError(RaypgError):

@@ -152,11 +152,10 @@ class Operations:
         if isinstance(new_size, bool) or not isinstance(new_size, int) or new_size < 1:
             raise ConfigError(f"new_size={new_size!r}: must be a whole number of connections, at least 1")
         dispatcher = await self._pool._dispatcher()
-        kind, value = await dispatcher.pool.resize.remote(new_size)
-        if kind == "error":
-            return {"success": False, "reason": str(unpack_error(value))}
-        await dispatcher.refresh()
-        return {"success": True, **value}
+        try:
+            return {"success": True, **await dispatcher.reconfigure({"max_connections": new_size})}
+        except ConfigError as error:
+            return {"success": False, "reason": str(error)}
 
     async def close(self) -> dict[str, Any]:
         """Close the handle; the pool ends with it if the handle was constructed."""

@@ -164,6 +164,14 @@ class WorkflowConnectionPool:
         """
         return PoolTransaction(self._dispatcher, begin_text(isolation, readonly, deferrable), timeout, lease_timeout)
 
+    async def reconfigure(self, **changes: Any) -> None:
+        """Change settings of the running pool for everybody, e.g. ``max_connections`` or ``lease_timeout``.
+
+        Raises:
+            ConfigError: an unknown key, a wrong value, or a setting that a running pool cannot change.
+        """
+        await (await self._dispatcher()).reconfigure(changes)
+
     async def close(self) -> None:
         """End the pool, if this handle was constructed; a handle from :func:`get_pool` is only detached.
 

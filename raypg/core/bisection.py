@@ -42,8 +42,8 @@ class Bisection:
             else:
                 plan.passed()
 
-    It goes on row by row, left to right, when more than 5 % of the rows (and more than one) turned out bad, or after
-    2 × log2(rows) failing trips with none between them that passed: then halving costs more than it saves.
+    It goes on row by row, left to right, when more than 5 % of the rows (and more than one) turned out bad, or
+    after 2 × log2(rows) failing trips with none between them that passed: halving would cost more than it saves.
 
     A range that fails with ``again`` is tried three times, then row by row; a single row three times, then it
     is bad.

@@ -97,7 +97,7 @@ class ChunkRequest:
             self.future.set_exception(Refused(error))
 
     async def serve(self, engine: Engine, connection: ServerConnection) -> ServerConnection | None:
-        engine.waited(engine.now() - self.arrived)
+        engine.figures.waited(engine.now() - self.arrived)
         connection.dirty = True
         while (group := self._next_group()) is not None:
             sql, rows = group
@@ -162,10 +162,10 @@ class ChunkRequest:
                 self._note(1, None, pack_error(lost_error(lost, sql, verdict.retryable)), _ms(engine, started))
             raise
         except Exception as error:
-            engine.ran(engine.now() - started, failed=True)
+            engine.figures.ran(engine.now() - started, failed=True)
             self._note(1, None, pack_error(error), _ms(engine, started))
             return False
-        engine.ran(engine.now() - started, failed=False)
+        engine.figures.ran(engine.now() - started, failed=False)
         self._note(1, result, None, _ms(engine, started))
         return True
 
@@ -191,7 +191,7 @@ class ChunkRequest:
                     errors.update(dict.fromkeys(range(first, end), pack_error(error)))
             else:
                 search.passed()
-        milliseconds = _ms(engine, started) / len(rows)
+        seconds = engine.now() - started
         decided = len(rows)
         if lost is not None:
             first, end = in_flight
@@ -201,9 +201,8 @@ class ChunkRequest:
         else:
             stopped = pack_error(StatementNotRunError("not sent: the server cannot take this statement now"))
             errors.update((i, stopped) for i, status in enumerate(search.statuses) if status == "untried")
-        self._note_group(decided, errors, milliseconds)
-        engine.executed += decided
-        engine.errors += len(errors)
+        self._note_group(decided, errors, seconds * 1000 / len(rows))
+        engine.figures.ran_together(decided, len(errors), seconds)
         if lost is not None:
             raise lost
 
@@ -243,7 +242,7 @@ class ChunkRequest:
             else:
                 await connection.run(messages.STATUS, f"RELEASE SAVEPOINT {_SAVEPOINT}", ())
                 self._note(len(rows), INSERTED, None, _ms(engine, started) / len(rows))
-                engine.executed += len(rows)
+                engine.figures.ran_together(len(rows), 0, engine.now() - started)
                 return True
         for row in rows:
             if not await self._single(engine, connection, sql, row, verdict):

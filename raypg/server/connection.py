@@ -175,10 +175,7 @@ class ServerConnection:
             if raw.is_closed():
                 raise ConnectionLost(_last_words(error)) from error
             if error.sqlstate == "57014" and self._cancel_reason == "timeout":
-                raise QueryTimeoutError(
-                    f"the statement took longer than its timeout of {timeout:g} s and was cancelled; it had no effect",
-                    timeout,
-                ) from error
+                raise timed_out(timeout) from error
             raise
         except (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
             if raw.is_closed():
@@ -256,6 +253,13 @@ class ServerConnection:
         """Give the connection up without the server's consent: its backend may live on until the server notices."""
         self.abandoned = True
         self.raw.terminate()
+
+
+def timed_out(limit: float | None) -> QueryTimeoutError:
+    """The error of a statement that was cancelled after *limit* seconds."""
+    return QueryTimeoutError(
+        f"the statement took longer than its timeout of {limit:.6g} s and was cancelled; it had no effect", limit
+    )
 
 
 def _last_words(error: BaseException) -> str | None:

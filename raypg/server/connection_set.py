@@ -29,7 +29,7 @@ class ConnectionSet:
 
     def __init__(self, connector: Connector, config: PoolConfig, on_free: Callable[[], None]) -> None:
         self._connector = connector
-        self._config = config
+        self.config = config
         self._on_free = on_free
         self._idle: list[ServerConnection] = []
         self._all: set[ServerConnection] = set()
@@ -123,7 +123,7 @@ class ConnectionSet:
 
     def is_unwanted(self, connection: ServerConnection, now: float) -> bool:
         """Whether *connection* should be closed rather than used again: too old, unhealthy, or over the budget."""
-        return self._surplus or now >= connection.expires_at or connection.health < self._config.health_threshold
+        return self._surplus or now >= connection.expires_at or connection.health < self.config.health_threshold
 
     def drop(self, connection: ServerConnection) -> None:
         """Forget a connection that is of no more use. Its slot is free if it was the server that ended it."""
@@ -177,7 +177,7 @@ class ConnectionSet:
 
     async def maintain(self, now: float) -> None:
         """Replace what is too old or unhealthy, close what is idle too long or over the budget, ping the rest."""
-        config = self._config
+        config = self.config
         for connection in tuple(self._idle):
             idle = now - connection.last_used
             too_idle = config.max_idle is not None and self.total > config.min_connections and idle > config.max_idle

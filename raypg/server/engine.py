@@ -9,13 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import random
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
-
-from ddsketch import DDSketch
 
 from raypg.config import PoolConfig
 from raypg.core.backoff import Backoff
@@ -29,6 +26,7 @@ from raypg.server.catalogue import Catalogue
 from raypg.server.connect import Connector
 from raypg.server.connection import ConnectionLost, ServerConnection
 from raypg.server.connection_set import ConnectionSet
+from raypg.server.figures import Figures
 from raypg.server.leases import Lease, LeaseTable
 from raypg.server.replies import BatchState, Client
 from raypg.server.work import LeaseRequest, Statement, Work, refuse
@@ -58,6 +56,7 @@ class Engine:
 
     def __init__(self, config: PoolConfig, connector: Connector) -> None:
         self.config = config
+        self._connector = connector
         self.connections = ConnectionSet(connector, config, self.pump)
         self.leases = LeaseTable(self.take_back)
         self.catalogue = Catalogue()
@@ -70,18 +69,17 @@ class Engine:
         self._connect_again_at = 0.0
         self._connect_failures = 0
         self._pumping = False
-        self.executed = 0
-        self.errors = 0
-        self.retries = 0
-        self.acquired = 0
-        self.exhausted = 0
-        self.wait_times = DDSketch(0.01)
-        self.query_times = DDSketch(0.01)
+        self.figures = Figures()
         self._background(self._maintain())
 
     def now(self) -> float:
         """The monotonic clock, in seconds. Not the event loop's, which uvloop keeps in whole milliseconds."""
         return time.monotonic()
+
+    def use(self, config: PoolConfig) -> None:
+        """Go on with another configuration of the same pool."""
+        self.config = self.connections.config = self._connector.config = config
+        self.queue.limit = config.max_waiting
 
     # --- what callers ask for ---
 
@@ -161,7 +159,7 @@ class Engine:
             failed = False
             return outcome
         finally:
-            self.ran(self.now() - started, failed)
+            self.figures.ran(self.now() - started, failed)
 
     async def release(self, token: str, last: str | None) -> str | None:
         """End a lease; *last* (COMMIT, ROLLBACK) runs first, and its command tag is returned.
@@ -194,7 +192,7 @@ class Engine:
         try:
             work.ticket = self.queue.push(job, work, cost=cost, deadline=work.deadline)
         except QueueFull as full:
-            self.exhausted += 1
+            self.figures.exhausted += 1
             work.fail(
                 pack_error(
                     PoolExhaustedError(self.config.name, 0.0, full.depth, full.limit, self.connections.budget, "full")
@@ -301,17 +299,6 @@ class Engine:
 
     # --- figures ---
 
-    def waited(self, seconds: float) -> None:
-        """Note how long a caller waited for its connection."""
-        self.acquired += 1
-        self.wait_times.add(seconds * 1000)
-
-    def ran(self, seconds: float, failed: bool) -> None:
-        """Note how long a statement took, and whether it failed."""
-        self.executed += 1
-        self.errors += failed
-        self.query_times.add(seconds * 1000)
-
     def status(self) -> dict[str, Any]:
         """What there is and what was done. Times in milliseconds; a quantile of nothing is NaN."""
         connections = tuple(self.connections)
@@ -327,14 +314,8 @@ class Engine:
             "created": self.connections.created,
             "recycled": self.connections.recycled,
             "failed": self.connections.failed,
-            "acquired": self.acquired,
-            "executed": self.executed,
-            "errors": self.errors,
-            "retries": self.retries,
-            "exhausted": self.exhausted,
+            **self.figures.as_dict(),
             "last_error": str(self.connections.last_error) if self.connections.last_error else None,
-            "wait_ms": _summary(self.wait_times),
-            "query_ms": _summary(self.query_times),
             "connections": {
                 c.identifier: {
                     "health_score": c.health,
@@ -383,7 +364,7 @@ class Engine:
 
     def _expire(self, now: float) -> None:
         for work in self.queue.expire(now):
-            self.exhausted += 1
+            self.figures.exhausted += 1
             error = PoolExhaustedError(
                 self.config.name,
                 now - work.arrived,
@@ -414,12 +395,3 @@ class Engine:
         until = self.now() + seconds
         while not condition() and self.now() < until:  # noqa: ASYNC110 - made of many small events
             await asyncio.sleep(0.01)
-
-
-def _summary(sketch: DDSketch) -> dict[str, float]:
-    """Count, mean and quantiles (1 % relative error) of a sketch; NaN for what was never measured."""
-    count = int(sketch.count)
-    quantiles = {
-        f"p{int(q * 100)}": float(sketch.get_quantile_value(q)) if count else math.nan for q in (0.5, 0.95, 0.99)
-    }
-    return {"count": count, "mean": sketch.avg if count else math.nan, **quantiles}

@@ -13,9 +13,9 @@ from asyncpg import InvalidSQLStatementNameError
 
 from raypg import messages
 from raypg.core.sql import Verdict, shorten
-from raypg.errors import ConnectionLostError, OutcomeUnknownError, StatementNotAllowedError
+from raypg.errors import ConnectionLostError, OutcomeUnknownError, QueryTimeoutError, StatementNotAllowedError
 from raypg.portable import PortableError, pack_error
-from raypg.server.connection import ConnectionLost, ServerConnection
+from raypg.server.connection import ConnectionLost, ServerConnection, timed_out
 from raypg.server.replies import BatchState
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class Statement:
 
     async def serve(self, engine: Engine, connection: ServerConnection) -> ServerConnection | None:
         now = engine.now()
-        engine.waited(now - self.arrived)
+        engine.figures.waited(now - self.arrived)
         self.batch.begun = True
         timeout = None if self.expires_at is None else self.expires_at - now
         if not self.verdict.clean:
@@ -101,10 +101,10 @@ class Statement:
             if self.verdict.retryable and not lost.by_crash and not self.retried and not self.cancelled:
                 # It only read, and the backend was ended on purpose: asking once more is safe.
                 self.retried = True
-                engine.retries += 1
+                engine.figures.retries += 1
                 engine.put_first(self)
             else:
-                engine.ran(engine.now() - now, failed=True)
+                engine.figures.ran(engine.now() - now, failed=True)
                 self.fail(pack_error(lost_error(lost, self.sql, self.verdict.retryable)))
             return None
         except Exception as error:
@@ -115,10 +115,12 @@ class Statement:
                 self.retried = True
                 engine.put_first(self)
                 return connection
-            engine.ran(engine.now() - now, failed=True)
+            if isinstance(error, QueryTimeoutError) and self.expires_at is not None:
+                error = timed_out(self.expires_at - self.arrived)  # the caller's limit, waiting included
+            engine.figures.ran(engine.now() - now, failed=True)
             self.fail(pack_error(error))
         else:
-            engine.ran(engine.now() - now, failed=False)
+            engine.figures.ran(engine.now() - now, failed=False)
             self.batch.finish(self.position, payload, names)
         finally:
             self.connection = None
@@ -144,7 +146,7 @@ class LeaseRequest:
             self.future.set_exception(Refused(error))
 
     async def serve(self, engine: Engine, connection: ServerConnection) -> ServerConnection | None:
-        engine.waited(engine.now() - self.arrived)
+        engine.figures.waited(engine.now() - self.arrived)
         if self.begin is not None:
             try:
                 await connection.run(messages.STATUS, self.begin, ())

@@ -349,8 +349,10 @@ def test_password_sources() -> None:
     assert config(passfile=Path("/p")).password_source == PasswordSource.file("/p")
     assert config(password_command=["a", "b c"]).password_source == PasswordSource.command("a 'b c'")
     assert config(connection_string="passfile=/p").password_source == PasswordSource.file("/p")
-    # The password of the driver's environment is not carried off: workers look into theirs.
-    assert config({"PGPASSWORD": SECRET, "PGPASSFILE": "/p"}).password_source == PasswordSource.none()
+    # Workers may run where the caller's environment is not known: its password travels, its passfile cannot.
+    assert literal(config({"PGPASSWORD": SECRET, "PGPASSFILE": "/p"}).password_source) == SECRET
+    assert config({"PGPASSFILE": "/p"}).password_source == PasswordSource.none()
+    assert config({"PGPASSWORD": SECRET}, passfile="/p").password_source == PasswordSource.file("/p")
 
 
 def test_pgbouncer_parameter_is_a_hint_that_an_argument_overrides() -> None:

@@ -359,7 +359,7 @@ from raypg.core.sql import LONGEST, classify, shorten
 def repeated(head, part, tail="", size=LONGEST):
     return head + part * ((size - len(head) - len(tail)) // max(len(part), 1)) + tail
 texts = []
-for size in (LONGEST, LONGEST + 9, 1_000_000):
+for size in (LONGEST, LONGEST + 9, 200_000):
     texts += [
         repeated("select ", "1+", "1", size),
         repeated("select 1", "::a", size=size),
@@ -388,6 +388,7 @@ for size in (LONGEST, LONGEST + 9, 1_000_000):
         repeated("", "\\x00", size=size),
         repeated("", "\\ud800", size=size),
     ]
+texts += ["select " + "(" * 500_000 + ")" * 500_000, repeated("select ", "1+", "1", 1_000_000)]
 slowest = 0.0
 def run():
     global slowest
