@@ -98,13 +98,13 @@ class PoolActor:
         self._closed: PoolClosedError | None = None
         self._keeper: asyncio.Task[None] | None = None
         changed = _compat.kv_get(self._key)
-        if changed is not None and ray.get_runtime_context().was_current_actor_reconstructed:
+        if changed is not None and _compat.was_restarted():
             self._config = self._config.changed(**json.loads(changed))
         control = application_name(self._cluster, name, "control", secrets.token_hex(4))
         self._connector = Connector(self._config, control)
         self._control = Control(self._connector)
         self._warn_of_runtime_env()
-        if ray.get_runtime_context().was_current_actor_reconstructed:
+        if _compat.was_restarted():
             self._begin()  # the workers have outlived us: find them again, without being asked
 
     def __repr__(self) -> str:

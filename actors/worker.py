@@ -11,6 +11,8 @@ import secrets
 from collections.abc import Awaitable
 from typing import Any
 
+from ray.exceptions import OwnerDiedError
+
 from raypg import messages
 from raypg.config import PoolConfig
 from raypg.portable import pack_error
@@ -122,6 +124,28 @@ class PoolWorker:
     async def cancel(self, client: str, job: str, number: int, position: int) -> None:
         """One caller of a batch has left."""
         self._engine.cancel(self._engine.client(client, job), number, position)
+
+    async def hold(self, client: str) -> None:
+        """Does not return before the client leaves. The caller owns the reference to this answer: it fails when the
+        caller's process dies, and ``watch`` sees that."""
+        await self._engine.held(client)
+
+    async def watch(self, client: str, owned: list[Any]) -> None:
+        """Watch over a client that holds leases; *owned* is its ``hold``. Ends what it holds when its process dies.
+
+        Not by heartbeats: a process that holds the GIL for long sends none, and lives.
+        """
+        try:
+            await owned[0]
+        except OwnerDiedError:
+            self._engine.client_died(client)
+        finally:
+            self._engine.let_go(client)
+
+    async def leave(self, client: str) -> None:
+        """A client has nothing here any more, and its process lives on."""
+        self._engine.client_died(client)
+        self._engine.let_go(client)
 
     async def acquire(
         self, job: str, owner: dict[str, Any], timeout: float, seconds: float, begin: str | None

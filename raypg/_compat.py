@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import ray
@@ -30,6 +31,13 @@ def cluster_id() -> str:
     """Identity of this Ray cluster: two clusters may use one database and one pool name."""
     worker: Any = ray._private.worker.global_worker
     return str(worker.gcs_client.cluster_id.hex())
+
+
+def was_restarted() -> bool:
+    """Whether the actor that asks is a later life of itself."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the property warns of another one that it uses itself
+        return bool(ray.get_runtime_context().was_current_actor_reconstructed)
 
 
 def worker_nodes() -> list[str]:

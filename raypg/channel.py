@@ -84,6 +84,7 @@ class Channel:
         self._messages = 0
         self._collector: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._owned: Any = None
         self.open = 0
 
     # --- sending ---
@@ -140,6 +141,12 @@ class Channel:
                 call.number, call.position = number, len(calls)
                 calls.append(call)
         return calls, runs
+
+    def be_watched(self) -> None:
+        """Let the worker see it when this process dies. Once per line, before the first lease."""
+        if self._owned is None:
+            self._owned = self.handle.hold.remote(self._dispatcher.client)
+            self.handle.watch.remote(self._dispatcher.client, [self._owned])
 
     async def ask(self, method: str, *arguments: Any) -> Any:
         """Send a message and wait for its answer, as long as the worker lives.

@@ -9,7 +9,7 @@ from collections.abc import Generator, Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-from raypg import messages
+from raypg import background, messages
 from raypg.channel import Channel, WorkerGone
 from raypg.core.sql import classify, shorten
 from raypg.errors import ConfigError, LeaseLostError, OutcomeUnknownError, TransactionRolledBackError
@@ -36,10 +36,17 @@ class LeasedConnection:
         self._numbers = itertools.count(1)
         self._depth = 0
         self._ended: str | None = None
+        background.start()
         self._channel.open += 1  # it takes a connection of that worker's share for as long as it is held
         self.connection_id: str = granted["connection_id"]
         self.health_score: float = granted["health_score"]
         self.backend_pid: int = granted["backend_pid"]
+
+    def __del__(self) -> None:
+        # Forgotten, not released. Only the background loop may talk to Ray from here: this may run anywhere.
+        if getattr(self, "_ended", "") is None:
+            handle, token = self._channel.handle, self._token
+            background.soon(lambda: handle.release.remote(token, None))
 
     def __repr__(self) -> str:
         state = f"ended: {self._ended}" if self._ended else "held"
@@ -263,6 +270,7 @@ async def acquire(
     hold = dispatcher.config.lease_timeout if lease_timeout is None else _positive("lease_timeout", lease_timeout)
     for attempt in itertools.count():
         channel = await dispatcher.channel()
+        channel.be_watched()
         channel.open += 1
         request = asyncio.ensure_future(channel.ask("acquire", dispatcher.job, dispatcher.owner(), wait, hold, begin))
         try:

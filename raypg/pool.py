@@ -17,6 +17,7 @@ from raypg.lease import AcquireContext, Isolation, LeasedConnection, PoolTransac
 from raypg.naming import check_pool_name
 from raypg.operations import Operations
 from raypg.row import Row, row_type
+from raypg.sync import SyncPool
 
 __all__ = ["WorkflowConnectionPool", "get_pool"]
 
@@ -73,6 +74,11 @@ class WorkflowConnectionPool:
     def name(self) -> str:
         """The pool's name."""
         return self._name
+
+    @property
+    def sync(self) -> SyncPool:
+        """The same pool for callers without an event loop: plain Ray tasks and threads."""
+        return SyncPool(self)
 
     # --- the guide's way in ---
 

@@ -64,6 +64,7 @@ class Engine:
         self.closed: PoolClosedError | None = None
         self._loop = asyncio.get_running_loop()
         self._clients: dict[str, Client] = {}
+        self._held: dict[str, asyncio.Event] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._connect_backoff = Backoff(first=0.05, most=2.0)
         self._connect_again_at = 0.0
@@ -184,6 +185,27 @@ class Engine:
             found = self._clients[identity] = Client(identity, job)
         found.seen = self.now()
         return found
+
+    async def held(self, client: str) -> None:
+        """Returns when *client* has been let go."""
+        await self._held.setdefault(client, asyncio.Event()).wait()
+
+    def let_go(self, client: str) -> None:
+        """Let ``held`` return."""
+        event = self._held.pop(client, None)
+        if event is not None:
+            event.set()
+
+    def client_died(self, client: str) -> None:
+        """The process of *client* is gone: end its leases, and drop what it had waiting."""
+        for lease in self.leases:
+            if lease.owner.get("client") == client:
+                self.leases.end(lease.token, "the process that held it died")
+        known = self._clients.get(client)
+        if known is not None:
+            for batch in tuple(known.batches.values()):
+                for position in tuple(batch.statements):
+                    self.cancel(known, batch.number, position)
 
     # --- queue and lanes ---
 

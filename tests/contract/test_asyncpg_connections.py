@@ -203,7 +203,7 @@ async def test_after_a_crash_no_error_has_a_cause_and_a_warning_tells_the_neighb
     assert told["killed"] == []
     for name in ("busy", "idle"):
         # Listeners are called by the loop, later.
-        await eventually(lambda name=name: told[name])
+        await eventually(told[name].copy, what=f"{name} is told")
         assert [(message.sqlstate, message.severity_en) for message in told[name]] == [("57P02", "WARNING")]
     await (await connect_after_crash(crashing)).close()
 

@@ -1,0 +1,153 @@
+"""The pool for callers without an event loop: plain Ray tasks and threads.
+
+All threads of a process share one background loop and thus one line to each worker: what they ask for at the same time
+travels together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from raypg import background
+from raypg.lease import Isolation, LeasedConnection
+from raypg.row import Row
+
+if TYPE_CHECKING:
+    from raypg.pool import WorkflowConnectionPool
+
+
+class SyncConnection:
+    """A leased connection for a caller without an event loop; see :class:`raypg.lease.LeasedConnection`."""
+
+    def __init__(self, connection: LeasedConnection) -> None:
+        self._connection = connection
+
+    def __repr__(self) -> str:
+        return f"<Sync{repr(self._connection)[1:]}"
+
+    @property
+    def connection_id(self) -> str:
+        """Name of the connection."""
+        return self._connection.connection_id
+
+    def fetch(self, query: str, *args: Any, timeout: float | None = None) -> list[Row]:
+        """Run a query and return all its rows."""
+        return background.run(lambda: self._connection.fetch(query, *args, timeout=timeout))
+
+    def fetchrow(self, query: str, *args: Any, timeout: float | None = None) -> Row | None:
+        """Run a query and return its first row, or ``None``."""
+        return background.run(lambda: self._connection.fetchrow(query, *args, timeout=timeout))
+
+    def fetchval(self, query: str, *args: Any, column: int = 0, timeout: float | None = None) -> Any:
+        """Run a query and return one value of its first row, or ``None``."""
+        return background.run(lambda: self._connection.fetchval(query, *args, column=column, timeout=timeout))
+
+    def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:
+        """Run a statement and return its command tag."""
+        return background.run(lambda: self._connection.execute(query, *args, timeout=timeout))
+
+    def executemany(self, command: str, args: Iterable[Sequence[Any]], *, timeout: float | None = None) -> None:
+        """Run a statement for each row of *args*; all or none of them take effect."""
+        background.run(lambda: self._connection.executemany(command, args, timeout=timeout))
+
+    @contextmanager
+    def transaction(
+        self, *, isolation: Isolation | None = None, readonly: bool = False, deferrable: bool = False
+    ) -> Iterator[None]:
+        """``with connection.transaction():`` — inside another one, a savepoint."""
+        transaction = self._connection.transaction(isolation=isolation, readonly=readonly, deferrable=deferrable)
+        background.run(transaction.start)
+        try:
+            yield
+        except BaseException:
+            background.run(transaction.rollback)
+            raise
+        background.run(transaction.commit)
+
+    def release(self) -> None:
+        """Give the connection back. Twice does nothing."""
+        background.run(self._connection.release)
+
+
+class SyncPool:
+    """``pool.sync``: the same words as on the pool, for callers without an event loop.
+
+    Raises:
+        RuntimeError: from any method, if the calling thread runs an event loop: await the pool's own methods there.
+    """
+
+    def __init__(self, pool: WorkflowConnectionPool) -> None:
+        self._pool = pool
+
+    def __repr__(self) -> str:
+        return f"<SyncPool of {self._pool!r}>"
+
+    def process(self, request: dict[str, Any]) -> Any:
+        """Do one operation; see :meth:`WorkflowConnectionPool.process`."""
+        return background.run(lambda: self._pool.process(request))
+
+    def fetch(self, query: str, *args: Any, timeout: float | None = None) -> list[Row]:
+        """Run a query and return all its rows."""
+        return background.run(lambda: self._pool.fetch(query, *args, timeout=timeout))
+
+    def fetchrow(self, query: str, *args: Any, timeout: float | None = None) -> Row | None:
+        """Run a query and return its first row, or ``None``."""
+        return background.run(lambda: self._pool.fetchrow(query, *args, timeout=timeout))
+
+    def fetchval(self, query: str, *args: Any, column: int = 0, timeout: float | None = None) -> Any:
+        """Run a query and return one value of its first row, or ``None``."""
+        return background.run(lambda: self._pool.fetchval(query, *args, column=column, timeout=timeout))
+
+    def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:
+        """Run a statement and return its command tag."""
+        return background.run(lambda: self._pool.execute(query, *args, timeout=timeout))
+
+    def executemany(self, command: str, args: Iterable[Sequence[Any]], *, timeout: float | None = None) -> None:
+        """Run a statement for each row of *args*; all or none of them take effect."""
+        background.run(lambda: self._pool.executemany(command, args, timeout=timeout))
+
+    @contextmanager
+    def acquire(self, *, timeout: float | None = None, lease_timeout: float | None = None) -> Iterator[SyncConnection]:
+        """``with pool.sync.acquire() as connection:`` — a leased connection."""
+
+        async def lease() -> LeasedConnection:
+            return await self._pool.acquire(timeout=timeout, lease_timeout=lease_timeout)
+
+        connection = background.run(lease)
+        try:
+            yield SyncConnection(connection)
+        finally:
+            background.run(connection.release)
+
+    @contextmanager
+    def transaction(
+        self,
+        *,
+        isolation: Isolation | None = None,
+        readonly: bool = False,
+        deferrable: bool = False,
+        timeout: float | None = None,
+        lease_timeout: float | None = None,
+    ) -> Iterator[SyncConnection]:
+        """``with pool.sync.transaction() as tx:`` — commits at the end of the block, rolls back if it raises."""
+        transaction = self._pool.transaction(
+            isolation=isolation,
+            readonly=readonly,
+            deferrable=deferrable,
+            timeout=timeout,
+            lease_timeout=lease_timeout,
+        )
+        connection = background.run(transaction.__aenter__)
+        try:
+            yield SyncConnection(connection)
+        except BaseException as error:
+            problem = error
+            background.run(lambda: transaction.__aexit__(type(problem), problem, None))
+            raise
+        background.run(lambda: transaction.__aexit__(None))
+
+    def close(self) -> None:
+        """Close the handle; see :meth:`WorkflowConnectionPool.close`."""
+        background.run(self._pool.close)
