@@ -34,7 +34,7 @@ $(STAMP): pyproject.toml
 		fi; \
 	fi
 	@echo "== installing raypg, Ray, PostgreSQL 18 and the test tools into $(VENV) (a few minutes the first time)"
-	@start=$$SECONDS; $(VENV)/bin/pip install --quiet --disable-pip-version-check --use-pep517 -e '.[test]' && \
+	@start=$$SECONDS; PYTHONWARNINGS=ignore $(VENV)/bin/pip install --quiet --disable-pip-version-check --use-pep517 -e '.[test]' && \
 		echo "== installed in $$((SECONDS - start)) s"
 	@touch $@
 

@@ -317,8 +317,7 @@ class PoolActor:
         predecessor, member.incarnation = member.incarnation, incarnation
         self._epoch += 1
         if predecessor is not None:
-            base = application_name(self._cluster, self._name, str(member.index), predecessor)
-            name = self._config.server_settings_for(base)["application_name"]
+            name = application_name(self._cluster, self._name, str(member.index), predecessor)
             member.reaping = asyncio.get_running_loop().create_task(self._reap(member, name))
 
     async def _reap(self, member: Member, name: str) -> None:

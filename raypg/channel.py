@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ray.exceptions import RayActorError
 
 from raypg import messages
-from raypg.messages import Arguments, Part, Reply, Run
+from raypg.messages import Arguments, Part, Reply, Run, Settings
 from raypg.portable import unpack_error
 
 if TYPE_CHECKING:
@@ -36,15 +36,34 @@ PATIENCE = 5.0
 class Call:
     """One statement of one caller, on its way."""
 
-    __slots__ = ("arguments", "channel", "future", "mode", "number", "position", "retried", "since", "sql", "timeout")
+    __slots__ = (
+        "arguments",
+        "channel",
+        "future",
+        "mode",
+        "number",
+        "position",
+        "retried",
+        "settings",
+        "since",
+        "sql",
+        "timeout",
+    )
 
     def __init__(
-        self, mode: int, sql: str, arguments: Any, timeout: float | None, loop: asyncio.AbstractEventLoop
+        self,
+        mode: int,
+        sql: str,
+        arguments: Any,
+        timeout: float | None,
+        settings: Settings,
+        loop: asyncio.AbstractEventLoop,
     ) -> None:
         self.mode = mode
         self.sql = sql
         self.arguments = arguments
         self.timeout = timeout
+        self.settings = settings
         self.since = loop.time()
         self.future: asyncio.Future[tuple[Any, tuple[str, ...] | None]] = loop.create_future()
         self.retried = False
@@ -117,14 +136,14 @@ class Channel:
 
     def _pack(self, number: int) -> tuple[list[Call], list[Run]]:
         """The next message: calls with the same text share it."""
-        groups: dict[tuple[int, str, float | None], tuple[list[Arguments], list[Call]]] = {}
+        groups: dict[tuple[int, str, float | None, Settings], tuple[list[Arguments], list[Call]]] = {}
         size = count = 0
         while self._pending and count < MOST_STATEMENTS and size < MOST_BYTES:
             call = self._pending.popleft()
             if call.future.done():  # its caller has left
                 self.open -= 1
                 continue
-            key = (call.mode, call.sql, call.timeout)
+            key = (call.mode, call.sql, call.timeout, call.settings)
             group = groups.get(key)
             if group is None:
                 group = groups[key] = ([], [])
@@ -135,8 +154,8 @@ class Channel:
             count += 1
         calls: list[Call] = []
         runs: list[Run] = []
-        for (mode, sql, timeout), (rows, group_calls) in groups.items():
-            runs.append((mode, sql, rows, timeout))
+        for (mode, sql, timeout, settings), (rows, group_calls) in groups.items():
+            runs.append((mode, sql, rows, timeout, settings))
             for call in group_calls:
                 call.number, call.position = number, len(calls)
                 calls.append(call)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import asyncpg
 
-from raypg.errors import StatementNotAllowedError
+from raypg.errors import ConfigError, StatementNotAllowedError
+
+_SETTING = re.compile(r"[A-Za-z_][A-Za-z0-9_$]*(\.[A-Za-z_][A-Za-z0-9_$]*)*")
 
 
 def check_statement(sql: object) -> None:
@@ -57,3 +60,19 @@ def rows_of(args: Iterable[Sequence[Any]]) -> list[tuple[Any, ...]]:
             )
         rows.append(tuple(row))
     return rows
+
+
+def checked_settings(settings: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    """The settings of one call in a form that can be compared and sent.
+
+    Raises:
+        ConfigError: no mapping of names of PostgreSQL settings to strings.
+    """
+    if not isinstance(settings, Mapping):
+        raise ConfigError(f"settings must be a dict of name to value, not {type(settings).__name__}")
+    for name, value in settings.items():
+        if not isinstance(name, str) or not _SETTING.fullmatch(name):
+            raise ConfigError(f"settings: {name!r} is no name of a PostgreSQL setting")
+        if not isinstance(value, str) or "\0" in value:
+            raise ConfigError(f"settings: the value of {name!r} must be a string, as for SET")
+    return tuple(sorted((name.lower(), value) for name, value in settings.items()))

@@ -88,7 +88,6 @@ async def load_through_pipeline(pool: WorkflowConnectionPool, rows: list[tuple[A
     tell("loaded", name="pipeline", rows=len(results), seconds=seconds)
 
 
-@ray.remote(num_cpus=1)
 def ask_in_task(pool_name: str, origin: str, dest: str) -> tuple[float, int]:
     """A plain task: find the pool by its name, ask about one route. Returns (milliseconds, flights)."""
 
@@ -100,7 +99,6 @@ def ask_in_task(pool_name: str, origin: str, dest: str) -> tuple[float, int]:
     return asyncio.run(ask())
 
 
-@ray.remote(num_cpus=0)
 class Asker:
     """An actor with many coroutines, all of which use the pool at the same time."""
 
@@ -142,7 +140,8 @@ async def ask_from_tasks(pool: WorkflowConnectionPool, routes: list[tuple[str, s
     """200 tasks, as many at once as there are CPUs."""
     chosen = [number % len(routes) for number in range(TASKS)]
     started = time.perf_counter()
-    pending = [ask_in_task.remote(pool.name, *routes[number]) for number in chosen]
+    task = ray.remote(num_cpus=1)(ask_in_task)
+    pending = [task.remote(pool.name, *routes[number]) for number in chosen]
     finished = 0
     answers: list[tuple[float, int]] = []
     async with progress("tasks", TASKS, lambda: finished):
@@ -154,7 +153,7 @@ async def ask_from_tasks(pool: WorkflowConnectionPool, routes: list[tuple[str, s
 
 async def ask_from_actors(pool: WorkflowConnectionPool, routes: list[tuple[str, str]], flights_of: list[int]) -> None:
     """200 coroutines at once, in 4 actors."""
-    actors = [Asker.remote(pool.name) for _ in range(ACTORS)]
+    actors = [ray.remote(num_cpus=0)(Asker).remote(pool.name) for _ in range(ACTORS)]
     await asyncio.gather(*(actor.done.remote() for actor in actors))  # they are there
     each = QUERIES // ACTORS
     started = time.perf_counter()

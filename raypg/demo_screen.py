@@ -15,36 +15,35 @@ from rich.progress import (
     Task,
     TaskID,
     TextColumn,
-    TimeElapsedColumn,
 )
 from rich.table import Table
 from rich.text import Text
 
 _BARS = {
-    "one by one": ("pool.execute, one by one", "rows"),
-    "pipeline": ("through QueryPipelineNode", "rows"),
-    "tasks": ("200 tasks, one query each", "queries"),
-    "coroutines": ("200 coroutines in 4 actors", "queries"),
+    "one by one": "execute, one by one",
+    "pipeline": "QueryPipelineNode",
+    "tasks": "200 tasks",
+    "coroutines": "200 coroutines",
 }
 
 
 class _Count(ProgressColumn):
-    """``12,345 of 336,776 rows``."""
+    """``12,345 of 336,776``."""
 
     def render(self, task: Task) -> Text:
         if task.total is None:
             return Text("")
-        return Text(f"{task.completed:,.0f} of {task.total:,.0f} {task.fields['unit']}", style="green")
+        return Text(f"{task.completed:,.0f} of {task.total:,.0f}", style="green", no_wrap=True, justify="right")
 
 
 class _Rate(ProgressColumn):
-    """Per second, as measured lately."""
+    """Per second, since it began."""
 
     def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        if not speed or not task.fields["rate"]:
+        seconds = task.finished_time if task.finished else task.elapsed
+        if not task.fields["rate"] or not seconds or not task.completed:
             return Text("")
-        return Text(f"{speed:,.0f}/s", style="cyan")
+        return Text(f"{task.completed / seconds:,.0f}/s", style="cyan", no_wrap=True, justify="right")
 
 
 class Screen:
@@ -55,10 +54,9 @@ class Screen:
         self._progress = Progress(
             SpinnerColumn(finished_text="[green]✓[/]"),
             TextColumn("{task.description}"),
-            BarColumn(bar_width=30),
+            BarColumn(bar_width=20),
             _Count(),
             _Rate(),
-            TimeElapsedColumn(),
             console=console,
             refresh_per_second=10,
         )
@@ -75,11 +73,11 @@ class Screen:
 
     def show(self, message: dict[str, Any]) -> None:
         """Show one message."""
-        getattr(self, f"_{message.pop('kind')}")(**message)
+        getattr(self, f"_{message['kind']}")(**{key: value for key, value in message.items() if key != "kind"})
 
     def _begin(self, text: str) -> None:
         self._clear()
-        self._step = self._progress.add_task(f"{text} …", total=None, unit="", rate=False)
+        self._step = self._progress.add_task(f"{text} …", total=None, rate=False)
 
     def _end(self, text: str, seconds: float) -> None:
         self._clear()
@@ -90,18 +88,16 @@ class Screen:
             self._progress.remove_task(self._step)
             self._step = None
 
-    def _progress_of(self, key: str, text: str, unit: str, total: float, rate: bool) -> TaskID:
+    def _update(self, key: str, text: str, done: int, total: int, rate: bool) -> None:
         if key not in self._bars:
-            self._bars[key] = self._progress.add_task(text, total=total, unit=unit, rate=rate)
-        return self._bars[key]
+            self._bars[key] = self._progress.add_task(text, total=total, rate=rate)
+        self._progress.update(self._bars[key], completed=done)
 
     def _bar(self, name: str, done: int, total: int) -> None:
-        text, unit = _BARS[name]
-        self._progress.update(self._progress_of(name, text, unit, total, True), completed=done)
+        self._update(name, _BARS[name], done, total, True)
 
     def _connections(self, now: int, most: int, cap: int) -> None:
-        task = self._progress_of("connections", "connections now (pg_stat_activity)", "allowed", cap, False)
-        self._progress.update(task, completed=min(now, cap))
+        self._update("connections", "connections now", min(now, cap), cap, False)
 
     def _report(self, connections: int, cap: int, looks: int, **figures: dict[str, Any]) -> None:
         self._progress.stop()
@@ -120,28 +116,34 @@ class DemoFailed(Exception):
 
 def report(connections: int, cap: int, looks: int, figures: dict[str, dict[str, Any]]) -> Table:
     """The figures as a table."""
-    table = Table(title="\n336,776 flights, one pool", title_style="bold", show_header=True, header_style="bold")
-    for heading in ("", "how many", "per second", "p50", "p95"):
-        table.add_column(heading, justify="left" if not heading else "right")
-    rates = {}
-    for key, text in (("one_by_one", "rows, one by one"), ("pipeline", "rows, through the pipeline")):
-        load = figures[key]
-        rates[key] = load["rows"] / load["seconds"]
-        table.add_row(text, f"{load['rows']:,}", f"{rates[key]:,.0f}", "", "")
-    table.add_row("  the pipeline is faster by", "", f"{rates['pipeline'] / rates['one_by_one']:.1f}×", "", "")
-    for key, text in (("tasks", "queries from 200 tasks"), ("coroutines", "queries from 200 coroutines in 4 actors")):
+    loads, queries = ("one_by_one", "pipeline"), ("tasks", "coroutines")
+    rates = {key: figures[key]["rows"] / figures[key]["seconds"] for key in loads}
+    table = Table(
+        title=f"\n{figures['pipeline']['rows']:,} flights, one pool", title_style="bold", caption_justify="left"
+    )
+    for heading in ("", "number", "per second", "p50", "p95"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    texts = {"one_by_one": "rows, one by one", "pipeline": f"rows, pipeline ({_ratio(rates)}×)"}
+    for key in loads:
+        table.add_row(texts[key], f"{figures[key]['rows']:,}", f"{rates[key]:,.0f}", "", "")
+    texts = {"tasks": "queries, 200 tasks", "coroutines": "queries, 4 actors × 50"}
+    for key in queries:
         asked = figures[key]
-        table.add_row(
-            text,
-            f"{asked['queries']:,}",
-            f"{asked['queries'] / asked['seconds']:,.0f}",
-            f"{asked['p50']:.1f} ms",
-            f"{asked['p95']:.1f} ms",
-        )
+        rate = asked["queries"] / asked["seconds"]
+        quantiles = (f"{asked[part]:.1f} ms" for part in ("p50", "p95"))
+        table.add_row(texts[key], f"{asked['queries']:,}", f"{rate:,.0f}", *quantiles)
     table.add_section()
-    table.add_row("connections at most, of pg_stat_activity", f"{connections} of {cap}", "", "", "")
-    table.caption = f"pg_stat_activity was looked at {looks:,} times over a connection of its own"
+    table.add_row("most connections", f"{connections} of {cap}", "", "", "")
+    table.caption = (
+        f"Connections: as pg_stat_activity showed them in {looks:,} looks over a connection of its own.\n"
+        "Times: as the caller sees them; those of tasks include finding the pool."
+    )
     return table
+
+
+def _ratio(rates: dict[str, float]) -> str:
+    ratio = rates["pipeline"] / rates["one_by_one"]
+    return f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.1f}"
 
 
 def further(environment: str, dashboard: str, pid: int) -> str:

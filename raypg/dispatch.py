@@ -82,10 +82,10 @@ class Dispatcher:
     # --- statements ---
 
     async def run(
-        self, mode: int, sql: str, arguments: Any, timeout: float | None
+        self, mode: int, sql: str, arguments: Any, timeout: float | None, settings: messages.Settings = None
     ) -> tuple[Any, tuple[str, ...] | None]:
         """Run one statement on any worker; see :meth:`ServerConnection.run` for what comes back."""
-        call = Call(mode, sql, arguments, timeout, self._loop)
+        call = Call(mode, sql, arguments, timeout, settings, self._loop)
         self._send(call)
         try:
             return await call.future

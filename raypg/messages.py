@@ -31,8 +31,11 @@ MANY = 3  # executemany(): the parameters are a list of rows, run as one atomic 
 BOTH = 4  # rows and command tag
 
 Arguments: TypeAlias = tuple[Any, ...]
-Run: TypeAlias = "tuple[int, str, list[Arguments], float | None]"
-"""(mode, SQL, one tuple of parameters per call, timeout in seconds or None)."""
+Settings: TypeAlias = "tuple[tuple[str, str], ...] | None"
+"""PostgreSQL settings for one statement, as (name, value), sorted by name."""
+
+Run: TypeAlias = "tuple[int, str, list[Arguments], float | None, Settings]"
+"""(mode, SQL, one tuple of parameters per call, timeout in seconds or None, settings or None)."""
 
 Part: TypeAlias = "tuple[int, list[int] | range, tuple[str, ...] | None, list[Any], dict[int, PortableError] | None]"
 """(batch number, positions, column names, one payload per position, errors by index into positions)."""

@@ -40,7 +40,10 @@ class Operations:
             "initialize": (self.initialize, frozenset()),
             "acquire": (self.acquire, frozenset({"timeout", "lease_timeout"})),
             "release": (self.release, frozenset({"connection_id"})),
-            "execute": (self.execute, frozenset({"query", "params", "connection_id", "fetch_mode", "timeout"})),
+            "execute": (
+                self.execute,
+                frozenset({"query", "params", "connection_id", "fetch_mode", "timeout", "settings"}),
+            ),
             "stats": (self.stats, frozenset()),
             "get_status": (self.get_status, frozenset()),
             "get_pool_statistics": (self.get_pool_statistics, frozenset()),
@@ -109,6 +112,7 @@ class Operations:
         connection_id: str | None = None,
         fetch_mode: str = "all",
         timeout: float | None = None,
+        settings: Mapping[str, str] | None = None,
     ) -> dict[str, Any]:
         """Run a statement, on a leased connection or on any.
 
@@ -126,13 +130,15 @@ class Operations:
             raise ConfigError(f"fetch_mode={fetch_mode!r}: must be 'one', 'all' or 'many'")
         arguments = _arguments(params)
         lease = None if connection_id is None else self._lease(connection_id)
+        if lease is not None and settings:
+            raise ConfigError("settings are for a statement on any connection: on a lease, use SET")
         started = time.perf_counter()
         answer: dict[str, Any] = {"success": True, "data": None, "error": None}
         try:
             if lease is not None:
                 rows, status = await lease.execute_with_rows(query, arguments, timeout)
             else:
-                (plain, status), names = await self._pool._run(messages.BOTH, query, arguments, timeout)
+                (plain, status), names = await self._pool._run(messages.BOTH, query, arguments, timeout, settings)
                 rows = list(map(row_type(names), plain)) if plain else []
         except UnavailableError:
             raise

@@ -11,6 +11,7 @@ from typing import Any
 
 from raypg import dispatch
 from raypg.channel import Channel, WorkerGone
+from raypg.checks import check_statement
 from raypg.core.nearest import did_you_mean
 from raypg.core.sql import classify
 from raypg.dispatch import Dispatcher
@@ -127,14 +128,14 @@ class QueryPipelineNode:
             Its id: unique over all processes, the ``query_id`` of its result.
 
         Raises:
-            TypeError: *query* is no string, or *params* cannot be iterated over.
+            TypeError: *query* is no string, or *params* is no sequence.
+            StatementNotAllowedError: *query* holds what the protocol cannot carry.
             PipelineClosedError: the pipeline was closed.
         """
         if self._closed:
             raise PipelineClosedError(f"pipeline {self.name!r} was closed: no more queries can be added")
-        if not isinstance(query, str):
-            raise TypeError(f"query must be a str, not {type(query).__name__}")
-        if isinstance(params, str | bytes):
+        check_statement(query)
+        if isinstance(params, str | bytes | dict):
             raise TypeError(f"params must be a sequence of values, not a {type(params).__name__}")
         row = () if params is None else tuple(params)
         number = self._added

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import ray
 
 from raypg import dispatch, messages
+from raypg.checks import check_statement, check_timeout, checked_settings, rows_of
 from raypg.cluster import find
 from raypg.config import PoolConfig, from_kwargs
 from raypg.dispatch import Dispatcher
@@ -96,13 +97,17 @@ class WorkflowConnectionPool:
 
     # --- asyncpg's words ---
 
-    async def fetch(self, query: str, *args: Any, timeout: float | None = None) -> list[Row]:
+    async def fetch(
+        self, query: str, *args: Any, timeout: float | None = None, settings: Mapping[str, str] | None = None
+    ) -> list[Row]:
         """Run a query and return all its rows.
 
         Args:
             query: SQL with ``$1``, ``$2`` …
             args: their values.
             timeout: seconds for waiting and running together.
+            settings: PostgreSQL settings for this statement alone, e.g. ``{"search_path": "app", "role": "reader"}``;
+                it then runs in a transaction of its own.
 
         Raises:
             asyncpg.PostgresError: what the server says of the statement, as asyncpg's own class.
@@ -110,29 +115,47 @@ class WorkflowConnectionPool:
             OutcomeUnknownError: it was sent, and whether it took effect cannot be known.
             UnavailableError: it could not run now, and did not.
         """
-        payload, names = await self._run(messages.FETCH, query, args, timeout)
+        payload, names = await self._run(messages.FETCH, query, args, timeout, settings)
         return list(map(row_type(names), payload)) if payload else []
 
-    async def fetchrow(self, query: str, *args: Any, timeout: float | None = None) -> Row | None:
+    async def fetchrow(
+        self, query: str, *args: Any, timeout: float | None = None, settings: Mapping[str, str] | None = None
+    ) -> Row | None:
         """Run a query and return its first row, or ``None``. Errors as :meth:`fetch`."""
-        payload, names = await self._run(messages.ROW, query, args, timeout)
+        payload, names = await self._run(messages.ROW, query, args, timeout, settings)
         return row_type(names)(payload[0]) if payload else None
 
-    async def fetchval(self, query: str, *args: Any, column: int = 0, timeout: float | None = None) -> Any:
+    async def fetchval(
+        self,
+        query: str,
+        *args: Any,
+        column: int = 0,
+        timeout: float | None = None,
+        settings: Mapping[str, str] | None = None,
+    ) -> Any:
         """Run a query and return one value of its first row, or ``None``. Errors as :meth:`fetch`."""
-        payload, _ = await self._run(messages.ROW, query, args, timeout)
+        payload, _ = await self._run(messages.ROW, query, args, timeout, settings)
         return payload[0][column] if payload else None
 
-    async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:
+    async def execute(
+        self, query: str, *args: Any, timeout: float | None = None, settings: Mapping[str, str] | None = None
+    ) -> str:
         """Run a statement and return its command tag, such as ``INSERT 0 1``. Errors as :meth:`fetch`."""
-        payload, _ = await self._run(messages.STATUS, query, args, timeout)
+        payload, _ = await self._run(messages.STATUS, query, args, timeout, settings)
         return str(payload)
 
-    async def executemany(self, command: str, args: Iterable[Sequence[Any]], *, timeout: float | None = None) -> None:
+    async def executemany(
+        self,
+        command: str,
+        args: Iterable[Sequence[Any]],
+        *,
+        timeout: float | None = None,
+        settings: Mapping[str, str] | None = None,
+    ) -> None:
         """Run a statement for each row of *args*; all or none of them take effect. Errors as :meth:`fetch`."""
-        rows = [tuple(row) for row in args]
+        rows = rows_of(args)
         if rows:
-            await self._run(messages.MANY, command, rows, timeout)
+            await self._run(messages.MANY, command, rows, timeout, settings)
 
     def acquire(self, *, timeout: float | None = None, lease_timeout: float | None = None) -> AcquireContext:
         """Lease a connection: ``async with pool.acquire() as connection``, or await it and ``release`` it.
@@ -199,13 +222,20 @@ class WorkflowConnectionPool:
 
     # --- inside ---
 
-    async def _run(self, mode: int, query: str, args: Any, timeout: float | None) -> tuple[Any, Any]:
-        if not isinstance(query, str):
-            raise TypeError(f"the statement must be a str, not {type(query).__name__}")
+    async def _run(
+        self,
+        mode: int,
+        query: str,
+        args: Any,
+        timeout: float | None,
+        settings: Mapping[str, str] | None = None,
+    ) -> tuple[Any, Any]:
+        check_statement(query)
+        check_timeout(timeout)
         known = self._known  # the shortest way, for every call but the first
         if known is None or not known.is_here():
             known = await self._dispatcher()
-        return await known.run(mode, query, args, timeout)
+        return await known.run(mode, query, args, timeout, checked_settings(settings) if settings else None)
 
     async def _dispatcher(self) -> Dispatcher:
         if self._closed is not None:

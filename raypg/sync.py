@@ -6,7 +6,7 @@ travels together.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -88,25 +88,47 @@ class SyncPool:
         """Do one operation; see :meth:`WorkflowConnectionPool.process`."""
         return background.run(lambda: self._pool.process(request))
 
-    def fetch(self, query: str, *args: Any, timeout: float | None = None) -> list[Row]:
+    def fetch(
+        self, query: str, *args: Any, timeout: float | None = None, settings: Mapping[str, str] | None = None
+    ) -> list[Row]:
         """Run a query and return all its rows."""
-        return background.run(lambda: self._pool.fetch(query, *args, timeout=timeout))
+        return background.run(lambda: self._pool.fetch(query, *args, timeout=timeout, settings=settings))
 
-    def fetchrow(self, query: str, *args: Any, timeout: float | None = None) -> Row | None:
+    def fetchrow(
+        self, query: str, *args: Any, timeout: float | None = None, settings: Mapping[str, str] | None = None
+    ) -> Row | None:
         """Run a query and return its first row, or ``None``."""
-        return background.run(lambda: self._pool.fetchrow(query, *args, timeout=timeout))
+        return background.run(lambda: self._pool.fetchrow(query, *args, timeout=timeout, settings=settings))
 
-    def fetchval(self, query: str, *args: Any, column: int = 0, timeout: float | None = None) -> Any:
+    def fetchval(
+        self,
+        query: str,
+        *args: Any,
+        column: int = 0,
+        timeout: float | None = None,
+        settings: Mapping[str, str] | None = None,
+    ) -> Any:
         """Run a query and return one value of its first row, or ``None``."""
-        return background.run(lambda: self._pool.fetchval(query, *args, column=column, timeout=timeout))
+        return background.run(
+            lambda: self._pool.fetchval(query, *args, column=column, timeout=timeout, settings=settings)
+        )
 
-    def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:
+    def execute(
+        self, query: str, *args: Any, timeout: float | None = None, settings: Mapping[str, str] | None = None
+    ) -> str:
         """Run a statement and return its command tag."""
-        return background.run(lambda: self._pool.execute(query, *args, timeout=timeout))
+        return background.run(lambda: self._pool.execute(query, *args, timeout=timeout, settings=settings))
 
-    def executemany(self, command: str, args: Iterable[Sequence[Any]], *, timeout: float | None = None) -> None:
+    def executemany(
+        self,
+        command: str,
+        args: Iterable[Sequence[Any]],
+        *,
+        timeout: float | None = None,
+        settings: Mapping[str, str] | None = None,
+    ) -> None:
         """Run a statement for each row of *args*; all or none of them take effect."""
-        background.run(lambda: self._pool.executemany(command, args, timeout=timeout))
+        background.run(lambda: self._pool.executemany(command, args, timeout=timeout, settings=settings))
 
     @contextmanager
     def acquire(self, *, timeout: float | None = None, lease_timeout: float | None = None) -> Iterator[SyncConnection]:

@@ -58,7 +58,7 @@ class Connector:
             raise
         except Exception as error:
             raise explain(error, config) from error
-        connection = ServerConnection(raw, next(self._numbers), time.monotonic(), config.max_lifetime)
+        connection = ServerConnection(raw, next(self._numbers), time.monotonic(), config.max_lifetime, self.base_name)
         try:
             await codecs.install(raw, config.codecs)
         except Exception as error:

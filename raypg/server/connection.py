@@ -74,6 +74,7 @@ class ServerConnection:
         "_cancelling",
         "_poll",
         "abandoned",
+        "application_name",
         "busy",
         "dirty",
         "expires_at",
@@ -87,9 +88,12 @@ class ServerConnection:
         "used",
     )
 
-    def __init__(self, raw: asyncpg.Connection, number: int, now: float, lifetime: float | None) -> None:
+    def __init__(
+        self, raw: asyncpg.Connection, number: int, now: float, lifetime: float | None, application_name: str = ""
+    ) -> None:
         self.raw = raw
         self.number = number
+        self.application_name = application_name
         self.pid: int = raw.get_server_pid()
         self.opened_at = now
         self.last_used = now
@@ -129,7 +133,13 @@ class ServerConnection:
         return not any(event & hung_up for _, event in self._poll.poll(0))
 
     async def run(
-        self, mode: int, sql: str, arguments: Any, timeout: float | None = None, simple: bool = False
+        self,
+        mode: int,
+        sql: str,
+        arguments: Any,
+        timeout: float | None = None,
+        settings: messages.Settings = None,
+        simple: bool = False,
     ) -> tuple[Any, tuple[str, ...] | None]:
         """Run one statement.
 
@@ -137,6 +147,7 @@ class ServerConnection:
             mode: what is wanted back, see :mod:`raypg.messages`.
             arguments: tuple of parameters; for ``MANY`` a list of them.
             timeout: seconds until it is cancelled on the server.
+            settings: PostgreSQL settings for it alone; it then has a transaction of its own around it.
             simple: send the text by the simple protocol (several statements in one text; only inside a lease).
 
         Returns:
@@ -156,21 +167,17 @@ class ServerConnection:
         self.used += 1
         self.busy = True
         try:
-            if mode == messages.MANY:
-                await raw.executemany(sql, arguments)
-                return None, None
-            if mode == messages.STATUS and not arguments:
-                return await raw.execute(sql), None
-            if simple:
-                status = await raw.execute(sql)
-                return ([], status) if mode == messages.BOTH else [], None
-            limit = 1 if mode == messages.ROW else 0
-            records, status = await _asyncpg.fetch_with_status(raw, sql, arguments, limit)
-            if mode == messages.STATUS:
-                return status, None
-            names = tuple(records[0].keys()) if records else None
-            rows = plain_rows(records)
-            return ((rows, status) if mode == messages.BOTH else rows), names
+            if settings is None:
+                return await self._send(mode, sql, arguments, simple)
+            try:
+                await raw.execute(_begin_with(settings, self.application_name))
+                outcome = await self._send(mode, sql, arguments, simple)
+            except BaseException:
+                if not raw.is_closed():
+                    await raw.execute("ROLLBACK")
+                raise
+            await raw.execute("COMMIT")
+            return outcome
         except asyncpg.PostgresError as error:
             if raw.is_closed():
                 raise ConnectionLost(_last_words(error)) from error
@@ -191,6 +198,24 @@ class ServerConnection:
                 self._cancelling = None
             self.busy = False
             self.last_used = time.monotonic()
+
+    async def _send(self, mode: int, sql: str, arguments: Any, simple: bool) -> tuple[Any, tuple[str, ...] | None]:
+        raw = self.raw
+        if mode == messages.MANY:
+            await raw.executemany(sql, arguments)
+            return None, None
+        if mode == messages.STATUS and not arguments:
+            return await raw.execute(sql), None
+        if simple:
+            status = await raw.execute(sql)
+            return ([], status) if mode == messages.BOTH else [], None
+        limit = 1 if mode == messages.ROW else 0
+        records, status = await _asyncpg.fetch_with_status(raw, sql, arguments, limit)
+        if mode == messages.STATUS:
+            return status, None
+        names = tuple(records[0].keys()) if records else None
+        rows = plain_rows(records)
+        return ((rows, status) if mode == messages.BOTH else rows), names
 
     def cancel(self, reason: str) -> None:
         """Cancel what runs now, on the server. ``run`` then ends as the server says: cancelled, or done after all."""
@@ -253,6 +278,18 @@ class ServerConnection:
         """Give the connection up without the server's consent: its backend may live on until the server notices."""
         self.abandoned = True
         self.raw.terminate()
+
+
+def _begin_with(settings: tuple[tuple[str, str], ...], application_name: str) -> str:
+    """Text that begins a transaction with these settings in force until its end."""
+    calls = []
+    for name, value in settings:
+        if name == "application_name":
+            # Ours stays in front: raypg counts and reaps by it.
+            value = f"{application_name}:{value}"[:63]
+        quoted = (part.replace("\\", "\\\\").replace("'", "''") for part in (name, value))
+        calls.append("pg_catalog.set_config(E'{}', E'{}', true)".format(*quoted))
+    return f"BEGIN; SELECT {', '.join(calls)}"
 
 
 def timed_out(limit: float | None) -> QueryTimeoutError:

@@ -1,8 +1,8 @@
 """The control connection: one connection of the cap that belongs to the Pool actor, opened when it is needed.
 
-It counts and ends backends. What it may end is proven to be ours: same application name (which holds a nonce of the
-worker's life), same role, and the very backend that was seen, by process id *and* start time, since process ids are
-used again.
+It counts and ends backends. What it may end is proven to be ours: the application name begins with a nonce of the
+worker's life (a user's own name may follow), same role, and the very backend that was seen, by process id *and* start
+time, since process ids are used again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ IDLE_FOR = 30.0
 
 _BACKENDS = """
 SELECT pid, backend_start FROM pg_catalog.pg_stat_activity
-WHERE backend_type = 'client backend' AND application_name = $1 AND usename = current_user
+WHERE backend_type = 'client backend' AND usename = current_user
+  AND pg_catalog.starts_with(application_name || ':', $1 || ':')
 """
 
 _TERMINATE = """
@@ -65,9 +66,9 @@ class Control:
         """
         return dict((await self._fetch(_LIMITS))[0])
 
-    async def backends(self, application_name: str) -> list[tuple[int, Any]]:
-        """(process id, start time) of the client backends with exactly this application name."""
-        return [(record["pid"], record["backend_start"]) for record in await self._fetch(_BACKENDS, application_name)]
+    async def backends(self, name: str) -> list[tuple[int, Any]]:
+        """(process id, start time) of the client backends of the life of a worker that *name* is of."""
+        return [(record["pid"], record["backend_start"]) for record in await self._fetch(_BACKENDS, name)]
 
     async def gone(self, pids: list[int]) -> list[int]:
         """Those of *pids* that are no client backend any more."""
@@ -78,14 +79,14 @@ class Control:
         )
         return sorted(set(pids) - {record["pid"] for record in alive})
 
-    async def end_backends(self, application_name: str, timeout: float) -> int:
+    async def end_backends(self, name: str, timeout: float) -> int:
         """End the backends of a dead worker and wait until the server no longer shows them.
 
         Returns:
             How many still exist after *timeout* seconds.
         """
         until = asyncio.get_running_loop().time() + timeout
-        while backends := await self.backends(application_name):
+        while backends := await self.backends(name):
             for pid, started in backends:
                 await self._fetch(_TERMINATE, pid, started)
             if asyncio.get_running_loop().time() > until:

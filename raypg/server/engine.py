@@ -87,11 +87,11 @@ class Engine:
     def submit(self, client: Client, number: int, runs: Sequence[Run]) -> BatchState:
         """Take in a batch; the outcomes appear in the returned state as they come."""
         now = self.now()
-        total = sum(len(rows) for _, _, rows, _ in runs)
+        total = sum(len(rows) for _, _, rows, *_ in runs)
         batch = BatchState(client, number, total)
         client.batches[number] = batch
         position = 0
-        for mode, sql, rows, timeout in runs:
+        for mode, sql, rows, timeout, settings in runs:
             verdict = classify(sql)
             refusal = self.closed or refuse(verdict, sql)
             if timeout is None:
@@ -104,7 +104,9 @@ class Engine:
                 if refusal is not None:
                     batch.finish(position, None, None, pack_error(refusal))
                 else:
-                    statement = Statement(batch, position, mode, sql, arguments, verdict, now, deadline, expires_at)
+                    statement = Statement(
+                        batch, position, mode, sql, arguments, verdict, now, deadline, expires_at, settings
+                    )
                     batch.statements[position] = statement
                     self.enqueue(client.job, statement, cost=len(arguments) / 8 if mode == MANY else 1.0)
                 position += 1
@@ -283,7 +285,7 @@ class Engine:
             if kept is None:
                 self.pump()
                 return
-            if connection.dirty and not await self._cleaned(connection):
+            if (connection.dirty or connection.raw.is_in_transaction()) and not await self._cleaned(connection):
                 return
             if self.connections.is_unwanted(connection, self.now()):
                 break

@@ -14,6 +14,7 @@ from asyncpg import InvalidSQLStatementNameError
 from raypg import messages
 from raypg.core.sql import Verdict, shorten
 from raypg.errors import ConnectionLostError, OutcomeUnknownError, QueryTimeoutError, StatementNotAllowedError
+from raypg.messages import Settings
 from raypg.portable import PortableError, pack_error
 from raypg.server.connection import ConnectionLost, ServerConnection, timed_out
 from raypg.server.replies import BatchState
@@ -52,6 +53,7 @@ class Statement:
         "mode",
         "position",
         "retried",
+        "settings",
         "sql",
         "ticket",
         "verdict",
@@ -68,8 +70,10 @@ class Statement:
         arrived: float,
         deadline: float,
         expires_at: float | None,
+        settings: Settings,
     ) -> None:
         self.batch = batch
+        self.settings = settings
         self.position = position
         self.mode = mode
         self.sql = sql
@@ -95,7 +99,7 @@ class Statement:
             connection.dirty = True
         self.connection = connection
         try:
-            payload, names = await connection.run(self.mode, self.sql, self.arguments, timeout)
+            payload, names = await connection.run(self.mode, self.sql, self.arguments, timeout, self.settings)
         except ConnectionLost as lost:
             engine.connections.drop(connection)
             if self.verdict.retryable and not lost.by_crash and not self.retried and not self.cancelled:

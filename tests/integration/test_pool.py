@@ -285,7 +285,7 @@ async def test_callers_in_many_threads_get_their_own_answers(pool: WorkflowConne
 
 
 async def test_a_slow_statement_does_not_delay_fast_ones(pool: WorkflowConnectionPool) -> None:
-    slow = [asyncio.create_task(pool.fetch("select pg_sleep(3)")) for _ in range(3)]
+    slow = [asyncio.create_task(pool.fetch("select pg_sleep(2)")) for _ in range(3)]
     fast = []
     for _ in range(20):
         started = time.monotonic()

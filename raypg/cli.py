@@ -1,0 +1,103 @@
+"""The command ``raypg``: demo, up, status, down. What a command needs is imported when it runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="The PostgreSQL connection layer for Ray clusters.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Address = Annotated[
+    str, typer.Option(help="Ray cluster: host:port of its head, or 'auto' for $RAY_ADDRESS or the one on this machine.")
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from raypg import __version__
+
+        typer.echo(f"raypg {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options of all commands."""
+
+
+@app.command()
+def demo(
+    keep: Annotated[bool, typer.Option("--keep", help="Leave Ray, PostgreSQL and the pool running.")] = False,
+    flights: Annotated[int, typer.Option(help="How many flights to load.")] = 336_776,
+) -> None:
+    """Start Ray and PostgreSQL here, load real flights through a pool in a Ray job, and query them."""
+    from raypg.demo import run
+
+    raise typer.Exit(run(keep, flights))
+
+
+@app.command()
+def up(
+    name: Annotated[str | None, typer.Argument(help="Pool to start; default: all in the file.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="File with [pools.NAME] tables; default: ./raypg.toml if it is there.")
+    ] = None,
+    address: Address = "auto",
+) -> None:
+    """Start pools in a Ray cluster, or join those that run.
+
+    Reads raypg.toml and the PG* variables; without a file it starts one pool (main_pool) for what PG* say.
+    """
+    from raypg import cli_pools
+
+    cli_pools.up(name, config, address)
+
+
+@app.command()
+def status(
+    name: Annotated[str | None, typer.Argument(help="Pool to show; default: all.")] = None,
+    address: Address = "auto",
+    json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
+) -> None:
+    """Show pools, workers by node, connections, who waits, and who holds a lease."""
+    from raypg import cli_pools
+
+    cli_pools.status(name, address, json)
+
+
+@app.command()
+def down(name: Annotated[str, typer.Argument(help="Pool to end.")], address: Address = "auto") -> None:
+    """End a pool for everybody: its connections are closed."""
+    from raypg import cli_pools
+
+    cli_pools.down(name, address)
+
+
+def main() -> None:
+    """Run the command line. An error of raypg is one line on standard error and exit status 1."""
+    from raypg.errors import RaypgError
+
+    try:
+        app()
+    except RaypgError as error:
+        sys.exit(f"raypg: {'; '.join(str(error).splitlines())}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,263 @@
+"""``raypg up``, ``status`` and ``down``: what they do in a Ray cluster, and how it is shown."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import os
+import socket
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from raypg import WorkflowConnectionPool, cluster, messages
+from raypg.arguments import PASSWORD_KEYS
+from raypg.config import PoolConfig
+from raypg.core.nearest import did_you_mean
+from raypg.errors import ConfigError, PoolNotFoundError, RaypgError, UnavailableError
+from raypg.naming import check_pool_name
+from raypg.pool import end
+from raypg.portable import unpack_error
+
+DEFAULT_POOL = "main_pool"
+DEFAULT_FILE = Path("raypg.toml")
+ANSWER_WITHIN = 10.0
+"""Seconds in which a Pool actor must say how things stand."""
+
+
+def up(name: str | None, file: Path | None, address: str) -> None:
+    """Start the pools that file and environment describe, and say of each what came of it."""
+    # Settings first: what is wrong in a file is said even where no cluster is.
+    pools = [WorkflowConnectionPool(**settings) for settings in wanted(name, file, os.environ)]
+    _connect(address)
+    console = Console()
+    failures = []
+    for pool in pools:
+        try:
+            answer = asyncio.run(pool.process({"operation": "initialize"}))
+        except RaypgError as error:
+            failures.append(f"{pool.name}: {'; '.join(str(error).splitlines())}")
+            continue
+        word = "started" if answer["status"] == "initialized" else "runs already"
+        console.print(f"{pool.name}: {word}, at most {answer['max_connections']} connections", highlight=False)
+    if failures:
+        raise UnavailableError("\n".join(failures))
+
+
+def wanted(name: str | None, file: Path | None, environ: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The constructor's arguments for each pool to start.
+
+    Args:
+        name: only this one.
+        file: the file to read; None = raypg.toml here if it exists, else the environment alone.
+        environ: environment variables.
+
+    Raises:
+        ConfigError: the file cannot be read, is no TOML, or does not have the pool.
+    """
+    if file is None and not DEFAULT_FILE.exists():
+        tables: dict[str, Any] = {name or DEFAULT_POOL: {}}
+    else:
+        tables = _tables(file or DEFAULT_FILE)
+        if name is not None:
+            if name not in tables:
+                raise ConfigError(
+                    f"{file or DEFAULT_FILE} has no table [pools.{name}]{did_you_mean(name, tables)}; "
+                    f"it has {', '.join(tables)}"
+                )
+            tables = {name: tables[name]}
+    return [_arguments(pool, table, environ) for pool, table in tables.items()]
+
+
+def _tables(file: Path) -> dict[str, Any]:
+    try:
+        content = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{file}: it is not UTF-8") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{file}: {error}") from None
+    tables = content.get("pools")
+    if strange := [key for key in content if key != "pools"]:
+        raise ConfigError(f"{file}: {strange[0]!r} is unknown at the top; pools are tables [pools.NAME]")
+    if not isinstance(tables, dict) or not tables or not all(isinstance(table, dict) for table in tables.values()):
+        raise ConfigError(f"{file}: it holds no pool; write a table [pools.NAME] with the settings of each")
+    return tables
+
+
+def _arguments(name: str, table: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
+    if table.get("name", name) != name:
+        raise ConfigError(f"[pools.{name}]: name = {table['name']!r} contradicts the name of the table; leave it out")
+    arguments = {**table, "name": name}
+    # Workers look into their own environment, which is the one Ray was started in. Who types PGPASSWORD=… raypg up
+    # means this one.
+    if environ.get("PGPASSWORD") and not any(key in table for key in (*PASSWORD_KEYS, "connection_string")):
+        arguments["password"] = environ["PGPASSWORD"]
+    return arguments
+
+
+def down(name: str, address: str) -> None:
+    """End pool *name*."""
+    check_pool_name(name)
+    _connect(address)
+    asyncio.run(end(name, f"pool {name!r} was ended by `raypg down`"))
+    Console().print(f"{name}: ended", highlight=False)
+
+
+def status(name: str | None, address: str, as_json: bool) -> None:
+    """Show all pools, or one."""
+    if name is not None:
+        check_pool_name(name)
+    _connect(address)
+    names = cluster.running_pools()
+    if name is not None:
+        if name not in names:
+            raise PoolNotFoundError(name, names)
+        names = [name]
+    found = asyncio.run(_all_figures(names))
+    if as_json:
+        print(json.dumps(_without_nan(found), indent=2))
+        return
+    console = Console()
+    if not found:
+        console.print("no pool runs in this Ray cluster; start one with `raypg up`", highlight=False)
+    for pool in found:
+        _show(console, pool)
+
+
+async def _all_figures(names: list[str]) -> list[dict[str, Any]]:
+    return await asyncio.gather(*map(_figures, names))
+
+
+async def _figures(name: str) -> dict[str, Any]:
+    """What the Pool actor says; or ``{"pool_name", "problem"}``."""
+    try:
+        actor = cluster.find(name)
+        kind, value = await asyncio.wait_for(actor.status.remote(), ANSWER_WITHIN)
+        if kind == "error":
+            raise unpack_error(value)
+        kind, greeting = await asyncio.wait_for(actor.hello.remote(messages.hello(), None), ANSWER_WITHIN)
+        if kind != "ok":
+            raise unpack_error(greeting)
+    except TimeoutError:
+        return {"pool_name": name, "problem": f"its Pool actor did not answer within {ANSWER_WITHIN:g} s"}
+    except (RaypgError, ray.exceptions.RayError) as error:
+        return {"pool_name": name, "problem": str(error).splitlines()[0]}
+    return {**value, "database": str(PoolConfig.from_dict(greeting["config"]).target), "problem": None}
+
+
+def _show(console: Console, pool: dict[str, Any]) -> None:
+    if pool["problem"] is not None:
+        console.print(f"[bold]{escape(pool['pool_name'])}[/]  [red]{escape(pool['problem'])}[/]", highlight=False)
+        return
+    all_figures = [worker["figures"] for worker in pool["workers"] if worker["figures"]]
+    total = sum(figures["total"] for figures in all_figures)
+    console.print(
+        f"[bold]{escape(pool['pool_name'])}[/]  {escape(pool['database'])}  "
+        f"{total} of {pool['max_connections']} connections, "
+        f"{sum(figures['waiting'] for figures in all_figures)} waiting",
+        highlight=False,
+    )
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in ("worker", "node"):
+        table.add_column(heading)
+    for heading in ("connections", "busy", "waiting", "statements", "errors", "mean ms"):
+        table.add_column(heading, justify="right")
+    for worker in pool["workers"]:
+        figures = worker["figures"]
+        place = (str(worker["index"]), worker["node"][:12])
+        if figures is None:
+            table.add_row(*place, "[red]does not answer[/]")
+            continue
+        table.add_row(
+            *place,
+            f"{figures['total']} of {worker['budget']}",
+            str(figures["active"]),
+            str(figures["waiting"]),
+            f"{figures['executed']:,}",
+            f"{figures['errors']:,}",
+            f"{figures['query_ms']['mean']:.2f}" if figures["query_ms"]["count"] else "-",
+        )
+    console.print(table)
+    for figures in all_figures:
+        if figures["last_error"]:
+            console.print(f"  [red]last error:[/] {escape(figures['last_error'])}", highlight=False, soft_wrap=True)
+    _show_leases(console, all_figures)
+
+
+def _show_leases(console: Console, all_figures: list[dict[str, Any]]) -> None:
+    table = Table(title="leases", title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in ("connection", "backend", "held by", "job", "node", "process"):
+        table.add_column(heading)
+    table.add_column("for", justify="right")
+    for figures in all_figures:
+        for identifier, connection in figures["connections"].items():
+            owner = connection["lease"]
+            if owner is None:
+                continue
+            table.add_row(
+                identifier,
+                str(connection["backend_pid"]),
+                escape(f"actor {owner['actor'][:12]}" if owner["actor"] else owner["task"]),
+                owner["job"],
+                owner["node"][:12],
+                str(owner["process"]),
+                f"{owner['age']:.0f} s",
+            )
+    if table.row_count:
+        console.print(table)
+
+
+def _connect(address: str) -> None:
+    """Connect to a Ray cluster that runs.
+
+    Raises:
+        UnavailableError: there is none.
+    """
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit():
+        try:
+            # Ray itself would try for half a minute.
+            socket.create_connection((host, int(port)), timeout=5.0).close()
+        except OSError as error:
+            raise UnavailableError(
+                f"no Ray cluster answers at {address} ({error.strerror or error}); start one with `ray start --head`"
+            ) from None
+    try:
+        ray.init(address=address, logging_level="ERROR", log_to_driver=False)
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise UnavailableError(_why_not(address, error)) from None
+
+
+def _why_not(address: str, error: Exception) -> str:
+    causes = [error]
+    while causes[-1].__cause__ is not None and isinstance(causes[-1].__cause__, Exception):
+        causes.append(causes[-1].__cause__)
+    text = " ".join(str(error).split())
+    if any("AuthenticationError" in str(cause) or "InvalidAuthToken" in str(cause) for cause in causes):
+        return (
+            f"the Ray cluster ({address}) asks for a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to the "
+            "file that holds it if that is not ~/.ray/auth_token"
+        )
+    if "Could not find any running Ray instance" in text:
+        return "no Ray cluster runs on this machine; start one with `ray start --head`, or name one with --address"
+    return f"cannot use the Ray cluster ({address}): {text}"
+
+
+def _without_nan(value: Any) -> Any:
+    """The same for JSON, which knows no NaN."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _without_nan(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(part) for part in value]
+    return value

@@ -1,0 +1,96 @@
+"""What one caller leaves in a session, the next caller never sees."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import asyncpg
+import pytest
+from pools import own_pool
+
+from raypg import WorkflowConnectionPool
+from raypg.embedded import EmbeddedServer
+
+# Everything that can be seen of a session, as one text.
+STATE = """
+select concat_ws(' | ',
+    current_user, session_user, current_setting('search_path'), current_setting('statement_timeout'),
+    current_setting('application_name'), current_setting('TimeZone'), current_setting('work_mem'),
+    coalesce(current_setting('my.secret', true), ''),
+    (select string_agg(name, ',') from pg_prepared_statements where from_sql),
+    (select string_agg(name, ',') from pg_cursors where name not like '\\_\\_asyncpg%'),
+    (select string_agg(c, ',') from pg_listening_channels() c),
+    (select count(*) from pg_locks where locktype = 'advisory' and pid = pg_backend_pid()),
+    (select string_agg(relname, ',') from pg_class where relpersistence = 't' and pg_table_is_visible(oid)),
+    (select count(*) from pg_locks where pid = pg_backend_pid() and relation = '{table}'::regclass))
+"""
+
+LEAKS = {
+    "SET": ["set statement_timeout = '7s'", "set search_path = {schema}"],
+    "SET of a custom setting": ["set my.secret = 'hidden'"],
+    "SET LOCAL without a transaction": ["set local work_mem = '1MB'"],
+    "set_config": ["select set_config('search_path', '{schema}', false)"],
+    "SET TIME ZONE": ["set time zone 'Asia/Tokyo'"],
+    "SET ROLE": ["set role {role}"],
+    "SET SESSION AUTHORIZATION": ["set session authorization {role}"],
+    "SET SESSION CHARACTERISTICS": ["set session characteristics as transaction read only"],
+    "application_name": ["set application_name = 'stolen'"],
+    "temporary table": ["create temp table item (a int)"],
+    "temporary table by SELECT INTO": ["select 1 as a into temp item"],
+    "temporary view": ["create temp view item as select 1 as a"],
+    "temporary sequence": ["create temp sequence item"],
+    "session advisory lock": ["select pg_advisory_lock(77)"],
+    "advisory lock taken by a function": ["select {schema}.locks()"],
+    "setting changed by a function": ["select {schema}.sets()"],
+    "setting changed by a DO": ["do $$ begin set statement_timeout = '9s'; end $$"],
+    "setting changed by a view's function": ["select * from {schema}.sneaky"],
+    "setting changed by an operator": ["select 5 operator({schema}.@@@@) 6"],
+    "PREPARE": ["prepare mine as select 1", 'prepare "Mixed Case" as select 2'],
+    "LISTEN": ["listen gossip"],
+    "WITH HOLD cursor": ["declare c cursor with hold for select 1"],
+    "currval": ["select nextval('{schema}.numbers')"],
+    "failed SET": ["set statement_timeout = 'never'"],
+    "error inside a DO": ["do $$ begin set my.secret = 'x'; raise exception 'no'; end $$"],
+    "DISCARD ALL": ["discard all"],
+    "DEALLOCATE ALL": ["deallocate all"],
+    "LOCK TABLE": ["lock table {table}"],
+}
+
+
+@pytest.fixture(scope="module")
+async def lonely() -> AsyncIterator[None]:
+    yield
+
+
+@pytest.fixture
+async def objects(schema: str, table: str, direct: asyncpg.Connection) -> AsyncIterator[dict[str, str]]:
+    role = f"role_{schema}"
+    await direct.execute(f"""
+        create role {role};
+        create sequence {schema}.numbers;
+        create function {schema}.locks() returns int language sql as 'select pg_advisory_lock(78); select 1';
+        create function {schema}.sets() returns text language sql as
+            $$ select set_config('statement_timeout', '8s', false); select set_config('my.secret', 'y', false) $$;
+        create view {schema}.sneaky as select {schema}.sets();
+        create function {schema}.op(int, int) returns text language sql as
+            $$ select set_config('my.secret', 'z', false) $$;
+        create operator {schema}.@@@@ (leftarg = int, rightarg = int, function = {schema}.op);
+    """)
+    yield {"schema": schema, "table": table, "role": role}
+    await direct.execute(f"reset role; drop owned by {role}; drop role {role}")
+
+
+@pytest.fixture
+async def single(ray_cluster: Any, pg: EmbeddedServer, single_name: WorkflowConnectionPool) -> WorkflowConnectionPool:
+    return single_name
+
+
+@pytest.fixture(scope="session")
+def single_name(ray_cluster: Any, pg18: EmbeddedServer) -> Any:
+    """A pool of one connection: the next caller gets the very session of the last one."""
+    handle = WorkflowConnectionPool(name="single-session-state", **pg18.parameters, max_connections=1)
+    asyncio.run(handle.process({"operation": "initialize"}))
+    yield handle
+    asyncio.run(handle.close())
