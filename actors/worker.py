@@ -15,6 +15,7 @@ from ray.exceptions import OwnerDiedError
 
 from raypg import messages
 from raypg.config import PoolConfig
+from raypg.packing import packed
 from raypg.portable import pack_error
 from raypg.server.chunk import ChunkRequest, ChunkRun
 from raypg.server.connect import Connector
@@ -110,12 +111,14 @@ class PoolWorker:
         """Which life of this worker answers."""
         return self._incarnation
 
+    @packed
     async def run(self, client: str, job: str, number: int, runs: list[messages.Run]) -> messages.Reply:
         """Run a batch of independent statements; see :mod:`raypg.messages`."""
         known = self._engine.client(client, job)
         batch = self._engine.submit(known, number, runs)
         return await known.first_reply(batch, len(self._engine.queue))
 
+    @packed
     async def collect(self, client: str, job: str) -> messages.Reply:
         """What finished since the last answer to this client, of batches answered before their end."""
         left, parts = await self._engine.client(client, job).next_reply()
@@ -147,6 +150,7 @@ class PoolWorker:
         self._engine.client_died(client)
         self._engine.let_go(client)
 
+    @packed
     async def acquire(
         self, job: str, owner: dict[str, Any], timeout: float, seconds: float, begin: str | None
     ) -> Answer:
@@ -164,6 +168,7 @@ class PoolWorker:
             "backend_pid": lease.connection.pid,
         }
 
+    @packed
     async def lease_run(
         self, token: str, number: int, mode: int, sql: str, arguments: Any, timeout: float | None
     ) -> Answer:
@@ -174,10 +179,12 @@ class PoolWorker:
         """The caller of a statement on a lease has left."""
         self._engine.leases.cancel(token, number)
 
+    @packed
     async def release(self, token: str, last: str | None = None) -> Answer:
         """End a lease, after running *last* on it (COMMIT or ROLLBACK), whatever comes of that."""
         return await _answer(self._engine.release(token, last))
 
+    @packed
     async def chunk(self, job: str, runs: list[ChunkRun], most: int, token: str | None) -> Answer:
         """Run a chunk of a pipeline, on any connection or (*token*) inside a leased transaction."""
         return await _answer(ChunkRequest.run(self._engine, job, runs, most, token))

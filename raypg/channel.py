@@ -15,6 +15,7 @@ from ray.exceptions import RayActorError
 
 from raypg import messages
 from raypg.messages import Arguments, Part, Reply, Run, Settings
+from raypg.packing import pack, unpack
 from raypg.portable import unpack_error
 
 if TYPE_CHECKING:
@@ -174,11 +175,11 @@ class Channel:
             WorkerGone: it does not.
         """
         try:
-            future = asyncio.ensure_future(getattr(self.handle, method).remote(*arguments).as_future())
+            future = getattr(self.handle, method).remote(pack(arguments)).as_future()
             while True:
                 done, _ = await asyncio.wait((future,), timeout=PATIENCE)
                 if done:
-                    return future.result()
+                    return unpack(future.result())
                 if not await self._dispatcher.is_current(self):
                     future.cancel()
                     raise WorkerGone

@@ -18,7 +18,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from raypg import WorkflowConnectionPool, cluster, messages
-from raypg.arguments import PASSWORD_KEYS
 from raypg.config import PoolConfig
 from raypg.core.nearest import did_you_mean
 from raypg.errors import ConfigError, PoolNotFoundError, RaypgError, UnavailableError
@@ -35,7 +34,7 @@ ANSWER_WITHIN = 10.0
 def up(name: str | None, file: Path | None, address: str) -> None:
     """Start the pools that file and environment describe, and say of each what came of it."""
     # Settings first: what is wrong in a file is said even where no cluster is.
-    pools = [WorkflowConnectionPool(**settings) for settings in wanted(name, file, os.environ)]
+    pools = [WorkflowConnectionPool(**settings) for settings in wanted(name, file)]
     _connect(address)
     console = Console()
     failures = []
@@ -51,13 +50,12 @@ def up(name: str | None, file: Path | None, address: str) -> None:
         raise UnavailableError("\n".join(failures))
 
 
-def wanted(name: str | None, file: Path | None, environ: Mapping[str, str]) -> list[dict[str, Any]]:
+def wanted(name: str | None, file: Path | None) -> list[dict[str, Any]]:
     """The constructor's arguments for each pool to start.
 
     Args:
         name: only this one.
         file: the file to read; None = raypg.toml here if it exists, else the environment alone.
-        environ: environment variables.
 
     Raises:
         ConfigError: the file cannot be read, is no TOML, or does not have the pool.
@@ -73,7 +71,7 @@ def wanted(name: str | None, file: Path | None, environ: Mapping[str, str]) -> l
                     f"it has {', '.join(tables)}"
                 )
             tables = {name: tables[name]}
-    return [_arguments(pool, table, environ) for pool, table in tables.items()]
+    return [_arguments(pool, table) for pool, table in tables.items()]
 
 
 def _tables(file: Path) -> dict[str, Any]:
@@ -93,15 +91,10 @@ def _tables(file: Path) -> dict[str, Any]:
     return tables
 
 
-def _arguments(name: str, table: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
+def _arguments(name: str, table: Mapping[str, Any]) -> dict[str, Any]:
     if table.get("name", name) != name:
         raise ConfigError(f"[pools.{name}]: name = {table['name']!r} contradicts the name of the table; leave it out")
-    arguments = {**table, "name": name}
-    # Workers look into their own environment, which is the one Ray was started in. Who types PGPASSWORD=… raypg up
-    # means this one.
-    if environ.get("PGPASSWORD") and not any(key in table for key in (*PASSWORD_KEYS, "connection_string")):
-        arguments["password"] = environ["PGPASSWORD"]
-    return arguments
+    return {**table, "name": name}
 
 
 def down(name: str, address: str) -> None:
@@ -231,6 +224,8 @@ def _connect(address: str) -> None:
             raise UnavailableError(
                 f"no Ray cluster answers at {address} ({error.strerror or error}); start one with `ray start --head`"
             ) from None
+    # Seconds for which Ray tries to reach a head that answers and will not let us in, or is no Ray at all.
+    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "4")
     try:
         ray.init(address=address, logging_level="ERROR", log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:

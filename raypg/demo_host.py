@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -208,10 +209,12 @@ class _Lines:
         return lines
 
 
-def _end(status: int) -> NoReturn:
+def _end(status: int, directory: Path) -> NoReturn:
     """End all that we started, then us; also from the signal handler, wherever the main thread is."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     end_descendants(patience=5.0)
+    # Whoever started us may be gone.
+    shutil.rmtree(directory, ignore_errors=True)
     # Not sys.exit: exit hooks of Ray would wait for the processes that have just been ended.
     os._exit(status)
 
@@ -228,7 +231,7 @@ def main(directory: Path, count: int, keep: bool) -> NoReturn:
     adopt_orphans()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     kept = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: _end(0 if kept.is_set() else 130))
+    signal.signal(signal.SIGTERM, lambda *_: _end(0 if kept.is_set() else 130, directory))
     threading.Thread(target=_watch_listener, args=(kept,), daemon=True).start()
     try:
         demo = Demo(directory, count)
@@ -241,8 +244,8 @@ def main(directory: Path, count: int, keep: bool) -> NoReturn:
                 signal.pause()
     except Exception as error:
         tell("error", text=" ".join(str(error).split()) or type(error).__name__)
-        _end(1)
-    _end(0)
+        _end(1, directory)
+    _end(0, directory)
 
 
 if __name__ == "__main__":

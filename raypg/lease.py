@@ -14,6 +14,7 @@ from raypg.channel import Channel, WorkerGone
 from raypg.checks import check_statement, check_timeout, rows_of
 from raypg.core.sql import classify, shorten
 from raypg.errors import ConfigError, LeaseLostError, OutcomeUnknownError, TransactionRolledBackError
+from raypg.packing import pack
 from raypg.portable import unpack_error
 from raypg.row import Row, row_type
 
@@ -35,6 +36,7 @@ class LeasedConnection:
         self._channel = channel
         self._token: str = granted["token"]
         self._numbers = itertools.count(1)
+        self._turn = asyncio.Lock()
         self._depth = 0
         self._ended: str | None = None
         background.start()
@@ -47,7 +49,7 @@ class LeasedConnection:
         # Forgotten, not released. Only the background loop may talk to Ray from here: this may run anywhere.
         if getattr(self, "_ended", "") is None:
             handle, token = self._channel.handle, self._token
-            background.soon(lambda: handle.release.remote(token, None))
+            background.soon(lambda: handle.release.remote(pack((token, None))))
 
     def __repr__(self) -> str:
         state = f"ended: {self._ended}" if self._ended else "held"
@@ -122,6 +124,12 @@ class LeasedConnection:
             raise LeaseLostError(f"the lease is gone: {self._ended}")
         check_statement(sql)
         check_timeout(timeout)
+        async with self._turn:  # messages to an actor may overtake each other: one statement at a time keeps the order
+            if self._ended is not None:
+                raise LeaseLostError(f"the lease is gone: {self._ended}")
+            return await self._run_now(mode, sql, arguments, timeout)
+
+    async def _run_now(self, mode: int, sql: str, arguments: Any, timeout: float | None) -> tuple[Any, Any]:
         number = next(self._numbers)
         try:
             kind, value = await self._channel.ask("lease_run", self._token, number, mode, sql, arguments, timeout)
@@ -298,7 +306,7 @@ def _return(channel: Channel, request: asyncio.Future[Any]) -> None:
     if not request.cancelled() and request.exception() is None:
         kind, value = request.result()
         if kind == "ok":
-            channel.handle.release.remote(value["token"], None)
+            channel.handle.release.remote(pack((value["token"], None)))
 
 
 def begin_text(isolation: Isolation | None, readonly: bool, deferrable: bool) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -61,6 +62,8 @@ class Operations:
         if not isinstance(request, Mapping):
             raise ConfigError(f"process() takes a dict with the key 'operation', not {type(request).__name__}")
         name = request.get("operation")
+        if not isinstance(name, str):
+            raise ConfigError(f"operation={name!r}: must be a string, one of {', '.join(self._known)}")
         if name in _LATER:
             raise NotImplementedError(f"operation {name!r} comes with {_LATER[name]}; see the CHANGELOG")
         if name not in self._known:
@@ -165,9 +168,14 @@ class Operations:
 
     async def close(self) -> dict[str, Any]:
         """Close the handle; the pool ends with it if the handle was constructed."""
-        self._leases.clear()
         await self._pool.close()
         return {"status": "closed"}
+
+    async def release_all(self) -> None:
+        """Give back what ``acquire`` has leased and ``release`` was not called for."""
+        leases = tuple(self._leases.values())
+        self._leases.clear()
+        await asyncio.gather(*(lease.release() for lease in leases), return_exceptions=True)
 
     # --- figures ---
 
@@ -246,7 +254,7 @@ class Operations:
     # --- inside ---
 
     def _lease(self, connection_id: Any) -> LeasedConnection:
-        lease = self._leases.get(connection_id)
+        lease = self._leases.get(connection_id) if isinstance(connection_id, str) else None
         if lease is None:
             raise ConfigError(
                 f"connection_id={connection_id!r} is not a connection that this handle has acquired"

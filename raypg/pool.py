@@ -210,6 +210,7 @@ class WorkflowConnectionPool:
             return
         self._closed = PoolClosedError(f"this handle of pool {self._name!r} was closed")
         self._known = None
+        await self._operations.release_all()
         if self._config is not None and self._started:
             await end(self._name, f"pool {self._name!r} was closed")
 

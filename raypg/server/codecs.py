@@ -12,6 +12,12 @@ from typing import Any
 import asyncpg
 
 
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"a str is needed, not {type(value).__name__}")
+    return value
+
+
 def _vector_to_text(value: Any) -> str:
     return "[" + ",".join(repr(float(item)) for item in value) + "]"
 
@@ -46,4 +52,4 @@ async def install(raw: asyncpg.Connection, codecs: Mapping[str, str]) -> None:
         elif codec == "vector":
             await raw.set_type_codec(name, schema=schema, encoder=_vector_to_text, decoder=_vector_from_text)
         else:
-            await raw.set_type_codec(name, schema=schema, encoder=str, decoder=str)
+            await raw.set_type_codec(name, schema=schema, encoder=_text, decoder=str)

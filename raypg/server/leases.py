@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import asyncpg
+
 from raypg.core.sql import classify
 from raypg.errors import LeaseLostError
 from raypg.server.connection import ConnectionLost, ServerConnection
@@ -17,7 +19,7 @@ from raypg.server.work import lost_error
 class Lease:
     """One lease. Its token is a secret between holder and worker: a connection cannot be had by guessing."""
 
-    __slots__ = ("_timer", "busy", "connection", "lock", "owner", "since", "token")
+    __slots__ = ("_timer", "busy", "cancelled", "connection", "lock", "owner", "since", "token")
 
     def __init__(self, token: str, connection: ServerConnection, owner: dict[str, Any], since: float) -> None:
         self.token = token
@@ -26,6 +28,7 @@ class Lease:
         self.since = since
         self.lock = asyncio.Lock()
         self.busy: int | None = None
+        self.cancelled: set[int] = set()
         self._timer: asyncio.TimerHandle | None = None
 
 
@@ -82,6 +85,8 @@ class LeaseTable:
         lease = self.find(token)
         async with lease.lock:
             lease = self.find(token)
+            if number in lease.cancelled:
+                raise TimeoutError("cancelled before it ran")
             connection = lease.connection
             if not await connection.is_alive():
                 self.end(token, "its backend was terminated", dead=True)
@@ -102,6 +107,9 @@ class LeaseTable:
                         "the connection died inside the transaction: the server has rolled all of it back"
                     ) from lost
                 raise lost_error(lost, sql, verdict.retryable) from lost
+            except asyncpg.QueryCanceledError:
+                self.find(token)  # if it was cancelled because the lease ended, that is what to say
+                raise
             finally:
                 lease.busy = None
 
@@ -110,6 +118,8 @@ class LeaseTable:
         lease = self._leases.get(token)
         if lease is not None and lease.busy == number:
             lease.connection.cancel("caller")
+        elif lease is not None:
+            lease.cancelled.add(number)  # its message may still be on its way, or it is over
 
     def end(self, token: str, why: str, dead: bool = False) -> bool:
         """End a lease; its connection goes back, or is dropped if *dead*. False if it had ended before."""

@@ -331,7 +331,7 @@ async def test_adjust_pool_size_moves_the_cap_both_ways(
 
         async def most_at_once() -> int:
             pids = await asyncio.gather(
-                *(pool.fetchval("select pg_backend_pid() from (select pg_sleep(0.2)) s") for _ in range(20))
+                *(pool.fetchval("select pg_backend_pid() from (select pg_sleep(0.1)) s") for _ in range(20))
             )
             return len(set(pids))
 
@@ -361,9 +361,10 @@ async def test_close_by_the_maker_ends_the_pool_and_its_backends(
         assert await pool.process({"operation": "close"}) == {"status": "closed"}
         assert await pool.process({"operation": "close"}) == {"status": "closed"}
         assert await backends_of(direct, pool.name) == []
-        for handle in (pool, other):
-            with pytest.raises(PoolClosedError):
-                await handle.fetchval("select 1")
+        with pytest.raises(PoolClosedError):
+            await pool.fetchval("select 1")
+        with pytest.raises((PoolClosedError, PoolNotFoundError), match=pool.name):
+            await other.fetchval("select 1")
         with pytest.raises(PoolNotFoundError):
             get_pool(pool.name)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import asyncpg
 import pytest
-from pools import own_pool
+from pools import unique_name
 
 from raypg import WorkflowConnectionPool
 from raypg.embedded import EmbeddedServer
@@ -59,11 +59,6 @@ LEAKS = {
 }
 
 
-@pytest.fixture(scope="module")
-async def lonely() -> AsyncIterator[None]:
-    yield
-
-
 @pytest.fixture
 async def objects(schema: str, table: str, direct: asyncpg.Connection) -> AsyncIterator[dict[str, str]]:
     role = f"role_{schema}"
@@ -82,15 +77,85 @@ async def objects(schema: str, table: str, direct: asyncpg.Connection) -> AsyncI
     await direct.execute(f"reset role; drop owned by {role}; drop role {role}")
 
 
-@pytest.fixture
-async def single(ray_cluster: Any, pg: EmbeddedServer, single_name: WorkflowConnectionPool) -> WorkflowConnectionPool:
-    return single_name
-
-
-@pytest.fixture(scope="session")
-def single_name(ray_cluster: Any, pg18: EmbeddedServer) -> Any:
-    """A pool of one connection: the next caller gets the very session of the last one."""
-    handle = WorkflowConnectionPool(name="single-session-state", **pg18.parameters, max_connections=1)
+@pytest.fixture(scope="module")
+def single(ray_cluster: Any, pg18: EmbeddedServer) -> Iterator[WorkflowConnectionPool]:
+    """A pool of one connection: the next caller gets the very session that the last one had."""
+    handle = WorkflowConnectionPool(name=unique_name(), **pg18.parameters, max_connections=1)
     asyncio.run(handle.process({"operation": "initialize"}))
     yield handle
     asyncio.run(handle.close())
+
+
+async def attempt(call: Any) -> None:
+    try:
+        await call
+    except asyncpg.PostgresError:
+        pass  # what it left behind is the question, not whether it succeeded
+
+
+@pytest.mark.parametrize("label", LEAKS)
+async def test_a_statement_leaves_nothing_to_the_next_caller(
+    label: str, single: WorkflowConnectionPool, objects: dict[str, str], table: str
+) -> None:
+    state = STATE.format_map(objects)
+    before = await single.fetchval(state)
+    pid = await single.fetchval("select pg_backend_pid()")
+    for sql in LEAKS[label]:
+        await attempt(single.execute(sql.format_map(objects)))
+        assert await single.fetchval(state) == before
+    for sql in LEAKS[label]:
+        await attempt(single.fetch(sql.format_map(objects)))
+    assert await single.fetchval(state) == before
+    with pytest.raises(asyncpg.ObjectNotInPrerequisiteStateError):
+        await single.fetchval(f"select currval('{objects['schema']}.numbers')")
+    assert await single.execute(f"insert into {table} values (1, 'x')") == "INSERT 0 1"
+    assert await single.fetchval("select pg_backend_pid()") == pid
+
+
+@pytest.mark.parametrize("label", LEAKS)
+async def test_nor_does_a_lease(label: str, single: WorkflowConnectionPool, objects: dict[str, str]) -> None:
+    state = STATE.format_map(objects)
+    before = await single.fetchval(state)
+    async with single.acquire() as connection:
+        for sql in LEAKS[label]:
+            await attempt(connection.execute(sql.format_map(objects)))
+    assert await single.fetchval(state) == before
+
+
+@pytest.mark.parametrize(
+    "left",
+    ["begin", "begin; select 1/0", "select 1; begin; select 2", "begin isolation level serializable read only"],
+)
+async def test_nor_does_a_transaction_that_was_left_open(
+    left: str, single: WorkflowConnectionPool, objects: dict[str, str], table: str
+) -> None:
+    state = STATE.format_map(objects)
+    before = await single.fetchval(state)
+    async with single.acquire() as connection:
+        await attempt(connection.execute(left))
+        await attempt(connection.execute(f"insert into {table} values (1, 'x')"))
+    assert await single.fetchval(state) == before
+    assert await single.fetchval(f"select count(*) from {table}") == 0
+    assert await single.execute(f"insert into {table} values (2, 'x')") == "INSERT 0 1"
+
+
+async def test_all_at_once_over_a_shared_pool(
+    pool: WorkflowConnectionPool, objects: dict[str, str], table: str, direct: asyncpg.Connection
+) -> None:
+    """Leaky statements, temp tables that shadow the real one, and callers that must see none of it."""
+    schema = objects["schema"]
+    state = STATE.format_map(objects)
+    clean = await pool.fetchval(state)
+
+    async def leaky(number: int) -> None:
+        statements = [sql for each in LEAKS.values() for sql in each]
+        await attempt(pool.execute(statements[number % len(statements)].format_map(objects)))
+
+    async def innocent(number: int) -> bool:
+        await pool.execute(f"insert into {table} values ($1, 'x')", number)
+        return bool(await pool.fetchval(state) == clean)
+
+    calls = [innocent(n) if n % 2 else leaky(n // 2) for n in range(300)]
+    results = await asyncio.gather(*calls)
+    assert all(result is not False for result in results)
+    assert await direct.fetchval(f"select count(*) from {schema}.item") == 150

@@ -1,0 +1,213 @@
+"""The command ``raypg`` on a real Ray cluster and a real PostgreSQL."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import asyncpg
+import pytest
+from commands import RAYPG, command_cluster, run, variables_of
+from pools import unique_name
+from waiting import eventually
+
+import raypg
+from raypg.demo_cluster import LocalCluster
+from raypg.embedded import EmbeddedServer
+
+
+@pytest.fixture(scope="module")
+def cluster(pg18: EmbeddedServer) -> Iterator[LocalCluster]:
+    """Its nodes know the password under a name of ours, and nothing else of the database."""
+    with command_cluster({"DB_PASSWORD": pg18.password}) as running:
+        yield running
+
+
+class Command:
+    """``raypg`` in an empty directory."""
+
+    def __init__(self, cluster: LocalCluster, pg: EmbeddedServer, directory: Path) -> None:
+        self.environment = {**cluster.environment(), **variables_of(pg)}
+        self.directory = directory
+        self.password = pg.password
+
+    def __call__(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        done = run(RAYPG, *arguments, environment=self.environment, cwd=self.directory)
+        assert self.password not in done.stdout + done.stderr
+        return done
+
+    def good(self, *arguments: str) -> str:
+        """Its output, of a run that must succeed and may not complain."""
+        done = self(*arguments)
+        assert (done.returncode, done.stderr) == (0, "")
+        return done.stdout
+
+    def bad(self, *arguments: str) -> str:
+        """The one line of complaint, of a run that must fail."""
+        done = self(*arguments)
+        assert done.returncode == 1, done
+        assert done.stdout == ""
+        (line,) = done.stderr.splitlines()
+        assert line.startswith("raypg: ")
+        return line
+
+    def configure(self, text: str) -> None:
+        """Write raypg.toml."""
+        (self.directory / "raypg.toml").write_text(text)
+
+
+@pytest.fixture
+def command(cluster: LocalCluster, pg18: EmbeddedServer, tmp_path: Path) -> Command:
+    return Command(cluster, pg18, tmp_path)
+
+
+def table_of(name: str, pg: EmbeddedServer, more: str = "") -> str:
+    at = pg.parameters
+    return f"""
+[pools.{name}]
+host = "{at["host"]}"
+port = {at["port"]}
+user = "{at["user"]}"
+database = "{at["database"]}"
+password_env = "DB_PASSWORD"
+max_connections = 3
+application_name = "{name}"
+{more}
+"""
+
+
+async def connections(direct: asyncpg.Connection, name: str) -> int:
+    query = "select count(*)::int from pg_stat_activity where application_name like $1"
+    return int(await direct.fetchval(query, f"raypg:%{name}"))
+
+
+async def test_up_status_down(command: Command, pg18: EmbeddedServer, direct: asyncpg.Connection) -> None:
+    name = unique_name("cli")
+    del command.environment["PGPASSWORD"]  # the file says where it is
+    command.configure(table_of(name, pg18))
+    assert command.good("up") == f"{name}: started, at most 3 connections\n"
+    assert command.good("up") == f"{name}: runs already, at most 3 connections\n"
+    assert 1 <= await connections(direct, name) <= 3
+
+    shown = command.good("status", name)
+    assert re.search(rf"{name}  postgres@127.0.0.1:{pg18.port}/postgres  \d of 3 connections, 0 waiting", shown)
+    assert "leases" not in shown
+    (figures,) = json.loads(command.good("status", name, "--json"))
+    assert figures["pool_name"] == name
+    assert figures["max_connections"] == 3
+    assert [worker["reachable"] for worker in figures["workers"]] == [True]
+    assert name in command.good("status")
+
+    command.configure(table_of(name, pg18).replace("max_connections = 3", "max_connections = 4"))
+    assert "max_connections: runs with 3, asked for 4" in command.bad("up")
+
+    assert command.good("down", name) == f"{name}: ended\n"
+
+    async def none_left() -> bool:
+        return await connections(direct, name) == 0
+
+    await eventually(none_left, 10)
+    assert f"no pool named '{name}' runs" in command.bad("down", name)
+    assert f"no pool named '{name}' runs" in command.bad("status", name)
+
+
+HOLD = """
+import asyncio, sys, ray
+from raypg import get_pool
+
+async def hold():
+    async with get_pool(sys.argv[1]).acquire() as connection:
+        print(connection.backend_pid, flush=True)
+        await asyncio.to_thread(sys.stdin.read)
+
+ray.init(logging_level="ERROR", log_to_driver=False)
+asyncio.run(hold())
+"""
+
+
+def test_status_names_who_holds_a_lease(command: Command) -> None:
+    name = unique_name("cli")
+    command.good("up", name)  # PG* alone say where
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, name],
+        env=command.environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert holder.stdout is not None
+        backend = holder.stdout.readline().strip()
+        assert backend.isdigit()
+        shown = command.good("status", name)
+        (line,) = [line for line in shown.splitlines() if f" {backend} " in line]
+        assert "driver" in line
+        assert f" {holder.pid} " in line
+    finally:
+        holder.communicate("", timeout=30)
+    command.good("down", name)
+
+
+def test_the_default_pool_of_the_environment(command: Command) -> None:
+    assert command.good("up").startswith("main_pool: started")
+    command.good("down", "main_pool")
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "says"),
+    [
+        ("[pools.a]\nmax_conections = 3", [], "max_conections: unknown setting (did you mean 'max_connections'?)"),
+        ("[pools.a]\nmax_connections = -3", [], "max_connections"),
+        ("[pools.alpha]", ["alpah"], "has no table [pools.alpah] (did you mean 'alpha'?)"),
+        ("[pools.a]\nname = 'b'", [], "contradicts the name of the table"),
+        ("[pool.a]", [], "'pool' is unknown at the top"),
+        ("", [], "it holds no pool"),
+        ("[pools.a", [], "raypg.toml: "),
+        ("[pools.a]", ["--config", "other.toml"], "other.toml: No such file or directory"),
+    ],
+)
+def test_what_is_wrong_in_the_file(command: Command, text: str, arguments: list[str], says: str) -> None:
+    command.environment["RAY_ADDRESS"] = "127.0.0.1:1"  # it is said before a cluster is looked for
+    command.configure(text)
+    assert says in command.bad("up", *arguments)
+
+
+def test_a_wrong_password(command: Command) -> None:
+    command.environment["PGPASSWORD"] = "n0t-the-passw0rd"
+    name = unique_name("cli")
+    complaint = command.bad("up", name)
+    assert name in complaint
+    assert "password authentication failed" in complaint
+    assert "n0t-the-passw0rd" not in complaint
+    assert name not in command.good("status")
+
+
+@pytest.mark.parametrize("arguments", [["up"], ["status"], ["down", "some_pool"]])
+def test_where_no_cluster_is(command: Command, arguments: list[str]) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+        complaint = command.bad(*arguments, "--address", address)
+    assert f"no Ray cluster answers at {address}" in complaint
+    assert "ray start --head" in complaint
+
+
+def test_without_the_token(command: Command) -> None:
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
+        del command.environment[name]
+    done = run(RAYPG, "status", environment=command.environment, cwd=command.directory)
+    assert done.returncode == 1
+    assert "asks for a token: set RAY_AUTH_MODE=token" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_version_and_help(command: Command) -> None:
+    assert command.good("--version") == f"raypg {raypg.__version__}\n"
+    shown = command.good("--help")
+    assert all(word in shown for word in ("demo", "up", "status", "down"))
+    assert command("wrong").returncode == 2
