@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import secrets
 import time
 from dataclasses import dataclass, field
@@ -97,6 +98,7 @@ class PoolActor:
         self._opening: asyncio.Task[Answer] | None = None
         self._closed: PoolClosedError | None = None
         self._keeper: asyncio.Task[None] | None = None
+        self._doubtful_since = math.inf
         changed = _compat.kv_get(self._key)
         if changed is not None and _compat.was_restarted():
             self._config = self._config.changed(**json.loads(changed))
@@ -345,13 +347,19 @@ class PoolActor:
 
     async def _confirm_gone(self) -> None:
         doubtful = [pid for member in self._members for pid in member.unconfirmed]
-        if not doubtful or self._config.max_connections < CONTROL_NEEDS:
+        now = time.monotonic()
+        self._doubtful_since = min(self._doubtful_since, now) if doubtful else math.inf
+        # Below CONTROL_NEEDS a look takes one connection more: only when those given up have had time to go.
+        borrowed = self._config.max_connections < CONTROL_NEEDS
+        if not doubtful or (borrowed and now - self._doubtful_since < SELF_REAPING):
             return
         try:
             gone = set(await self._control.gone(doubtful))
         except Exception as error:
             logger.debug("pool %s: control connection failed: %s", self._name, error)
             return
+        if borrowed:
+            await self._control.close()
         for member in self._members:
             member.gone = [pid for pid in member.unconfirmed if pid in gone]
 

@@ -100,6 +100,7 @@ class Channel:
         self._dispatcher = dispatcher
         self._pending: deque[Call] = deque()
         self._batches: dict[int, list[Call]] = {}
+        self._untold: dict[int, int] = {}  # batch number → statements without an outcome yet
         self._numbers = itertools.count(1)
         self._messages = 0
         self._collector: asyncio.Task[None] | None = None
@@ -127,6 +128,7 @@ class Channel:
                 if not runs:
                     continue
                 self._batches[number] = calls
+                self._untold[number] = len(calls)
                 self._settle(await self.ask("run", self._dispatcher.client, self._dispatcher.job, number, runs))
         except WorkerGone:
             self._lost()
@@ -223,8 +225,10 @@ class Channel:
                 future.set_result((payload, names))
             else:
                 future.set_exception(unpack_error(error))
-        if len(part[1]) == len(calls) or all(call.future.done() for call in calls):
-            del self._batches[number]
+        # Not "all futures are done": those who left are done at once, but count as load until the worker says so.
+        self._untold[number] -= len(part[1])
+        if not self._untold[number]:
+            del self._batches[number], self._untold[number]
 
     # --- when it goes wrong ---
 
@@ -240,6 +244,7 @@ class Channel:
             sent = [call for calls in self._batches.values() for call in calls if not call.future.done()]
             unsent = [call for call in self._pending if not call.future.done()]
             self._batches.clear()
+            self._untold.clear()
             self._pending.clear()
             self._dispatcher.worker_gone(self, sent, unsent)
 
@@ -250,6 +255,7 @@ class Channel:
                 if not call.future.done():
                     call.future.set_exception(error)
         self._batches.clear()
+        self._untold.clear()
         self._pending.clear()
         self.open = 0
 

@@ -106,8 +106,8 @@ class LocalCluster:
         self.address = found.read_text().strip()
         return self
 
-    def stop(self, timeout: float = 20.0) -> None:
-        """End Ray's processes. Twice does nothing."""
+    def stop(self, timeout: float = 5.0) -> None:
+        """End Ray's processes: politely, and after *timeout* seconds not. Twice does nothing."""
         process, self._process = self._process, None
         if process is not None and process.poll() is None:
             process.terminate()

@@ -16,9 +16,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import asyncpg
 import ray
@@ -40,9 +40,19 @@ SELECT count(*)::int FROM pg_stat_activity WHERE backend_type = 'client backend'
 """
 
 
+_listener: TextIO = sys.stdout
+
+
+def _take_standard_output() -> None:
+    """Keep standard output for our messages: Ray and its processes print to it too, and go to the log from now on."""
+    global _listener
+    _listener = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+
+
 def tell(kind: str, **what: Any) -> None:
     """Print one line for the process in the terminal."""
-    print(json.dumps({"kind": kind, **what}), flush=True)
+    print(json.dumps({"kind": kind, **what}), file=_listener, flush=True)
 
 
 @contextlib.contextmanager
@@ -73,8 +83,8 @@ class Demo:
         self._sums: dict[str, int] = {}
         self._report: dict[str, dict[str, Any]] = {}
 
-    async def run(self) -> None:
-        """Start everything, run the job, check what it did, and tell the report."""
+    async def run(self, stop: Callable[..., NoReturn]) -> None:
+        """Start everything, run the job, check what it did, and tell the report; *stop* handles SIGTERM."""
         with step("PostgreSQL") as outcome:
             self.server.start()
             outcome["text"] = f"PostgreSQL {self.server.version} on port {self.server.port}"
@@ -82,6 +92,7 @@ class Demo:
             self.cluster.start()
             os.environ.update(self.cluster.variables)
             context = ray.init(logging_level="ERROR", log_to_driver=False)
+            signal.signal(signal.SIGTERM, stop)  # ray.init has put its own there
             self.dashboard = f"http://{context.dashboard_url}"
             outcome["text"] = f"Ray {ray.__version__} with {int(ray.cluster_resources()['CPU'])} CPUs"
         async with self._watching_connections():
@@ -229,19 +240,26 @@ def _watch_listener(kept: threading.Event) -> None:
 def main(directory: Path, count: int, keep: bool) -> NoReturn:
     """Run the demo and end; exit status 0, 1 after an error, 130 if it was stopped."""
     adopt_orphans()
+    _take_standard_output()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     kept = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: _end(0 if kept.is_set() else 130, directory))
+
+    def stop(*_: object) -> NoReturn:
+        _end(0 if kept.is_set() else 130, directory)
+
+    signal.signal(signal.SIGTERM, stop)
     threading.Thread(target=_watch_listener, args=(kept,), daemon=True).start()
     try:
         demo = Demo(directory, count)
-        asyncio.run(demo.run())
+        asyncio.run(demo.run(stop))
         if keep:
             file = demo.write_environment(directory / "env")
             kept.set()
             tell("kept", pid=os.getpid(), environment=str(file), dashboard=demo.dashboard)
             while True:
                 signal.pause()
+    except SystemExit:
+        stop()  # Ray's handler was the faster one
     except Exception as error:
         tell("error", text=" ".join(str(error).split()) or type(error).__name__)
         _end(1, directory)

@@ -18,6 +18,7 @@ from raypg.channel import Call, Channel
 from raypg.config import PoolConfig
 from raypg.core.sql import classify, shorten
 from raypg.errors import (
+    ConnectError,
     ConnectionLostError,
     OutcomeUnknownError,
     PoolClosedError,
@@ -28,6 +29,12 @@ from raypg.portable import unpack_error
 
 ANSWER_WITHIN = 5.0
 """Seconds in which the Pool actor must answer a question about its workers."""
+
+STARTED_WITHIN = 90.0
+"""Seconds in which a pool must have started: its actors, and its first connections."""
+
+RECONFIGURED_WITHIN = 15.0
+"""Seconds in which all workers must have taken a new configuration."""
 
 MOST_ATTEMPTS = 100
 """How often a pool that ends is waited for, ``RETRY_EVERY`` seconds each, before its name is used again."""
@@ -143,12 +150,28 @@ class Dispatcher:
         Raises:
             ConfigError: they cannot be changed, or not to this.
         """
-        kind, value = await self.pool.reconfigure.remote(changes)
-        if kind == "error":
-            raise unpack_error(value)
+        value = await self.ask_pool("reconfigure", changes, within=RECONFIGURED_WITHIN)
         self.config = self.config.changed(**changes)
         await self.refresh()
         return value  # type: ignore[no-any-return]
+
+    async def ask_pool(self, method: str, *arguments: Any, within: float = ANSWER_WITHIN) -> Any:
+        """Ask the Pool actor for something that only it knows.
+
+        Raises:
+            UnavailableError: no answer within *within* seconds, or it is just being restarted.
+            RaypgError: what it says against it.
+        """
+        try:
+            kind, value = await asyncio.wait_for(getattr(self.pool, method).remote(*arguments), within)
+        except (TimeoutError, RayActorError):
+            await self.refresh()
+            raise self.closed or UnavailableError(
+                f"the actor of pool {self.name!r} does not answer; statements go on without it, try again"
+            ) from None
+        if kind == "error":
+            raise unpack_error(value)
+        return value
 
     # --- membership ---
 
@@ -244,9 +267,11 @@ class Dispatcher:
             now = self._loop.time()
             waiting = []
             for call in self._parked:
+                if call.future.done():
+                    continue  # its caller has left
                 if now - call.since > self.config.acquire_timeout:
                     call.future.set_exception(self._no_worker())
-                elif not call.future.done():
+                else:
                     waiting.append(call)
             self._parked = waiting
             if not any(channel.closed for channel in self._channels.values()):
@@ -287,7 +312,19 @@ class Dispatcher:
 
 
 _dispatchers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, Dispatcher]] = weakref.WeakKeyDictionary()
-_connecting: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, asyncio.Lock]] = weakref.WeakKeyDictionary()
+
+
+class _Attempt:
+    """The one attempt to reach a pool that an event loop makes at a time, and how the last one failed."""
+
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        self.failed_at = 0.0
+        self.config: PoolConfig | None = None
+        self.error: ConnectError | None = None
+
+
+_attempts: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, _Attempt]] = weakref.WeakKeyDictionary()
 
 
 async def connect(name: str, config: PoolConfig | None) -> tuple[Dispatcher, bool]:
@@ -303,14 +340,29 @@ async def connect(name: str, config: PoolConfig | None) -> tuple[Dispatcher, boo
         PoolNotFoundError, PoolConflictError, PoolVersionError, PoolClosedError, ConnectError, ConfigError.
     """
     loop = asyncio.get_running_loop()
-    lock = _connecting.setdefault(loop, {}).setdefault(name, asyncio.Lock())
-    async with lock:
+    attempt = _attempts.setdefault(loop, {}).setdefault(name, _Attempt())
+    arrived = loop.time()
+    async with attempt.lock:
+        if attempt.failed_at > arrived and attempt.config == config and attempt.error is not None:
+            raise attempt.error  # the same was just tried while we waited: a thousand callers must not try in turn
+        for ended in [other for other in tuple(_dispatchers) if other.is_closed()]:
+            _dispatchers.pop(ended, None)  # a dispatcher holds its loop, so no entry would ever go by itself
         known = _dispatchers.setdefault(loop, {})
         found = known.get(name)
-        if found is not None and config is None:
+        if found is not None and found.closed is None and config is None:
             return found, False
-        pool, greeting = await _greet(name, config)
-        if found is None:
+        try:
+            pool, greeting = await _greet(name, config)
+        except PoolNotFoundError:
+            if found is None or found.closed is None:
+                raise
+            raise found.closed from None
+        except ConnectError as error:
+            attempt.failed_at, attempt.config, attempt.error = loop.time(), config, error
+            raise
+        if found is not None and found.pool != pool:
+            found.close(PoolClosedError(f"pool {name!r} was closed, and another one started under its name"))
+        if found is None or found.closed is not None:
             found = known[name] = Dispatcher(name, pool, greeting)
         return found, bool(greeting["first"])
 
@@ -321,7 +373,11 @@ async def _greet(name: str, config: PoolConfig | None) -> tuple[ActorHandle[Any]
         pool = cluster.find(name) if config is None else cluster.find_or_start(config)
         asked = None if config is None else config.to_dict()
         try:
-            kind, value = await pool.hello.remote(messages.hello(), asked)
+            kind, value = await asyncio.wait_for(pool.hello.remote(messages.hello(), asked), STARTED_WITHIN)
+        except TimeoutError:
+            raise UnavailableError(
+                f"pool {name!r} did not start within {STARTED_WITHIN:g} s; see `ray list actors` and `raypg status`"
+            ) from None
         except RayActorError as error:
             # It ended between our look and our word: a pool that could not start, or was just closed. Once more.
             attempts += 1

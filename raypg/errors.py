@@ -174,6 +174,7 @@ class ConnectError(UnavailableError, ConnectionError):
 
     def __init__(self, message: str, category: str = "connection_refused", sqlstate: str | None = None) -> None:
         super().__init__(message, category, sqlstate)
+        self.args = (message, category, sqlstate)  # OSError takes the third of three for a file's name, and drops it
         self.message = message
         self.category = category
         self.sqlstate = sqlstate

@@ -16,7 +16,6 @@ from raypg.core.sql import classify
 from raypg.core.sqlstate import error_category
 from raypg.errors import ConfigError, OutcomeUnknownError, QueryTimeoutError, StatementNotAllowedError, UnavailableError
 from raypg.lease import LeasedConnection, acquire
-from raypg.portable import unpack_error
 from raypg.row import Row, row_type
 
 if TYPE_CHECKING:
@@ -264,10 +263,7 @@ class Operations:
 
     async def _figures(self) -> dict[str, Any]:
         dispatcher = await self._pool._dispatcher()
-        kind, value = await dispatcher.pool.status.remote()
-        if kind == "error":
-            raise unpack_error(value)
-        return value  # type: ignore[no-any-return]
+        return await dispatcher.ask_pool("status")  # type: ignore[no-any-return]
 
 
 def _arguments(params: Any) -> tuple[Any, ...]:

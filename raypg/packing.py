@@ -69,6 +69,8 @@ class _Pickler(pickle.Pickler):
     @staticmethod
     def _by_name(obj: Any) -> Any:
         """Classes and functions occur as the constructors of plain values; as values themselves they are none."""
+        if isinstance(getattr(obj, "__self__", None), type):
+            return NotImplemented  # a classmethod, such as the one that ZoneInfo is rebuilt by
         module = getattr(obj, "__module__", None)
         if isinstance(module, str) and hasattr(sys.modules.get(module), getattr(obj, "__name__", "")):
             return NotImplemented

@@ -104,6 +104,7 @@ class QueryPipelineNode:
         self._transaction: LeasedConnection | None = None
         self._culprit: str | None = None
         self._flushing = asyncio.Lock()
+        self._finishing: asyncio.Task[None] | None = None
         self._batches = 0
         self._failures = 0
         self._finished = 0
@@ -330,7 +331,11 @@ class QueryPipelineNode:
                 if self._sender is not None:
                     await asyncio.wait((self._sender,))
             if self.strategy == "transactional":
-                await self._finish_transaction()
+                # Who leaves a flush does not stop a COMMIT under way: the next flush waits for it and tells what came of it.
+                if self._finishing is None:
+                    self._finishing = asyncio.get_running_loop().create_task(self._finish_transaction())
+                await asyncio.shield(self._finishing)
+                self._finishing = None
             results, self._results = self._results, PipelineResults(self._query_id)
             results.complete()
             return results

@@ -112,7 +112,7 @@ def pack_error(error: BaseException) -> PortableError:
         attributes = {k: v for k, v in vars(error).items() if v is not None and k != "query" and _is_plain(v)}
         return ("asyncpg", name, str(error.args[0]) if error.args else "", attributes)
     if getattr(builtins, name, None) is type(error):
-        return ("builtin", name, tuple(a for a in error.args if _is_plain(a)), None)
+        return ("builtin", name, error.args if all(map(_is_plain, error.args)) else (str(error),), None)
     return ("other", f"{type(error).__module__}.{name}", str(error), None)
 
 
@@ -126,7 +126,10 @@ def unpack_error(packed: PortableError) -> BaseException:
         error.__dict__.update(attributes or {})
         return error  # type: ignore[no-any-return]
     if kind == "builtin":
-        return getattr(builtins, name)(*payload)  # type: ignore[no-any-return]
+        try:
+            return getattr(builtins, name)(*payload)  # type: ignore[no-any-return]
+        except TypeError:  # some want what does not travel: UnicodeDecodeError its bytes
+            payload = ", ".join(map(str, payload))
     return errors.RaypgError(f"{name}: {payload}")
 
 

@@ -61,8 +61,9 @@ class SyncConnection:
         background.run(transaction.start)
         try:
             yield
-        except BaseException:
-            background.run(transaction.rollback)
+        except BaseException as error:
+            problem = error
+            background.run(lambda: transaction.__aexit__(type(problem), problem, None))
             raise
         background.run(transaction.commit)
 

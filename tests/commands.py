@@ -25,7 +25,7 @@ def variables_of(server: EmbeddedServer) -> dict[str, str]:
 
 
 @contextmanager
-def command_cluster(environment: Mapping[str, str]) -> Iterator[LocalCluster]:
+def local_cluster(environment: Mapping[str, str]) -> Iterator[LocalCluster]:
     """A Ray cluster with job submission, whose nodes have *environment*."""
     with (
         tempfile.TemporaryDirectory(prefix="raypg-ray-", dir="/tmp", ignore_cleanup_errors=True) as directory,

@@ -92,13 +92,20 @@ class PgBouncer:
             f"[databases]\n* = host={server['host']} port={server['port']}\n[pgbouncer]\n"
             + "".join(f"{key} = {value}\n" for key, value in lines.items())
         )
+        if account is not None:
+            for path in (self.directory, users, config):
+                os.chown(path, account.uid, account.gid)
+        self.start()
+        return self
+
+    def start(self) -> None:
+        """Start it, on the same port as before, and wait until it listens."""
+        account = server_account()
         identity: dict[str, Any] = {}
         if account is not None:  # it refuses to run as root
             identity = {"user": account.uid, "group": account.gid, "extra_groups": []}
-            for path in (self.directory, users, config):
-                os.chown(path, account.uid, account.gid)
         self._process = subprocess.Popen(
-            [self._program, "-q", str(config)],
+            [self._program, "-q", str(self.directory / "pgbouncer.ini")],
             cwd="/",
             env=clean_environment(),
             stdin=subprocess.DEVNULL,
@@ -106,7 +113,6 @@ class PgBouncer:
             **identity,
         )
         wait_until(self._is_up, what=f"PgBouncer listens; its log: {self.log}")
-        return self
 
     def _is_up(self) -> bool:
         assert self._process is not None
@@ -123,7 +129,12 @@ class PgBouncer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._process is not None:
-            self._process.send_signal(signal.SIGTERM)  # at once; SIGINT would wait for clients
-            self._process.wait(10)
+        self.stop()
         shutil.rmtree(self.directory, ignore_errors=True)
+
+    def stop(self) -> None:
+        """End it at once, and with it all its connections."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGTERM)  # SIGINT would wait for clients
+            self._process.wait(10)
+            self._process = None

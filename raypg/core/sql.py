@@ -50,6 +50,8 @@ class Verdict:
             triggers and rules of the table are not in the text.
         returning: INSERT, UPDATE, DELETE or MERGE with RETURNING.
         parameters: the highest ``$n``; 0 without any.
+        relations: of a read, what it names as tables, quoted as PostgreSQL would quote them; a view among them may
+            hide what this text does not show.
         reason: why it is not a read; empty if it is.
     """
 
@@ -61,6 +63,7 @@ class Verdict:
     insert_values: bool = False
     returning: bool = False
     parameters: int = 0
+    relations: tuple[str, ...] = ()
     reason: str = ""
 
 
@@ -249,7 +252,9 @@ def _of_node(node: dict[str, Any]) -> Verdict:
     doubt, parameters = _inspect(node, _READ_TAGS, functions.READ)
     if tag == "SelectStmt":
         if not doubt:
-            return Verdict("read", "SELECT", retryable=True, clean=True, parameters=parameters)
+            return Verdict(
+                "read", "SELECT", retryable=True, clean=True, parameters=parameters, relations=_relations(node)
+            )
         command = "SELECT INTO" if "intoClause" in body else "SELECT"
         return Verdict("write", command, parameters=parameters, reason=doubt)
     if tag == "ExplainStmt":
@@ -332,6 +337,23 @@ _LABELS: Final = {
     "DeleteStmt": "a DELETE",
     "MergeStmt": "a MERGE",
 }
+
+
+def _relations(root: object) -> tuple[str, ...]:
+    """What a tree names as tables (names of WITH queries among them), each once."""
+    found: dict[str, None] = {}
+    todo: list[Any] = [root]
+    while todo:
+        node = todo.pop()
+        if type(node) is list:
+            todo.extend(node)
+        elif type(node) is dict:
+            relation = node.get("RangeVar")
+            if type(relation) is dict:
+                parts = [relation[key] for key in ("schemaname", "relname") if relation.get(key)]
+                found[".".join('"' + part.replace('"', '""') + '"' for part in parts)] = None
+            todo.extend(value for value in node.values() if type(value) is dict or type(value) is list)
+    return tuple(found)
 
 
 def _doubt(key: str, value: Any, callable_: frozenset[str], clock: bool) -> str:

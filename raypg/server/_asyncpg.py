@@ -65,6 +65,20 @@ async def send_cancel(raw: asyncpg.Connection) -> None:
         pass
 
 
+def never_set_jit(raw: asyncpg.Connection) -> None:
+    """Keep asyncpg from switching ``jit`` off and on again around its look-ups of types: no setting of the session may
+    be changed where the session is another one in a moment."""
+    raw._server_caps = raw._server_caps._replace(jit=False)
+
+
+def was_not_sent(error: BaseException) -> bool:
+    """Whether *error* says that asyncpg sent nothing: it had read the server's last words just before.
+
+    Its state machine then refuses the next operation, before a byte of it is written.
+    """
+    return isinstance(error, asyncpg.InternalClientError) and str(error).startswith("cannot switch to state")
+
+
 def forget_statements(raw: asyncpg.Connection) -> None:
     """Forget the prepared statements of *raw*: the server no longer has them (DISCARD ALL, DEALLOCATE ALL)."""
     raw._drop_local_statement_cache()

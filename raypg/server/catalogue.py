@@ -1,4 +1,7 @@
-"""Facts of the catalogue that decide whether inserts may travel as one group.
+"""Facts of the catalogue: whether a read is what it seems, and whether inserts may travel as one group.
+
+A read of a table leaves nothing behind. A read of a view, a foreign table, or a table with row-level security calls
+functions that its text does not show.
 
 A group is one transaction. It must give the same results as its statements one by one would: so no user triggers or
 rules (they could tell the difference), no deferrable constraints (checked at the end), no defaults out of the now()
@@ -34,9 +37,13 @@ SELECT coalesce(bool_and(
            FROM pg_catalog.pg_attrdef d
            JOIN pg_catalog.pg_attribute a ON a.attrelid = d.adrelid AND a.attnum = d.adnum
            WHERE d.adrelid = to_regclass($1) AND a.attgenerated = ''
-             AND pg_catalog.pg_get_expr(d.adbin, d.adrelid) LIKE '%(%'
+             AND pg_catalog.pg_get_expr(d.adbin, d.adrelid) ~ '[(]|CURRENT_|LOCALTIME'
              AND pg_catalog.pg_get_expr(d.adbin, d.adrelid) !~
                  '^(nextval\\(''[^'']*''::regclass\\)|(gen_random_uuid|uuidv[47]|random|clock_timestamp)\\(\\))$'
+           UNION ALL
+           SELECT a.attname::text
+           FROM pg_catalog.pg_attribute a JOIN pg_catalog.pg_type t ON t.oid = a.atttypid
+           WHERE a.attrelid = to_regclass($1) AND a.attnum > 0 AND NOT a.atthasdef AND t.typdefault IS NOT NULL
        ) AS clocked,
        ARRAY(
            SELECT a.attname::text FROM pg_catalog.pg_attribute a
@@ -46,11 +53,36 @@ FROM family JOIN pg_catalog.pg_class c ON c.oid = family.oid
 """
 
 
+_HIDING = """
+SELECT name FROM unnest($1::text[]) AS name
+JOIN pg_catalog.pg_class c ON c.oid = to_regclass(name)
+WHERE (c.relkind IN ('v', 'f') OR c.relrowsecurity)
+  AND c.relnamespace NOT IN (SELECT oid FROM pg_catalog.pg_namespace
+                             WHERE nspname IN ('pg_catalog', 'information_schema'))
+"""
+
+
 class Catalogue:
     """What one worker knows of tables, for a few seconds."""
 
     def __init__(self) -> None:
+        self._plain: dict[tuple[str, ...], tuple[float, bool]] = {}
         self._groupable: dict[str, tuple[float, bool]] = {}
+
+    async def are_plain(self, connection: ServerConnection, relations: tuple[str, ...], now: float) -> bool:
+        """Whether *relations*, as a read names them, are tables that show all there is, or do not exist.
+
+        Raises:
+            ConnectionLost, asyncpg.PostgresError: as :meth:`ServerConnection.run`.
+        """
+        known = self._plain.get(relations)
+        if known is not None and now < known[0]:
+            return known[1]
+        rows, _ = await connection.run(0, _HIDING, (list(relations),))
+        if len(self._plain) >= 1000:
+            self._plain.clear()
+        self._plain[relations] = (now + REMEMBER, not rows)
+        return not rows
 
     async def may_group(self, connection: ServerConnection, insert: str, now: float) -> bool:
         """Whether many runs of *insert*, an INSERT … VALUES without ON CONFLICT and RETURNING, may share a transaction.

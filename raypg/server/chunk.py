@@ -218,7 +218,10 @@ class ChunkRequest:
                     return
         except ConnectionLost as lost:
             engine.leases.end(token, "its connection died", dead=True)
-            self._fail_rest(pack_error(lost_error(lost, "", reads_only=True)))
+            how = f"with {lost.sqlstate}" if lost.sqlstate else "without a word"
+            self._fail_rest(
+                pack_error(StatementNotRunError(f"the server ended the connection ({how}) and rolled all of it back"))
+            )
 
     async def _group_in_transaction(
         self, engine: Engine, connection: ServerConnection, sql: str, rows: list[tuple[Any, ...]]

@@ -19,7 +19,7 @@ from raypg import messages
 from raypg.core.backoff import jittered
 from raypg.errors import QueryTimeoutError
 from raypg.portable import plain_rows
-from raypg.server import _asyncpg
+from raypg.server import _asyncpg, pooler
 
 CANCEL_GRACE = 5.0
 """Seconds that a server may take to answer a cancel request before its connection is given up."""
@@ -54,20 +54,27 @@ class ConnectionLost(Exception):
 
     Args:
         sqlstate: code of the server's FATAL message, or ``None`` if it went without a word.
+        sent: False if it is known that the statement was not sent.
     """
 
-    def __init__(self, sqlstate: str | None) -> None:
-        super().__init__(sqlstate)
+    def __init__(self, sqlstate: str | None, sent: bool = True) -> None:
+        super().__init__(sqlstate, sent)
         self.sqlstate = sqlstate
+        self.sent = sent
 
     @property
     def by_crash(self) -> bool:
         """Whether the backend crashed: then the statement itself may be what killed it, and must not run again."""
-        return self.sqlstate is None or self.sqlstate == "57P02"
+        # A pooler says 08P01 ("server conn crashed?") of every backend that it lost, however that ended.
+        return self.sqlstate is None or self.sqlstate in ("57P02", "08P01")
 
 
 class ServerConnection:
-    """A connection and what its worker must know about it."""
+    """A connection and what its worker must know about it.
+
+    ``pooled``: a transaction pooler is at the other end. Then only a transaction has one session for itself, and
+    ``pid`` is no backend's but a number of the pooler.
+    """
 
     __slots__ = (
         "_cancel_reason",
@@ -84,16 +91,25 @@ class ServerConnection:
         "number",
         "opened_at",
         "pid",
+        "pooled",
         "raw",
         "used",
     )
 
     def __init__(
-        self, raw: asyncpg.Connection, number: int, now: float, lifetime: float | None, application_name: str = ""
+        self,
+        raw: asyncpg.Connection,
+        number: int,
+        now: float,
+        lifetime: float | None,
+        application_name: str = "",
+        *,
+        pooled: bool = False,
     ) -> None:
         self.raw = raw
         self.number = number
         self.application_name = application_name
+        self.pooled = pooled
         self.pid: int = raw.get_server_pid()
         self.opened_at = now
         self.last_used = now
@@ -158,8 +174,14 @@ class ServerConnection:
             ConnectionLost: the outcome is unknown.
             QueryTimeoutError: cancelled by its timeout, had no effect.
             asyncpg.PostgresError, asyncpg.InterfaceError: had no effect; the connection is good.
+            StatementNotAllowedError: a pooler is in front, and it needs a session; nothing was sent.
         """
         raw = self.raw
+        if self.pooled:
+            in_transaction = settings is not None or raw.is_in_transaction()
+            refused = pooler.refusal(sql, in_transaction=in_transaction, leased=self.lease is not None)
+            if refused is not None:
+                raise refused
         timer: asyncio.TimerHandle | None = None
         if timeout is not None:
             timer = asyncio.get_running_loop().call_later(max(timeout, 0.0), self.cancel, "timeout")
@@ -186,7 +208,7 @@ class ServerConnection:
             raise
         except (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
             if raw.is_closed():
-                raise ConnectionLost(None) from error
+                raise ConnectionLost(None, sent=not _asyncpg.was_not_sent(error)) from error
             raise
         finally:
             if timer is not None:
@@ -239,13 +261,17 @@ class ServerConnection:
     async def reset(self) -> None:
         """Put the session back to how it was when the connection was opened. One round trip.
 
+        Behind a transaction pooler only an open transaction is ended: there the session is the pooler's to reset.
+
         Raises:
             ConnectionLost: the connection died.
             asyncpg.PostgresError: the session cannot be reset; the connection must not be used again.
         """
         try:
             rollback = "ROLLBACK;" if self.raw.is_in_transaction() else ""
-            await self.raw.execute(rollback + RESET, timeout=CANCEL_GRACE)
+            undo = rollback if self.pooled else rollback + RESET
+            if undo:
+                await self.raw.execute(undo, timeout=CANCEL_GRACE)
         except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
             if isinstance(error, TimeoutError):
                 self.abandon()

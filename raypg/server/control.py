@@ -3,6 +3,8 @@
 It counts and ends backends. What it may end is proven to be ours: the application name begins with a nonce of the
 worker's life (a user's own name may follow), same role, and the very backend that was seen, by process id *and* start
 time, since process ids are used again.
+
+Behind a pooler nothing is ours in that sense: the backends are the pooler's, which knows when a client is gone.
 """
 
 from __future__ import annotations
@@ -52,11 +54,21 @@ class Control:
 
     async def _fetch(self, sql: str, *arguments: Any) -> list[asyncpg.Record]:
         async with self._lock:
-            if self._connection is None or not await self._connection.is_alive():
-                self._connection = await self._connector.open()
-            records: list[asyncpg.Record] = await self._connection.raw.fetch(sql, *arguments, timeout=10.0)
-            self._connection.last_used = time.monotonic()
+            connection = await self._opened()
+            records: list[asyncpg.Record] = await connection.raw.fetch(sql, *arguments, timeout=10.0)
+            connection.last_used = time.monotonic()
             return records
+
+    async def _opened(self) -> ServerConnection:
+        if self._connection is None or not await self._connection.is_alive():
+            self._connection = await self._connector.open()
+        return self._connection
+
+    async def _pooled(self) -> bool:
+        if self._connector.pooler is None:
+            async with self._lock:
+                await self._opened()  # tells
+        return self._connector.pooler != "off"
 
     async def limits(self) -> dict[str, Any]:
         """The server's own limits on connections, and how many are in use.
@@ -71,7 +83,9 @@ class Control:
         return [(record["pid"], record["backend_start"]) for record in await self._fetch(_BACKENDS, name)]
 
     async def gone(self, pids: list[int]) -> list[int]:
-        """Those of *pids* that are no client backend any more."""
+        """Those of *pids* that are no client backend any more; behind a pooler all, for they count its clients."""
+        if await self._pooled():
+            return pids
         alive = await self._fetch(
             "SELECT pid FROM pg_catalog.pg_stat_activity "
             "WHERE pid = any($1::int[]) AND backend_type = 'client backend'",
@@ -83,8 +97,10 @@ class Control:
         """End the backends of a dead worker and wait until the server no longer shows them.
 
         Returns:
-            How many still exist after *timeout* seconds.
+            How many still exist after *timeout* seconds. Behind a pooler none is touched or counted.
         """
+        if await self._pooled():
+            return 0
         until = asyncio.get_running_loop().time() + timeout
         while backends := await self.backends(name):
             for pid, started in backends:

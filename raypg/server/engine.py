@@ -329,6 +329,7 @@ class Engine:
         leased = {lease.connection.identifier: lease for lease in self.leases}
         now = self.now()
         return {
+            "pooler": self._connector.pooler,
             "budget": self.connections.budget,
             "total": self.connections.total,
             "idle": self.connections.idle,

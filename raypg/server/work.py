@@ -92,24 +92,35 @@ class Statement:
 
     async def serve(self, engine: Engine, connection: ServerConnection) -> ServerConnection | None:
         now = engine.now()
+        if self.cancelled:
+            # Its caller left after it was taken out of the queue, or while it waited for its second try.
+            self.fail(pack_error(TimeoutError("cancelled before it ran")))
+            return connection
         engine.figures.waited(now - self.arrived)
         self.batch.begun = True
         timeout = None if self.expires_at is None else self.expires_at - now
-        if not self.verdict.clean:
-            connection.dirty = True
         self.connection = connection
         try:
+            plain = self.verdict.clean
+            if plain and self.verdict.relations:
+                # Settings may change which tables the names mean.
+                plain = self.settings is None and await engine.catalogue.are_plain(
+                    connection, self.verdict.relations, now
+                )
+            if not plain:
+                connection.dirty = True
             payload, names = await connection.run(self.mode, self.sql, self.arguments, timeout, self.settings)
         except ConnectionLost as lost:
             engine.connections.drop(connection)
-            if self.verdict.retryable and not lost.by_crash and not self.retried and not self.cancelled:
+            retryable = self.verdict.retryable and not connection.dirty
+            if retryable and not lost.by_crash and not self.retried and not self.cancelled:
                 # It only read, and the backend was ended on purpose: asking once more is safe.
                 self.retried = True
                 engine.figures.retries += 1
                 engine.put_first(self)
             else:
                 engine.figures.ran(engine.now() - now, failed=True)
-                self.fail(pack_error(lost_error(lost, self.sql, self.verdict.retryable)))
+                self.fail(pack_error(lost_error(lost, self.sql, retryable)))
             return None
         except Exception as error:
             if isinstance(error, InvalidSQLStatementNameError) and not self.retried:

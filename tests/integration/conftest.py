@@ -8,9 +8,11 @@ from typing import Any
 
 import asyncpg
 import pytest
+from commands import local_cluster, variables_of
 from pools import unique_name
 
 from raypg import WorkflowConnectionPool
+from raypg.demo_cluster import LocalCluster
 from raypg.embedded import EmbeddedServer
 
 
@@ -23,9 +25,18 @@ def pool(ray_cluster: Any, pg18: EmbeddedServer) -> Iterator[WorkflowConnectionP
     asyncio.run(handle.close())
 
 
+@pytest.fixture(scope="session")
+def command_cluster(pg18: EmbeddedServer) -> Iterator[LocalCluster]:
+    """A Ray cluster with job submission, for what is run as a command. Its nodes know where `pg18` is by the PG*
+    variables, and its password also as ``DB_PASSWORD``."""
+    environment = {**variables_of(pg18), "DB_PASSWORD": pg18.password}
+    with local_cluster(environment) as cluster:
+        yield cluster
+
+
 @pytest.fixture
 async def table(schema: str, direct: asyncpg.Connection) -> str:
-    """Qualified name of an empty table ``(id int primary key, label text not null, amount int check (amount >= 0))``."""
+    """Name of an empty table ``(id int primary key, label text not null, amount int check (amount >= 0))``."""
     name = f"{schema}.item"
     await direct.execute(
         f"create table {name} (id int primary key, label text not null default '', amount int check (amount >= 0))"

@@ -101,12 +101,11 @@ def demo() -> Iterator[type[Demo]]:
 
 
 def test_the_whole_of_it(demo: type[Demo]) -> None:
-    run_of_it = demo("--flights", "4000")
-    status = run_of_it.wait()
-    assert status == 0, run_of_it.output
-    assert run_of_it.left() == []
-    text = run_of_it.output
-    assert "4,000 rows are in the table, and all 19 columns add up" in text
+    whole = demo("--flights", "1000")
+    assert whole.wait() == 0, whole.output
+    assert whole.left() == []
+    text = whole.output
+    assert "1,000 rows are in the table, and all 19 columns add up" in text
     (connections,) = re.findall(r"most connections +│ +(\d+) of 10", text)
     assert 2 <= int(connections) <= 10
     for row in ("rows, one by one", "rows, pipeline", "queries, 200 tasks", "queries, 4 actors × 50"):
@@ -129,7 +128,7 @@ def test_ctrl_c_while_it_starts(demo: type[Demo], rng: random.Random, between: t
     assert status in (130, 1, -signal.SIGINT), stopped.output
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_stopped_while_the_job_runs(demo: type[Demo], number: signal.Signals) -> None:
     stopped = demo()
     stopped.read_until("is submitted")

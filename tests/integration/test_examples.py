@@ -5,24 +5,16 @@ from __future__ import annotations
 import re
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import asyncpg
 import pytest
-from commands import RAY, RAYPG, command_cluster, run, variables_of
+from commands import RAY, RAYPG, run
 
 from raypg.demo_cluster import LocalCluster
 from raypg.embedded import EmbeddedServer
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def cluster(pg18: EmbeddedServer) -> Iterator[LocalCluster]:
-    """Its nodes know where the database is, as the examples want it."""
-    with command_cluster(variables_of(pg18)) as running:
-        yield running
 
 
 def submit(cluster: LocalCluster, example: str) -> str:
@@ -33,24 +25,24 @@ def submit(cluster: LocalCluster, example: str) -> str:
     return done.stdout
 
 
-async def test_load_from_ray_job(cluster: LocalCluster, direct: asyncpg.Connection) -> None:
+async def test_load_from_ray_job(command_cluster: LocalCluster, direct: asyncpg.Connection) -> None:
     try:
-        assert "20000 rows of 8 sensors are there, 0 were refused" in submit(cluster, "load_from_ray_job.py")
+        assert "20000 rows of 8 sensors are there, 0 were refused" in submit(command_cluster, "load_from_ray_job.py")
         row = await direct.fetchrow("select count(*) as rows, sum(value) as total from public.readings")
         assert (row["rows"], row["total"]) == (20_000, 8 * sum(number * 0.5 for number in range(2_500)))
     finally:
         await direct.execute("drop table if exists public.readings")
 
 
-async def test_share_between_jobs(cluster: LocalCluster, direct: asyncpg.Connection) -> None:
+async def test_share_between_jobs(command_cluster: LocalCluster, direct: asyncpg.Connection) -> None:
     try:
-        assert "started the pool" in submit(cluster, "share_between_jobs.py")
-        assert "found the pool that another job started" in submit(cluster, "share_between_jobs.py")
+        assert "started the pool" in submit(command_cluster, "share_between_jobs.py")
+        assert "found the pool that another job started" in submit(command_cluster, "share_between_jobs.py")
         visits = await direct.fetch("select job, backend from public.visits")
         # Two jobs, one connection: the cap of that pool is 1.
         assert len({visit["job"] for visit in visits}) == 2
         assert len({visit["backend"] for visit in visits}) == 1
-        done = run(RAYPG, "down", "shared", environment=cluster.environment())
+        done = run(RAYPG, "down", "shared", environment=command_cluster.environment())
         assert done.stdout == "shared: ended\n"
     finally:
         await direct.execute("drop table if exists public.visits")
@@ -61,25 +53,33 @@ def test_each_example_is_named_here() -> None:
     assert [file.name for file in (ROOT / "examples").glob("*.py") if f'"{file.name}"' not in tests] == []
 
 
-def test_the_quick_start_of_the_readme(cluster: LocalCluster, tmp_path: Path) -> None:
+def test_the_quick_start_of_the_readme(command_cluster: LocalCluster, tmp_path: Path) -> None:
     """Copied out of README.md, and nothing else is needed."""
     (code,) = re.findall(r"<!-- quick start -->\n+```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     assert len(code.splitlines()) <= 20
     file = tmp_path / "quick_start.py"
     file.write_text(code)
-    done = run(sys.executable, str(file), environment=cluster.environment(), cwd=tmp_path)
+    done = run(sys.executable, str(file), environment=command_cluster.environment(), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "<Row name='Grace' born=1906>"
 
 
-def test_the_raypg_toml_of_the_readme(cluster: LocalCluster, pg18: EmbeddedServer, tmp_path: Path) -> None:
-    """Every key in it is one that the constructor knows; the database in it is none of ours, and is not there."""
+async def test_the_raypg_toml_of_the_readme(
+    command_cluster: LocalCluster, pg18: EmbeddedServer, direct: asyncpg.Connection, tmp_path: Path
+) -> None:
+    """Every key in it is right, and it starts the pool it says: but for the host, which is ours."""
     (text,) = re.findall(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     (tmp_path / "raypg.toml").write_text(text.replace("db.internal", "127.0.0.1").replace("5432", str(pg18.port)))
-    done = run(RAYPG, "up", environment=cluster.environment(), cwd=tmp_path)
-    assert done.returncode == 1
-    assert done.stderr.startswith("raypg: main_pool: ")
-    assert "authentication failed" in done.stderr or "does not exist" in done.stderr, done.stderr
+    await direct.execute(f"create role app login password '{pg18.password}'")
+    await direct.execute("create database main owner app")
+    try:
+        up = run(RAYPG, "up", environment=command_cluster.environment(), cwd=tmp_path)
+        assert (up.stdout, up.stderr) == ("main_pool: started, at most 20 connections\n", "")
+        down = run(RAYPG, "down", "main_pool", environment=command_cluster.environment())
+        assert down.stdout == "main_pool: ended\n"
+    finally:
+        await direct.execute("drop database main with (force)")
+        await direct.execute("drop role app")
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")

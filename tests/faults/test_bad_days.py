@@ -1,0 +1,427 @@
+"""Backends, workers and servers die under load: reads never notice, writes are told the truth, capacity comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import time
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import asyncpg
+import pytest
+import ray
+from pools import CapWatch, backends_of, outcomes, own_pool, unique_name, worker_pids
+from waiting import eventually
+
+from raypg import (
+    LeaseLostError,
+    OutcomeUnknownError,
+    QueryPipelineNode,
+    UnavailableError,
+    WorkflowConnectionPool,
+    get_pool,
+    naming,
+)
+from raypg.embedded import EmbeddedServer
+
+CAP = 8
+
+
+@pytest.fixture(scope="module")
+def pool(ray_cluster: Any, pg18: EmbeddedServer) -> Iterator[WorkflowConnectionPool]:
+    """A pool whose backends the tests of this module kill."""
+    handle = WorkflowConnectionPool(name=unique_name("faults"), **pg18.parameters, max_connections=CAP)
+    asyncio.run(handle.process({"operation": "initialize"}))
+    yield handle
+    asyncio.run(handle.close())
+
+
+@pytest.fixture
+async def ledger(schema: str, direct: asyncpg.Connection) -> str:
+    """A table that takes every number, as often as it is sent."""
+    await direct.execute(f"create table {schema}.ledger (id int)")
+    return f"{schema}.ledger"
+
+
+@contextlib.asynccontextmanager
+async def killing(
+    server: EmbeddedServer, name: str, rng: random.Random, pause: tuple[float, float] = (0.005, 0.05)
+) -> AsyncIterator[list[int]]:
+    """Kill a random backend of pool *name*, pause for a while [s], and again; gives the list of those killed."""
+    killed: list[int] = []
+    connection = await asyncpg.connect(**server.parameters)
+
+    async def kill() -> None:
+        while True:
+            victims = await backends_of(connection, name, control=False)
+            if victims:
+                pid = rng.choice(victims)["pid"]
+                if await connection.fetchval("select pg_terminate_backend($1)", pid):
+                    killed.append(pid)
+            await asyncio.sleep(rng.uniform(*pause))
+
+    task = asyncio.create_task(kill())
+    try:
+        yield killed
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        connection.terminate()
+
+
+async def kill_all(direct: asyncpg.Connection, name: str) -> None:
+    """Kill every backend of pool *name*, and wait until they are gone."""
+    pids = [row["pid"] for row in await backends_of(direct, name, control=False)]
+    await direct.execute("select pg_terminate_backend(pid) from unnest($1::int[]) pid", pids)
+
+    async def gone() -> bool:
+        return await direct.fetchval("select count(*) from pg_stat_activity where pid = any($1)", pids) == 0
+
+    await eventually(gone)
+
+
+async def check_ledger(
+    direct: asyncpg.Connection, ledger: str, results: list[Any], allowed: type[Exception] | tuple[type[Exception], ...]
+) -> None:
+    """Every success is there once, every unknown at most once, everything else not at all."""
+    counts = {row["id"]: row["n"] for row in await direct.fetch(f"select id, count(*) n from {ledger} group by id")}
+    print(outcomes(results))
+    for number, result in enumerate(results):
+        count = counts.pop(number, 0)
+        if isinstance(result, OutcomeUnknownError):
+            assert count <= 1, f"{number}: unknown, and there {count} times"
+        elif isinstance(result, BaseException):
+            assert isinstance(result, allowed), repr(result)
+            assert count == 0, f"{number}: {result!r}, and there {count} times"
+        else:
+            assert count == 1, f"{number}: success, and there {count} times"
+    assert counts == {}
+
+
+async def settled(direct: asyncpg.Connection, ledger: str) -> None:
+    """Wait until no backend works on *ledger* any more: a dead client's write may still commit."""
+
+    async def quiet() -> bool:
+        query = "select count(*) from pg_stat_activity where state <> 'idle' and query like $1"
+        return bool(await direct.fetchval(query + " and pid <> pg_backend_pid()", f"%{ledger}%") == 0)
+
+    await eventually(quiet)
+
+
+# --- backends --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attempt", range(5))
+async def test_no_reader_notices_that_backends_are_killed(
+    pool: WorkflowConnectionPool, pg: EmbeddedServer, rng: random.Random, attempt: int
+) -> None:
+    async def read(number: int) -> bool:
+        if number % 3 == 0:
+            row = await pool.fetchrow("select $1::int as n, pg_sleep(0.005)", number)
+            return row is not None and row["n"] == number
+        if number % 3 == 1:
+            return bool(await pool.fetchval("select count(*) from generate_series(1, $1)", number) == number)
+        return [row[0] for row in await pool.fetch("select generate_series(1, 3) + $1", number)] == [
+            number + 1,
+            number + 2,
+            number + 3,
+        ]
+
+    # A read is sent once more, and no more: its second backend must have time to answer.
+    async with killing(pg, pool.name, rng, pause=(0.05, 0.1)) as killed:
+        results = await asyncio.wait_for(
+            asyncio.gather(*(read(number) for number in range(1000)), return_exceptions=True), 60
+        )
+    print(f"{len(killed)} backends killed")
+    failed = [result for result in results if result is not True]
+    assert failed == []
+    assert killed
+
+
+async def test_no_reader_notices_that_all_idle_backends_are_killed(
+    pool: WorkflowConnectionPool, direct: asyncpg.Connection
+) -> None:
+    for round_ in range(5):
+        await kill_all(direct, pool.name)
+        numbers = await asyncio.gather(*(pool.fetchval("select $1::int", number) for number in range(100)))
+        assert numbers == list(range(100)), round_
+
+
+async def test_nor_does_a_writer_when_the_killed_backends_were_idle(
+    pool: WorkflowConnectionPool, direct: asyncpg.Connection, ledger: str
+) -> None:
+    """Nothing was sent over a connection that was seen to be dead: there is nothing that could be unknown."""
+    results: list[Any] = []
+    for round_ in range(10):
+        await kill_all(direct, pool.name)
+        calls = [pool.execute(f"insert into {ledger} values ($1)", round_ * 20 + number) for number in range(20)]
+        results += await asyncio.gather(*calls, return_exceptions=True)
+    assert outcomes(results) == {"ok": 200}
+    await check_ledger(direct, ledger, results, ())
+
+
+async def test_writers_are_told_the_truth_when_backends_are_killed(
+    pool: WorkflowConnectionPool, pg: EmbeddedServer, direct: asyncpg.Connection, ledger: str, rng: random.Random
+) -> None:
+    sql = f"insert into {ledger} select $1::int from (select pg_sleep(random() * 0.02)) s"
+    async with killing(pg, pool.name, rng) as killed, CapWatch(pg, pool.name) as watch:
+        calls = [pool.execute(sql, number) for number in range(1000)]
+        results = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 90)
+    await settled(direct, ledger)
+    await check_ledger(direct, ledger, results, ())
+    count = outcomes(results)
+    assert killed
+    assert 0 < count["OutcomeUnknownError"] <= len(killed)
+    assert watch.most <= CAP
+
+
+async def test_transactions_are_all_or_nothing_when_backends_are_killed(
+    pool: WorkflowConnectionPool, pg: EmbeddedServer, direct: asyncpg.Connection, ledger: str, rng: random.Random
+) -> None:
+    async def pair(number: int) -> None:
+        async with pool.transaction() as tx:
+            await tx.execute(f"insert into {ledger} values ($1)", number)
+            await tx.execute("select pg_sleep(0.005)")
+            await tx.execute(f"insert into {ledger} values ($1)", number + 1000)
+
+    async with killing(pg, pool.name, rng) as killed:
+        results = await asyncio.wait_for(
+            asyncio.gather(*(pair(number) for number in range(300)), return_exceptions=True), 90
+        )
+    await settled(direct, ledger)
+    print(outcomes(results), len(killed))
+    ids = [row["id"] for row in await direct.fetch(f"select id from {ledger}")]
+    assert len(ids) == len(set(ids))
+    stored = set(ids)
+    for number, result in enumerate(results):
+        assert (number in stored) == (number + 1000 in stored)
+        if result is None:
+            assert number in stored
+        elif not isinstance(result, OutcomeUnknownError):
+            assert isinstance(result, LeaseLostError), repr(result)
+            assert number not in stored
+    assert outcomes(results)["ok"] > 100
+    assert outcomes(results)["LeaseLostError"] > 0
+
+
+@pytest.mark.parametrize("strategy", ["best_effort", "transactional"])
+async def test_a_pipeline_tells_the_truth_when_backends_are_killed(
+    pool: WorkflowConnectionPool,
+    pg: EmbeddedServer,
+    direct: asyncpg.Connection,
+    ledger: str,
+    rng: random.Random,
+    strategy: str,
+) -> None:
+    pipeline = QueryPipelineNode(
+        name="p", connection_pool=pool, batch_size=20, flush_interval=0.002, strategy=strategy
+    )
+    results: list[Any] = []
+    added = 0
+    async with killing(pg, pool.name, rng) as killed:
+        for _ in range(5):
+            for step in range(400):
+                # One that goes in groups, and one that goes alone.
+                sql = f"insert into {ledger} values ($1)" if step % 100 < 70 else f"insert into {ledger} select $1::int"
+                await pipeline.add_query(sql, [added])
+                added += 1
+                if step % 50 == 0:
+                    await asyncio.sleep(0.005)
+            part = await asyncio.wait_for(pipeline.flush(), 60)
+            assert len(part) == 400
+            if strategy == "transactional":
+                assert len({result.success for result in part}) == 1
+            results += [result.error or result.result for result in part]
+    await settled(direct, ledger)
+    print(f"{len(killed)} killed")
+    await check_ledger(direct, ledger, results, Exception if strategy == "transactional" else UnavailableError)
+    await pipeline.close()
+
+
+# --- workers ---------------------------------------------------------------------------------------------------------
+
+
+async def kill_worker(name: str, index: int = 0) -> int:
+    pid = (await worker_pids(name))[index]
+    os.kill(pid, signal.SIGKILL)
+    return pid
+
+
+async def capacity_back(pool: WorkflowConnectionPool, connections: int) -> None:
+    """Wait until *connections* statements run at once again."""
+
+    async def back() -> bool:
+        query = "select pg_backend_pid() from (select pg_sleep(0.1)) s"
+        pids = await asyncio.gather(*(pool.fetchval(query) for _ in range(connections * 2)), return_exceptions=True)
+        return len({pid for pid in pids if isinstance(pid, int)}) == connections
+
+    await eventually(back, timeout=10)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_a_worker_killed_under_readers_and_writers(
+    ray_cluster: Any, pg: EmbeddedServer, direct: asyncpg.Connection, ledger: str, workers: int
+) -> None:
+    async with (
+        own_pool(pg, max_connections=6, workers=workers, min_connections=6) as pool,
+        CapWatch(pg, pool.name) as watch,
+    ):
+        await capacity_back(pool, 5)
+        write = f"insert into {ledger} select $1::int from (select pg_sleep(0.02)) s"
+        reads = [asyncio.create_task(pool.fetchval("select $1::int from (select pg_sleep(0.02)) s", n)) for n in range(300)]
+        writes = [asyncio.create_task(pool.execute(write, n)) for n in range(300)]
+        await asyncio.sleep(0.4)
+        started = time.monotonic()
+        await kill_worker(pool.name, workers - 1)
+        read = await asyncio.wait_for(asyncio.gather(*reads, return_exceptions=True), 40)
+        written = await asyncio.wait_for(asyncio.gather(*writes, return_exceptions=True), 40)
+        print(f"all answered {time.monotonic() - started:.1f} s after the worker was killed")
+        await capacity_back(pool, 5)
+        took = time.monotonic() - started
+        print(f"capacity back after {took:.1f} s")
+        assert read == list(range(300))
+        await settled(direct, ledger)
+        await check_ledger(direct, ledger, written, ())
+        assert outcomes(written)["OutcomeUnknownError"] > 0
+        assert took < 10
+    print(f"{watch.rate:.0f} looks per second, at most {watch.most}")
+    assert watch.most <= 6
+
+
+async def test_leases_and_pipelines_after_a_worker_was_killed(
+    ray_cluster: Any, pg: EmbeddedServer, direct: asyncpg.Connection, ledger: str
+) -> None:
+    """What was held is lost, and says so; what is asked for meanwhile waits for the new worker and succeeds."""
+    async with own_pool(pg, max_connections=3) as pool:
+        pipeline = QueryPipelineNode(name="p", connection_pool=pool, flush_interval=0)
+        lease = await pool.acquire()
+        await lease.transaction().start()
+        await lease.execute(f"insert into {ledger} values (-1)")
+        await kill_worker(pool.name)
+        with pytest.raises(LeaseLostError):
+            await lease.execute(f"insert into {ledger} values (-2)")
+        await lease.release()
+
+        async def transact() -> int:
+            async with pool.transaction(timeout=15) as tx:
+                await tx.execute(f"insert into {ledger} values (0)")
+                return 1
+
+        await pipeline.add_query(f"insert into {ledger} values (1)")
+        # The worker is known to be dead: nothing of this was sent to it, so nothing of it can be unknown.
+        done, flushed, value = await asyncio.wait_for(
+            asyncio.gather(transact(), pipeline.flush(), pool.execute(f"insert into {ledger} values (2)")), 30
+        )
+        assert (done, value) == (1, "INSERT 0 1")
+        assert [result.success for result in flushed] == [True], flushed[0].error
+        rows = await direct.fetch(f"select id from {ledger} order by id")
+        assert [row["id"] for row in rows] == [0, 1, 2]
+        await pipeline.close()
+
+
+async def test_the_pool_actor_killed(ray_cluster: Any, pg: EmbeddedServer) -> None:
+    """It carries no statement: nothing stops, and it finds its workers again."""
+    async with own_pool(pg, max_connections=4) as pool:
+        pids = await worker_pids(pool.name)
+        actor = ray.get_actor(naming.pool_actor(pool.name), namespace=naming.NAMESPACE)
+        pid = await actor.__ray_call__.remote(lambda self: os.getpid())
+        os.kill(pid, signal.SIGKILL)
+        numbers = await asyncio.wait_for(
+            asyncio.gather(*(pool.fetchval("select $1::int", number) for number in range(500))), 10
+        )
+        assert numbers == list(range(500))
+
+        async def answers() -> bool:
+            try:
+                status = await pool.process({"operation": "get_status"})
+            except UnavailableError:
+                return False
+            return bool(status["max_connections"] == 4 and len(status["connections"]) >= 1)
+
+        await eventually(answers, timeout=15)
+        assert await worker_pids(pool.name) == pids
+        assert await get_pool(pool.name).fetchval("select 1") == 1
+
+
+async def test_a_process_that_dies_with_a_transaction_leaves_nothing(
+    ray_cluster: Any, pg: EmbeddedServer, direct: asyncpg.Connection, ledger: str
+) -> None:
+    @ray.remote(num_cpus=0, max_restarts=0)
+    class Holder:
+        async def hold(self, name: str) -> int:
+            self.lease = await get_pool(name).acquire(lease_timeout=300)
+            await self.lease.execute("begin")
+            await self.lease.execute(f"insert into {ledger} values (1)")
+            return os.getpid()
+
+    async with own_pool(pg, max_connections=1) as pool:
+        holder: Any = Holder.remote()
+        os.kill(await holder.hold.remote(pool.name), signal.SIGKILL)
+        started = time.monotonic()
+        assert await pool.fetchval(f"select count(*) from {ledger}", timeout=20) == 0
+        print(f"lease reclaimed after {time.monotonic() - started:.1f} s")
+        assert time.monotonic() - started < 8
+
+
+# --- the server ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["fast", "immediate", "kill"])
+async def test_the_server_restarted_under_load(ray_cluster: Any, how: str) -> None:
+    with EmbeddedServer() as server:
+        direct = await asyncpg.connect(**server.parameters)
+        await direct.execute("create table ledger (id int)")
+        await direct.close()
+        async with own_pool(server, max_connections=4, connect_timeout=3.0) as pool:
+            running = True
+            results: dict[int, Any] = {}
+            numbers = iter(range(10**9))
+
+            async def write() -> None:
+                while running:
+                    number = next(numbers)
+                    try:
+                        results[number] = await pool.execute(
+                            "insert into ledger select $1::int from (select pg_sleep(0.005)) s", number
+                        )
+                    except Exception as error:
+                        results[number] = error
+                        await asyncio.sleep(0.02)
+
+            async def read() -> None:
+                while running:
+                    try:
+                        assert await pool.fetchval("select 5") == 5
+                    except UnavailableError:
+                        await asyncio.sleep(0.02)
+
+            tasks = [asyncio.create_task(write()) for _ in range(20)] + [asyncio.create_task(read()) for _ in range(20)]
+            await asyncio.sleep(0.5)
+            if how == "kill":
+                await asyncio.to_thread(server.kill)
+            else:
+                await asyncio.to_thread(server.stop, how)  # type: ignore[arg-type]
+            await asyncio.to_thread(server.start)
+            up = time.monotonic()
+
+            async def writes_again() -> bool:
+                before = max(results)
+                await asyncio.sleep(0.02)
+                return any(isinstance(result, str) for number, result in results.items() if number > before)
+
+            await eventually(writes_again, timeout=15)
+            back = time.monotonic() - up
+            running = False
+            await asyncio.wait_for(asyncio.gather(*tasks), 20)
+            print(f"service back {back:.1f} s after the server")
+            assert back < 4
+            listed = [results[number] for number in range(len(results))]
+            direct = await asyncpg.connect(**server.parameters)
+            await check_ledger(direct, "ledger", listed, UnavailableError)
+            await direct.close()
+            assert outcomes(listed)["OutcomeUnknownError"] <= 4 * 3

@@ -1,0 +1,445 @@
+"""A database that cannot be reached, or does not let us in: told in time, in words, without the password."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+import ray
+from pools import backends_of, own_pool, unique_name
+from waiting import eventually
+
+from raypg import (
+    ConnectError,
+    PoolClosedError,
+    PoolNotFoundError,
+    QueryPipelineNode,
+    UnavailableError,
+    WorkflowConnectionPool,
+    get_pool,
+)
+from raypg.config import from_kwargs
+from raypg.embedded import EmbeddedServer
+from raypg.server.connect import Connector
+
+SECRET = "s3cr3t@/:%?-wörd"
+CONNECT_TIMEOUT = 2.0
+
+
+@pytest.fixture
+def black_hole() -> Iterator[int]:
+    """A port that takes connections and never says a word."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(128)
+        yield listener.getsockname()[1]
+
+
+@pytest.fixture
+def closed_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+# What is wrong → (settings, category, words that the message must have).
+WRONG: dict[str, tuple[dict[str, Any], str, list[str]]] = {
+    "password": ({"password": SECRET}, "authentication_failed", ["password", "postgres", "28P01"]),
+    "no password": ({"password": None}, "authentication_failed", ["password"]),
+    "user": ({"user": "nobody_here"}, "authentication_failed", ["nobody_here"]),
+    "port": ({"port": -1}, "connection_refused", ["refused", "listens"]),
+    "host": ({"host": "no-such-host.invalid"}, "connection_refused", ["no-such-host.invalid", "resolve"]),
+    "database": ({"database": "no_such_database"}, "query_error", ["no_such_database", "3D000", "database name"]),
+    "black hole": ({"port": -2}, "connection_timeout", ["did not answer", "connect_timeout", "2 s"]),
+    "setting": ({"server_settings": {"no_such_setting": "1"}}, "query_error", ["no_such_setting"]),
+    "value of a setting": ({"server_settings": {"work_mem": "much"}}, "query_error", ["work_mem"]),
+    "TLS": ({"sslmode": "require"}, "connection_refused", ["TLS", "sslmode"]),
+    "codec": ({"codecs": {"no_such_type": "json"}}, "connection_refused", ["no_such_type"]),
+    "password variable": ({"password_env": "NO_SUCH_VARIABLE", "password": None}, "", ["NO_SUCH_VARIABLE"]),
+    "password command": ({"password_command": "exit 3", "password": None}, "", ["exit"]),
+}
+
+
+def wrong_settings(
+    label: str, server: EmbeddedServer, closed_port: int, black_hole: int
+) -> tuple[dict[str, Any], str, list[str]]:
+    changes, category, words = WRONG[label]
+    changes = {**changes}
+    if "port" in changes:
+        changes["port"] = {-1: closed_port, -2: black_hole}[changes["port"]]
+    return {**server.parameters, "connect_timeout": CONNECT_TIMEOUT, **changes}, category, words
+
+
+def everything_said(error: BaseException) -> str:
+    """Text, repr, attributes and traceback of *error* and of what caused it."""
+    parts = []
+    cause: BaseException | None = error
+    while cause is not None:
+        parts += [str(cause), repr(cause), repr(cause.args), repr(vars(cause)), *getattr(cause, "__notes__", [])]
+        cause = cause.__cause__ or cause.__context__
+    return "\n".join([*parts, *traceback.format_exception(error)])
+
+
+@pytest.mark.parametrize("label", WRONG)
+async def test_a_connection_that_fails_says_why(
+    label: str, pg: EmbeddedServer, closed_port: int, black_hole: int
+) -> None:
+    settings, category, words = wrong_settings(label, pg, closed_port, black_hole)
+    connector = Connector(from_kwargs(name="x", **settings), "raypg:test")
+    started = time.monotonic()
+    with pytest.raises(ConnectError) as caught:
+        await connector.open()
+    assert time.monotonic() - started < CONNECT_TIMEOUT + 2
+    error = caught.value
+    for word in words:
+        assert word in str(error), error
+    if category:
+        assert error.category == category
+    said = everything_said(error)
+    assert SECRET not in said
+    assert pg.password not in said
+
+
+@pytest.mark.parametrize("label", ["password", "port", "database", "black hole"])
+async def test_initialize_says_what_is_wrong_and_leaves_the_name_free(
+    label: str, ray_cluster: Any, pg: EmbeddedServer, closed_port: int, black_hole: int
+) -> None:
+    settings, category, words = wrong_settings(label, pg, closed_port, black_hole)
+    name = unique_name()
+    wrong = WorkflowConnectionPool(name=name, **settings)
+    started = time.monotonic()
+    with pytest.raises(ConnectError) as caught:
+        await wrong.process({"operation": "initialize"})
+    took = time.monotonic() - started
+    # What it takes to start two actors on this machine comes on top.
+    assert took < CONNECT_TIMEOUT + 6
+    assert caught.value.category == category
+    for word in words:
+        assert word in str(caught.value)
+    said = everything_said(caught.value)
+    assert SECRET not in said
+    assert pg.password not in said
+
+    right = WorkflowConnectionPool(name=name, **pg.parameters, max_connections=1)
+    try:
+        assert (await right.process({"operation": "initialize"}))["status"] == "initialized"
+        assert await right.fetchval("select 1") == 1
+    finally:
+        await right.close()
+
+
+async def test_the_first_call_without_initialize_says_it_too(ray_cluster: Any, pg: EmbeddedServer) -> None:
+    settings = {**pg.parameters, "password": SECRET}
+    wrong = WorkflowConnectionPool(name=unique_name(), **settings)
+    calls = [
+        wrong.fetchval("select 1"),
+        wrong.process({"operation": "execute", "query": "select 1"}),
+        wrong.process({"operation": "acquire"}),
+        wrong.acquire()._acquire(),
+        wrong.executemany("select $1", [(1,)]),
+    ]
+    results = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 60)
+    assert all(isinstance(result, ConnectError) for result in results), results
+    assert not any(SECRET in everything_said(result) for result in results)
+    pipeline = QueryPipelineNode(name="p", connection_pool=wrong, flush_interval=0)
+    await pipeline.add_query("select 1")
+    (result,) = await pipeline.flush()
+    assert isinstance(result.error, ConnectError)
+    await pipeline.close()
+    with pytest.raises(PoolNotFoundError):
+        get_pool(wrong.name)
+
+
+async def test_a_thousand_first_calls_of_a_wrong_pool_all_learn_it_in_time(
+    ray_cluster: Any, pg: EmbeddedServer
+) -> None:
+    settings = {**pg.parameters, "database": "no_such_database", "name": unique_name()}
+    pools = [WorkflowConnectionPool(**settings) for _ in range(5)]
+    started = time.monotonic()
+    calls = [pools[number % 5].fetchval("select 1") for number in range(1000)]
+    results = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 60)
+    assert {type(result) for result in results} == {ConnectError}
+    assert time.monotonic() - started < CONNECT_TIMEOUT + 8
+
+
+async def test_a_wrong_password_appears_in_no_repr(ray_cluster: Any, pg: EmbeddedServer) -> None:
+    pool = WorkflowConnectionPool(name=unique_name(), **{**pg.parameters, "password": SECRET})
+    text = repr(pool) + str(pool) + repr(vars(pool)) + repr(pool._config)
+    assert SECRET not in text
+
+
+async def test_no_password_in_any_log_of_the_cluster(ray_cluster: Any, pg: EmbeddedServer) -> None:
+    """Right ones, wrong ones, in a DSN, in the environment of nobody: not in one file of Ray's session directory."""
+    name = unique_name()
+    async with own_pool(pg, max_connections=1) as pool:
+        with pytest.raises(asyncpg.PostgresError):
+            await pool.execute(f"select '{SECRET}' from nowhere")
+        await pool.process({"operation": "get_status"})
+    for settings in (
+        {**pg.parameters, "password": SECRET},
+        {"connection_string": pg.conninfo(password=SECRET, sslmode="require")},
+    ):
+        wrong = WorkflowConnectionPool(name=name, **settings)
+        with pytest.raises(ConnectError):
+            await wrong.process({"operation": "initialize"})
+    directory = Path(ray._private.worker.global_worker.node.get_session_dir_path()) / "logs"
+    looked_at = 0
+    for file in directory.rglob("*"):
+        if file.is_file():
+            looked_at += 1
+            content = file.read_bytes()
+            for secret in (SECRET, pg.password, SECRET.replace("@", "%40")):
+                assert secret.encode() not in content, file
+    assert looked_at > 5
+
+
+async def test_the_server_is_full(ray_cluster: Any) -> None:
+    """Another program holds the slots: a pool that has some works on with them, one that has none says so."""
+    settings = {"max_connections": "8", "superuser_reserved_connections": "0", "reserved_connections": "0"}
+    with EmbeddedServer(settings=settings) as server:
+        others = [await asyncpg.connect(**server.parameters) for _ in range(6)]
+        try:
+            async with own_pool(server, max_connections=3, min_connections=1) as pool:
+                numbers = await asyncio.wait_for(
+                    asyncio.gather(*(pool.fetchval("select $1::int", number) for number in range(50))), 20
+                )
+                assert numbers == list(range(50))
+                while True:
+                    try:
+                        others.append(await asyncpg.connect(**server.parameters))
+                    except asyncpg.TooManyConnectionsError:
+                        break
+                full = WorkflowConnectionPool(name=unique_name(), **server.parameters, max_connections=1)
+                with pytest.raises(ConnectError, match="slots") as caught:
+                    await full.process({"operation": "initialize"})
+                assert caught.value.category == "pool_exhausted"
+                assert caught.value.sqlstate == "53300"
+                assert await pool.fetchval("select 1") == 1
+        finally:
+            await asyncio.gather(*(other.close() for other in others))
+
+
+# --- the server goes away later --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["fast", "immediate"])
+async def test_a_stopped_server_fails_calls_fast_and_a_started_one_serves_them(
+    ray_cluster: Any, mode: Any
+) -> None:
+    with EmbeddedServer() as server:
+        await _down_and_up(server, mode)
+
+
+async def _down_and_up(server: EmbeddedServer, mode: Any) -> None:
+    async with own_pool(server, max_connections=4, connect_timeout=CONNECT_TIMEOUT) as pool:
+        assert await pool.fetchval("select 1") == 1
+        await asyncio.to_thread(server.stop, mode)
+        for _ in range(3):
+            started = time.monotonic()
+            with pytest.raises(UnavailableError):
+                await pool.fetchval("select 1")
+            assert time.monotonic() - started < CONNECT_TIMEOUT + 2
+        calls = [pool.fetchval("select 1") for _ in range(200)]
+        calls += [pool.execute("create table t (a int)") for _ in range(50)]
+        calls += [pool.acquire()._acquire() for _ in range(10)]
+        results = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), CONNECT_TIMEOUT + 5)
+        assert {type(result) for result in results} == {ConnectError}
+        assert "refused" in str(results[0])
+        assert server.password not in everything_said(results[0])
+        await asyncio.to_thread(server.start)
+
+        async def serves() -> bool:
+            try:
+                return bool(await pool.fetchval("select 1") == 1)
+            except UnavailableError:
+                return False
+
+        started = time.monotonic()
+        await eventually(serves, timeout=10)
+        assert time.monotonic() - started < 3
+        answers = await asyncio.gather(*(pool.fetchval("select $1::int", number) for number in range(300)))
+        assert answers == list(range(300))
+
+
+async def test_a_server_that_says_nothing_any_more(ray_cluster: Any, pg: EmbeddedServer) -> None:
+    """Its host is gone without a word: what has a timeout ends soon after it, and nothing hangs at close."""
+    async with Proxy(pg.port) as proxy:
+        async with own_pool(pg, port=proxy.port, max_connections=2, connect_timeout=CONNECT_TIMEOUT) as pool:
+            assert await pool.fetchval("select 1") == 1
+            proxy.frozen = True
+            started = time.monotonic()
+            results = await asyncio.wait_for(
+                asyncio.gather(*(pool.fetchval("select 1", timeout=0.5) for _ in range(10)), return_exceptions=True), 30
+            )
+            assert all(isinstance(result, Exception) for result in results)
+            assert time.monotonic() - started < 12
+            proxy.frozen = False
+
+            async def serves() -> bool:
+                try:
+                    return bool(await pool.fetchval("select 1", timeout=2) == 1)
+                except (UnavailableError, TimeoutError):
+                    return False
+
+            await eventually(serves, timeout=20)
+
+
+class Proxy:
+    """A TCP proxy that can stop forwarding without closing anything."""
+
+    def __init__(self, target: int) -> None:
+        self._target = target
+        self.frozen = False
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    async def __aenter__(self) -> Proxy:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection("127.0.0.1", self._target)
+        for source, sink in ((reader, back), (there, writer)):
+            task = asyncio.create_task(self._copy(source, sink))
+            self._tasks.add(task)
+
+    async def _copy(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        try:
+            while data := await source.read(65536):
+                if self.frozen:
+                    continue  # lost on the way
+                sink.write(data)
+                await sink.drain()
+        except OSError:
+            pass
+        finally:
+            sink.close()
+
+
+# --- the pool is closed ----------------------------------------------------------------------------------------------
+
+
+async def test_a_pool_closed_under_its_callers_tells_them_at_once(
+    ray_cluster: Any, pg: EmbeddedServer, direct: asyncpg.Connection
+) -> None:
+    async with own_pool(pg, max_connections=2) as pool:
+        calls: list[Any] = [asyncio.create_task(pool.fetch("select pg_sleep(60)")) for _ in range(2)]
+        await asyncio.sleep(0.3)
+        calls += [asyncio.create_task(pool.fetchval("select 1")) for _ in range(100)]
+        calls += [asyncio.create_task(pool.acquire()._acquire()) for _ in range(5)]
+        calls += [asyncio.create_task(pool.execute("create table never (a int)")) for _ in range(5)]
+        await asyncio.sleep(0.1)
+        started = time.monotonic()
+        closing = asyncio.create_task(pool.close())
+        waiting = await asyncio.wait_for(asyncio.gather(*calls[2:], return_exceptions=True), 10)
+        told = time.monotonic() - started
+        await closing
+        assert {type(result) for result in waiting} == {PoolClosedError}
+        assert told < 1
+        assert pool.name in str(waiting[0])
+        running = await asyncio.wait_for(asyncio.gather(*calls[:2], return_exceptions=True), 10)
+        assert all(isinstance(result, UnavailableError) for result in running), running
+        assert time.monotonic() - started < 8
+        with pytest.raises(PoolClosedError):
+            await pool.fetchval("select 1")
+
+        async def gone() -> bool:
+            return await backends_of(direct, pool.name) == []
+
+        await eventually(gone, timeout=5)
+
+
+async def test_a_closed_pool_can_be_started_again_under_its_name(ray_cluster: Any, pg: EmbeddedServer) -> None:
+    name = unique_name()
+    for size in (1, 2):
+        pool = WorkflowConnectionPool(name=name, **pg.parameters, max_connections=size)
+        answer = await pool.process({"operation": "initialize"})
+        assert (answer["status"], answer["max_connections"]) == ("initialized", size)
+        assert await pool.fetchval("select 1") == 1
+        await pool.close()
+
+
+@ray.remote(num_cpus=0)
+class Elsewhere:
+    """A user of a pool in another process."""
+
+    async def use(self, name: str, query: str) -> Any:
+        return await get_pool(name).fetchval(query)
+
+    async def wait_for_error(self, name: str) -> tuple[str, float, int]:
+        started = time.monotonic()
+        try:
+            await get_pool(name).fetch("select pg_sleep(60)")
+        except Exception as error:
+            return type(error).__name__, time.monotonic() - started, os.getpid()
+        return "none", 0.0, os.getpid()
+
+    async def end(self, name: str, settings: dict[str, Any]) -> None:
+        pool = WorkflowConnectionPool(name=name, **settings)
+        await pool.process({"operation": "initialize"})
+        await pool.close()
+
+
+async def test_callers_in_other_processes_are_told_too(ray_cluster: Any, pg: EmbeddedServer) -> None:
+    other: Any = Elsewhere.remote()
+    try:
+        async with own_pool(pg, max_connections=2) as pool:
+            assert await other.use.remote(pool.name, "select 1") == 1
+            call = other.wait_for_error.remote(pool.name)
+            await asyncio.sleep(0.5)
+            started = time.monotonic()
+            await pool.close()
+            kind, _, pid = await asyncio.wait_for(call, 20)
+            assert pid != os.getpid()
+            assert kind in ("PoolClosedError", "ConnectionLostError")
+            assert time.monotonic() - started < 8
+            with pytest.raises(Exception, match=pool.name) as caught:
+                await other.use.remote(pool.name, "select 1")
+            assert isinstance(caught.value.cause, PoolClosedError | PoolNotFoundError)  # type: ignore[attr-defined]
+    finally:
+        ray.kill(other)
+
+
+async def test_a_pool_ended_by_another_job_and_started_again_serves_old_and_new_handles(
+    ray_cluster: Any, pg: EmbeddedServer
+) -> None:
+    """This process was not told of the end: it must not go on believing in either the old pool or its end."""
+    other: Any = Elsewhere.remote()
+    name = unique_name()
+    settings = {**pg.parameters, "max_connections": 2}
+    try:
+        first = WorkflowConnectionPool(name=name, **settings)
+        await first.process({"operation": "initialize"})
+        found = get_pool(name)
+        assert await found.fetchval("select 1") == 1
+        await other.end.remote(name, settings)
+        with pytest.raises((PoolClosedError, PoolNotFoundError)):
+            await asyncio.wait_for(found.fetchval("select 1"), 15)
+
+        again = WorkflowConnectionPool(name=name, **settings)
+        assert (await again.process({"operation": "initialize"}))["status"] == "initialized"
+        assert await asyncio.wait_for(again.fetchval("select 2"), 15) == 2
+        assert await asyncio.wait_for(get_pool(name).fetchval("select 3"), 15) == 3
+
+        # The same once more, without a word said in between.
+        await other.end.remote(name, settings)
+        third = WorkflowConnectionPool(name=name, **settings)
+        await third.process({"operation": "initialize"})
+        assert await asyncio.wait_for(third.fetchval("select 4"), 15) == 4
+        await third.close()
+    finally:
+        ray.kill(other)

@@ -1,0 +1,45 @@
+"""A pool's handle in a Ray Serve replica: sent to it, and found by name."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from ray import serve
+
+import raypg
+from raypg import WorkflowConnectionPool
+
+
+class Lookup:
+    """A replica that answers from the database and holds no connection itself."""
+
+    def __init__(self, pool: WorkflowConnectionPool) -> None:
+        self.sent = pool
+        self.found = raypg.get_pool(pool.name)
+
+    async def double(self, number: int) -> tuple[int, int]:
+        sent = await self.sent.fetchval("SELECT $1::int * 2", number)
+        async with self.found.transaction() as tx:
+            found = await tx.fetchval("SELECT $1::int * 2", number)
+        return sent, found
+
+
+@pytest.fixture
+def served(pool: WorkflowConnectionPool) -> Iterator[Any]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    deployment: Any = serve.deployment(num_replicas=2, ray_actor_options={"num_cpus": 0})(Lookup)
+    yield serve.run(deployment.bind(pool), route_prefix=None, name="lookup")
+    serve.shutdown()
+
+
+async def test_replicas_share_the_pool(served: Any, pool: WorkflowConnectionPool) -> None:
+    answers = [served.double.remote(number) for number in range(50)]
+    assert [await answer for answer in answers] == [(2 * number, 2 * number) for number in range(50)]
+    status = await pool.process({"operation": "get_status"})
+    assert status["pool_size"] <= status["max_connections"]
