@@ -164,6 +164,10 @@ class Channel:
                 calls.append(call)
         return calls, runs
 
+    def lease_forgotten(self) -> None:
+        """A lease of this line was dropped without being released: it no longer counts as load."""
+        self.open -= 1
+
     def be_watched(self) -> None:
         """Let the worker see it when this process dies. Once per line, before the first lease."""
         if self._owned is None:

@@ -75,4 +75,6 @@ def checked_settings(settings: Mapping[str, str]) -> tuple[tuple[str, str], ...]
             raise ConfigError(f"settings: {name!r} is no name of a PostgreSQL setting")
         if not isinstance(value, str) or "\0" in value:
             raise ConfigError(f"settings: the value of {name!r} must be a string, as for SET")
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise ConfigError(f"settings: the value of {name!r} is not valid Unicode")
     return tuple(sorted((name.lower(), value) for name, value in settings.items()))

@@ -7,6 +7,7 @@ import os
 import secrets
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -73,6 +74,11 @@ class Dispatcher:
         it took 17 % of the time of a busy caller. Only one loop runs in a thread, so thread and state say the same.
         """
         return self.closed is None and self._thread == threading.get_ident() and self._loop.is_running()
+
+    def soon(self, work: Callable[[], object]) -> None:
+        """Call *work* in the loop of this dispatcher, later. Safe from ``__del__``, in any thread."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(work)
 
     def owner(self) -> dict[str, Any]:
         """Who holds a lease, in words for ``get_status`` and ``raypg status``."""

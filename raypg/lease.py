@@ -50,6 +50,7 @@ class LeasedConnection:
         if getattr(self, "_ended", "") is None:
             handle, token = self._channel.handle, self._token
             background.soon(lambda: handle.release.remote(pack((token, None))))
+            self._dispatcher.soon(self._channel.lease_forgotten)
 
     def __repr__(self) -> str:
         state = f"ended: {self._ended}" if self._ended else "held"

@@ -279,7 +279,7 @@ class ChunkRequest:
 
 
 async def _run_one(connection: ServerConnection, sql: str, row: tuple[Any, ...], verdict: Verdict) -> Any:
-    (rows, status), names = await connection.run(messages.BOTH, sql, row)
+    (rows, status), names = await connection.run(messages.BOTH, sql, row, reads=verdict.retryable)
     if rows or verdict.returning or status.startswith(("SELECT", "SHOW", "FETCH", "EXPLAIN")):
         return "rows", names, rows
     return status

@@ -24,6 +24,9 @@ from raypg.server import _asyncpg, pooler
 CANCEL_GRACE = 5.0
 """Seconds that a server may take to answer a cancel request before its connection is given up."""
 
+MOST_ATTEMPTS = 4
+"""How often a statement is sent whose table or prepared statement changes each time before it runs."""
+
 LIFETIME_JITTER = 0.1
 """Connections opened together must not all be replaced together."""
 
@@ -66,7 +69,7 @@ class ConnectionLost(Exception):
     def by_crash(self) -> bool:
         """Whether the backend crashed: then the statement itself may be what killed it, and must not run again."""
         # A pooler says 08P01 ("server conn crashed?") of every backend that it lost, however that ended.
-        return self.sqlstate is None or self.sqlstate in ("57P02", "08P01")
+        return self.sent and (self.sqlstate is None or self.sqlstate in ("57P02", "08P01"))
 
 
 class ServerConnection:
@@ -156,6 +159,7 @@ class ServerConnection:
         timeout: float | None = None,
         settings: messages.Settings = None,
         simple: bool = False,
+        reads: bool = False,
     ) -> tuple[Any, tuple[str, ...] | None]:
         """Run one statement.
 
@@ -165,6 +169,7 @@ class ServerConnection:
             timeout: seconds until it is cancelled on the server.
             settings: PostgreSQL settings for it alone; it then has a transaction of its own around it.
             simple: send the text by the simple protocol (several statements in one text; only inside a lease).
+            reads: it is proven to do no harm when it runs twice.
 
         Returns:
             (payload, column names): payload is a list of tuples for ``FETCH`` and ``ROW``, the command tag for
@@ -189,17 +194,14 @@ class ServerConnection:
         self.used += 1
         self.busy = True
         try:
-            if settings is None:
-                return await self._send(mode, sql, arguments, simple)
-            try:
-                await raw.execute(_begin_with(settings, self.application_name))
-                outcome = await self._send(mode, sql, arguments, simple)
-            except BaseException:
-                if not raw.is_closed():
-                    await raw.execute("ROLLBACK")
-                raise
-            await raw.execute("COMMIT")
-            return outcome
+            for _ in range(MOST_ATTEMPTS - 1):
+                alone = not raw.is_in_transaction()
+                try:
+                    return await self._attempt(mode, sql, arguments, settings, simple)
+                except Exception as error:
+                    if raw.is_closed() or self._cancelling is not None or not self._may_repeat(error, alone, reads):
+                        raise
+            return await self._attempt(mode, sql, arguments, settings, simple)
         except asyncpg.PostgresError as error:
             if raw.is_closed():
                 raise ConnectionLost(_last_words(error)) from error
@@ -221,18 +223,57 @@ class ServerConnection:
             self.busy = False
             self.last_used = time.monotonic()
 
+    def _may_repeat(self, error: Exception, alone: bool, reads: bool) -> bool:
+        """Whether *error* only says that asyncpg's memory is out of date, and the statement may be sent once more.
+
+        Args:
+            alone: no transaction was open before it.
+            reads: see :meth:`run`.
+        """
+        if isinstance(error, asyncpg.InvalidSQLStatementNameError) and "__asyncpg_" in str(error):
+            # The user dropped asyncpg's prepared statements: the server did not know this one, so it did not run.
+            # (The name tells it from a statement of the user's own, missed by a procedure that has done things.)
+            _asyncpg.forget_statements(self.raw)
+            return alone
+        if isinstance(error, asyncpg.InvalidCachedStatementError):
+            return alone  # its table has changed; the server refused to run the old plan
+        # A type has changed. Found out when the rows were read: the statement has run. asyncpg has looked again.
+        return isinstance(error, asyncpg.OutdatedSchemaCacheError) and reads
+
+    async def _attempt(
+        self, mode: int, sql: str, arguments: Any, settings: messages.Settings, simple: bool
+    ) -> tuple[Any, tuple[str, ...] | None]:
+        if settings is None:
+            return await self._send(mode, sql, arguments, simple)
+        raw = self.raw
+        try:
+            await raw.execute(_begin_with(settings, self.application_name))
+            outcome = await self._send(mode, sql, arguments, simple)
+        except BaseException:
+            if not raw.is_closed():
+                await raw.execute("ROLLBACK")
+            raise
+        await raw.execute("COMMIT")
+        return outcome
+
+    def _noticed(self, status: str) -> str:
+        if status in ("DISCARD ALL", "DEALLOCATE ALL"):
+            _asyncpg.forget_statements(self.raw)  # a transaction would not survive finding it out
+        return status
+
     async def _send(self, mode: int, sql: str, arguments: Any, simple: bool) -> tuple[Any, tuple[str, ...] | None]:
         raw = self.raw
         if mode == messages.MANY:
             await raw.executemany(sql, arguments)
             return None, None
         if mode == messages.STATUS and not arguments:
-            return await raw.execute(sql), None
+            return self._noticed(await raw.execute(sql)), None
         if simple:
-            status = await raw.execute(sql)
+            status = self._noticed(await raw.execute(sql))
             return ([], status) if mode == messages.BOTH else [], None
         limit = 1 if mode == messages.ROW else 0
         records, status = await _asyncpg.fetch_with_status(raw, sql, arguments, limit)
+        self._noticed(status)
         if mode == messages.STATUS:
             return status, None
         names = tuple(records[0].keys()) if records else None

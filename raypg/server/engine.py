@@ -12,6 +12,7 @@ import logging
 import random
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import replace
 from typing import Any
 
 from raypg.config import PoolConfig
@@ -21,7 +22,6 @@ from raypg.core.sql import classify
 from raypg.errors import ConnectError, PoolClosedError, PoolExhaustedError
 from raypg.messages import MANY, STATUS, Run
 from raypg.portable import PortableError, pack_error
-from raypg.server import _asyncpg
 from raypg.server.catalogue import Catalogue
 from raypg.server.connect import Connector
 from raypg.server.connection import ConnectionLost, ServerConnection
@@ -93,6 +93,9 @@ class Engine:
         position = 0
         for mode, sql, rows, timeout, settings in runs:
             verdict = classify(sql)
+            if settings and any(name == "search_path" and "pg_catalog" in value for name, value in settings):
+                # What looks like a function of pg_catalog may be anybody's.
+                verdict = replace(verdict, clean=False, retryable=False)
             refusal = self.closed or refuse(verdict, sql)
             if timeout is None:
                 timeout = self.config.command_timeout
@@ -316,10 +319,6 @@ class Engine:
     async def _resume(self, connection: ServerConnection) -> None:
         if await self._cleaned(connection):
             await self._lane(connection, self.queue.pop(self.now()))
-
-    def forget_statements(self, connection: ServerConnection) -> None:
-        """The server lost the prepared statements of *connection*."""
-        _asyncpg.forget_statements(connection.raw)
 
     # --- figures ---
 

@@ -96,7 +96,12 @@ class LeaseTable:
             verdict = classify(sql)
             try:
                 return await connection.run(
-                    mode, sql, arguments, timeout, simple=verdict.statements > 1 and not arguments
+                    mode,
+                    sql,
+                    arguments,
+                    timeout,
+                    simple=verdict.statements > 1 and not arguments,
+                    reads=verdict.retryable,
                 )
             except ConnectionLost as lost:
                 in_transaction = connection.raw.is_in_transaction()

@@ -9,8 +9,6 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any, Protocol
 
-from asyncpg import InvalidSQLStatementNameError
-
 from raypg import messages
 from raypg.core.sql import Verdict, shorten
 from raypg.errors import ConnectionLostError, OutcomeUnknownError, QueryTimeoutError, StatementNotAllowedError
@@ -109,11 +107,15 @@ class Statement:
                 )
             if not plain:
                 connection.dirty = True
-            payload, names = await connection.run(self.mode, self.sql, self.arguments, timeout, self.settings)
+            payload, names = await connection.run(
+                self.mode, self.sql, self.arguments, timeout, self.settings, reads=self.verdict.retryable
+            )
         except ConnectionLost as lost:
             engine.connections.drop(connection)
             retryable = self.verdict.retryable and not connection.dirty
-            if retryable and not lost.by_crash and not self.retried and not self.cancelled:
+            if not lost.sent and not self.cancelled:
+                engine.put_first(self)
+            elif retryable and not lost.by_crash and not self.retried and not self.cancelled:
                 # It only read, and the backend was ended on purpose: asking once more is safe.
                 self.retried = True
                 engine.figures.retries += 1
@@ -123,13 +125,6 @@ class Statement:
                 self.fail(pack_error(lost_error(lost, self.sql, retryable)))
             return None
         except Exception as error:
-            if isinstance(error, InvalidSQLStatementNameError) and not self.retried:
-                # The user dropped asyncpg's prepared statements (DISCARD ALL): the server did not know the
-                # statement, so it did not run; forget them and send it anew.
-                engine.forget_statements(connection)
-                self.retried = True
-                engine.put_first(self)
-                return connection
             if isinstance(error, QueryTimeoutError) and self.expires_at is not None:
                 error = timed_out(self.expires_at - self.arrived)  # the caller's limit, waiting included
             engine.figures.ran(engine.now() - now, failed=True)

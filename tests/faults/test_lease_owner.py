@@ -1,4 +1,4 @@
-"""The ends of a lease that its holder does not choose: the process killed, the handle forgotten, the Pool actor gone."""
+"""Ends of a lease that its holder does not choose: the process killed, the handle forgotten, the Pool actor gone."""
 
 from __future__ import annotations
 
@@ -35,6 +35,13 @@ async def main():
 
 asyncio.run(main())
 """
+
+
+@pytest.fixture
+async def table(schema: str, direct: asyncpg.Connection) -> str:
+    """Qualified name of an empty table."""
+    await direct.execute(f"create table {schema}.item (id int, label text)")
+    return f"{schema}.item"
 
 
 async def leased(pool: WorkflowConnectionPool) -> dict[int, dict[str, Any]]:

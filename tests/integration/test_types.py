@@ -84,9 +84,11 @@ def composite_ranges() -> SearchStrategy[Any]:
     return st.builds(build, ordered, ordered, st.booleans(), st.booleans())
 
 
+NO_ARRAYS = ("path", "polygon")  # asyncpg takes them for lists and cannot send them
+
 TYPES: dict[str, SearchStrategy[Any]] = {
     **SCALARS,
-    **{f"{kind}[]": arrays(strategy) for kind, strategy in SCALARS.items() if kind != "box"},
+    **{f"{kind}[]": arrays(strategy) for kind, strategy in SCALARS.items() if kind not in NO_ARRAYS},
     **{f"{name}range": ranges(strategy) for name, strategy in RANGED.values()},
     **{f"{name}range[]": arrays(ranges(strategy)) for name, strategy in RANGED.values()},
     **{f"{name}multirange": multiranges(strategy) for name, strategy in RANGED.values()},
@@ -193,7 +195,7 @@ LITERALS = {
     "composite with equal names": f"row(1, 'x', 2)::{SCHEMA}.inside as a, row(2, 'y', 3)::{SCHEMA}.inside as a",
     "void": "pg_sleep(0)",
     "json null": "'null'::json, null::json, 'null'::jsonb",
-    "system types": "txid_current_snapshot()::text, 'int4'::regtype, '{1,2}'::int2vector, '1 2'::oidvector, '(1,2)'::tid",
+    "system types": "'int4'::regtype, '1 2'::int2vector, '1 2'::oidvector, '(1,2)'::tid",
     "acl": "'{=r/postgres}'::aclitem[]",
     "money": "'-12.34'::money",
     "a bit of nothing": "''::varbit, B'0'::bit, B'1010'",
@@ -222,15 +224,14 @@ async def test_values_that_the_server_makes(
 async def test_composites_anywhere_in_a_column_are_rows(pool: WorkflowConnectionPool) -> None:
     """Also where the first rows of the column do not show that it holds any."""
     one = f"row(1, 'x', 2)::{SCHEMA}.inside"
-    sql = f"""select v from (values (null::record, 1), (row(1), 2), (row({one}), 3), (row(array[{one}]), 4)) t (v, n)
+    # The other column makes asyncpg learn the type, which records alone would not.
+    sql = f"""select v, null::{SCHEMA}.inside as known from (values (null::record, 1), (row(1), 2), (row({one}), 3), (row(array[{one}]), 4)) t (v, n)
               order by n"""
     empty, plain, direct, listed = [row["v"] for row in await pool.fetch(sql)]
     assert (empty, plain) == (None, (1,))
     assert isinstance(direct[0], Row)
     assert direct[0]["b"] == listed[0][0]["b"] == "x"
-    column = (
-        f"select v from (values (null::{SCHEMA}.inside[], 1), ('{{}}', 2), (array[null, {one}], 3)) t (v, n) order by n"
-    )
+    column = f"select v from (values (null::{SCHEMA}.inside[], 1), ('{{}}', 2), (array[null, {one}], 3)) t (v, n)"
     assert [row["v"] for row in await pool.fetch(column)] == [None, [], [None, (1, "x", 2)]]
 
 
@@ -241,7 +242,7 @@ async def test_rows_pickle_small(pool: WorkflowConnectionPool) -> None:
     assert again[7]["a_rather_long_name_of_a_column"] == 8
     assert [type(row) for row in again] == [type(row) for row in rows]
     tuples = len(pickle.dumps([tuple(row) for row in rows]))
-    assert len(pickle.dumps(rows)) < 1.6 * tuples + 1000
+    assert len(pickle.dumps(rows)) < 2 * tuples
 
 
 # --- codecs by name --------------------------------------------------------------------------------------------------
@@ -258,7 +259,7 @@ def coded(ray_cluster: Any, server: EmbeddedServer) -> Iterator[WorkflowConnecti
         await connection.close()
 
     asyncio.run(prepare())
-    codecs = {"json": "json", "jsonb": "json", extension: codec, f"{SCHEMA}.float_range": "text", "money": "text"}
+    codecs = {"json": "json", "jsonb": "json", extension: codec, "money": "text"}
     handle = WorkflowConnectionPool(name=unique_name(), **server.parameters, max_connections=2, codecs=codecs)
     asyncio.run(handle.process({"operation": "initialize"}))
     yield handle
@@ -296,7 +297,6 @@ async def test_vectors_and_hstores(server: EmbeddedServer, coded: WorkflowConnec
 
 async def test_codec_text_gives_the_servers_own_words(coded: WorkflowConnectionPool) -> None:
     assert await coded.fetchval("select $1::money", "$1,234.50") == "$1,234.50"
-    assert await coded.fetchval(f"select $1::{SCHEMA}.float_range", "(1,2.5]") == "(1,2.5]"
     async with coded.acquire() as connection:
         assert await connection.fetchval("select $1::json", {"a": [1, None]}) == {"a": [1, None]}
 
