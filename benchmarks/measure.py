@@ -39,9 +39,7 @@ class Setting:
 
     async def direct_pool(self) -> asyncpg.Pool:
         """An in-process ``asyncpg.Pool`` of as many connections as the pool's workers have."""
-        return await asyncpg.create_pool(
-            **self.server.parameters, min_size=self.connections, max_size=self.connections
-        )
+        return await asyncpg.create_pool(**self.server.parameters, min_size=self.connections, max_size=self.connections)
 
 
 @asynccontextmanager

@@ -331,7 +331,7 @@ class QueryPipelineNode:
                 if self._sender is not None:
                     await asyncio.wait((self._sender,))
             if self.strategy == "transactional":
-                # Who leaves a flush does not stop a COMMIT under way: the next flush waits for it and tells what came of it.
+                # Who leaves a flush does not stop a COMMIT under way: the next flush tells what came of it.
                 if self._finishing is None:
                     self._finishing = asyncio.get_running_loop().create_task(self._finish_transaction())
                 await asyncio.shield(self._finishing)

@@ -72,6 +72,9 @@ def _is_composite(value: Any) -> bool | None:
         return None
     if isinstance(value, asyncpg.Record):
         return True
+    if type(value) is tuple:
+        # An anonymous record: the next one of its column may be made of other types.
+        return True if any(map(_is_composite, value)) else None
     if type(value) is list:
         for item in value:
             verdict = _is_composite(item)
@@ -90,6 +93,8 @@ def _plain(value: Any) -> Any:
         return row_type(tuple(value.keys()))(_plain(item) for item in value.values())
     if type(value) is list:
         return [_plain(item) for item in value]
+    if type(value) is tuple:
+        return tuple(map(_plain, value))
     if isinstance(value, asyncpg.Range) and not value.isempty:
         return asyncpg.Range(
             _plain(value.lower),

@@ -7,13 +7,13 @@ import contextlib
 import os
 import secrets
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Any
 
 import asyncpg
 import ray
 
-from raypg import WorkflowConnectionPool, naming
+from raypg import QueryPipelineNode, WorkflowConnectionPool, naming
 from raypg._compat import cluster_id
 from raypg.actors.worker import application_prefix
 from raypg.embedded import EmbeddedServer
@@ -100,6 +100,16 @@ class CapWatch:
         self.seconds = asyncio.get_running_loop().time() - self._started
         self._connection.terminate()
         assert not failed
+
+
+def pipeline_of(pool: WorkflowConnectionPool, **more: Any) -> QueryPipelineNode:
+    """A pipeline over *pool*."""
+    return QueryPipelineNode(name="test", connection_pool=pool, **more)
+
+
+async def add_all(pipeline: QueryPipelineNode, sql: str, rows: Sequence[Sequence[Any]]) -> list[str]:
+    """Add *sql* once for each row; the ids of the queries."""
+    return [await pipeline.add_query(sql, row) for row in rows]
 
 
 def outcomes(results: Iterable[Any]) -> Counter[str]:

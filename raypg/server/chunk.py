@@ -146,19 +146,27 @@ class ChunkRequest:
             await self._single(engine, connection, sql, row, verdict)
 
     async def _single(
-        self, engine: Engine, connection: ServerConnection, sql: str, row: tuple[Any, ...], verdict: Verdict
+        self,
+        engine: Engine,
+        connection: ServerConnection,
+        sql: str,
+        row: tuple[Any, ...],
+        verdict: Verdict,
+        in_transaction: bool = False,
     ) -> bool:
         """Run one statement and note its outcome; True if it succeeded.
 
         Raises:
-            ConnectionLost: its outcome is noted as unknown, or it only read and stays to be done.
+            ConnectionLost: its outcome is noted as unknown, or it stays to be done: it only read, or was not sent, or
+                the transaction around it is lost with it.
         """
         started = engine.now()
         self.trips += 1
         try:
             result = await _run_one(connection, sql, row, verdict)
         except ConnectionLost as lost:
-            if not (verdict.retryable and not lost.by_crash):
+            harmless = in_transaction or not lost.sent or (verdict.retryable and not lost.by_crash)
+            if not harmless:
                 self._note(1, None, pack_error(lost_error(lost, sql, verdict.retryable)), _ms(engine, started))
             raise
         except Exception as error:
@@ -195,9 +203,10 @@ class ChunkRequest:
         decided = len(rows)
         if lost is not None:
             first, end = in_flight
+            # Ranges are tried from left to right: what lies behind was not sent yet.
+            decided = end if lost.sent else first
             unknown = pack_error(OutcomeUnknownError("the connection died after the statement was sent", shorten(sql)))
-            errors.update(dict.fromkeys(range(first, end), unknown))
-            decided = end  # ranges are tried from left to right: what lies behind was not sent yet
+            errors.update(dict.fromkeys(range(first, decided), unknown))
         else:
             stopped = pack_error(StatementNotRunError("not sent: the server cannot take this statement now"))
             errors.update((i, stopped) for i, status in enumerate(search.statuses) if status == "untried")
@@ -248,7 +257,7 @@ class ChunkRequest:
                 engine.figures.ran_together(len(rows), 0, engine.now() - started)
                 return True
         for row in rows:
-            if not await self._single(engine, connection, sql, row, verdict):
+            if not await self._single(engine, connection, sql, row, verdict, in_transaction=True):
                 return False
         return True
 

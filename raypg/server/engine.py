@@ -106,6 +106,8 @@ class Engine:
             for arguments in rows:
                 if refusal is not None:
                     batch.finish(position, None, None, pack_error(refusal))
+                elif client.early and client.early.pop((number, position), False):
+                    batch.finish(position, None, None, pack_error(TimeoutError("cancelled before it ran")))
                 else:
                     statement = Statement(
                         batch, position, mode, sql, arguments, verdict, now, deadline, expires_at, settings
@@ -120,6 +122,7 @@ class Engine:
         """One caller left. What still waits is taken out; what runs, runs alone, and is cancelled on the server."""
         batch = client.batches.get(number)
         if batch is None:
+            client.left_early(number, position)
             return
         statement = batch.statements.get(position)
         if statement is None:

@@ -22,6 +22,9 @@ STALL = 0.010
 PATIENCE = 0.100
 """Seconds after which a batch is answered as far as it got, even while it makes progress or has not had its turn."""
 
+MOST_EARLY = 1000
+"""Callers remembered per client who left batches that are not here."""
+
 HOLD = 1.0
 """Seconds that ``collect`` waits for something to tell; its answer, even if empty, shows that the worker lives."""
 
@@ -77,14 +80,22 @@ class BatchState:
 class Client:
     """One handle in one event loop of one process, as its worker sees it."""
 
-    __slots__ = ("batches", "changed", "identity", "job", "seen")
+    __slots__ = ("batches", "changed", "early", "identity", "job", "seen")
 
     def __init__(self, identity: str, job: str) -> None:
         self.identity = identity
         self.job = job
         self.batches: dict[int, BatchState] = {}
+        self.early: dict[tuple[int, int], bool] = {}
         self.changed = asyncio.Event()
         self.seen = asyncio.get_running_loop().time()
+
+    def left_early(self, number: int, position: int) -> None:
+        """Remember a caller who left a batch that is not here: it has been answered, or it is still to come, as Ray
+        delivers a message above 100 kB after the small ones that were sent later."""
+        self.early[number, position] = True
+        while len(self.early) > MOST_EARLY:
+            del self.early[next(iter(self.early))]
 
     async def first_reply(self, batch: BatchState, load: int) -> Reply:
         """Answer to ``run``: complete, or as far as *batch* got when it stalled."""

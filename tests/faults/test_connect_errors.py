@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
 import time
 import traceback
@@ -14,12 +13,11 @@ from typing import Any
 import asyncpg
 import pytest
 import ray
-from pools import backends_of, own_pool, unique_name
+from pools import own_pool, unique_name
 from waiting import eventually
 
 from raypg import (
     ConnectError,
-    PoolClosedError,
     PoolNotFoundError,
     QueryPipelineNode,
     UnavailableError,
@@ -148,7 +146,7 @@ async def test_the_first_call_without_initialize_says_it_too(ray_cluster: Any, p
     ]
     results = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 60)
     assert all(isinstance(result, ConnectError) for result in results), results
-    assert not any(SECRET in everything_said(result) for result in results)
+    assert not any(SECRET in everything_said(result) for result in results if isinstance(result, ConnectError))
     pipeline = QueryPipelineNode(name="p", connection_pool=wrong, flush_interval=0)
     await pipeline.add_query("select 1")
     (result,) = await pipeline.flush()
@@ -231,9 +229,7 @@ async def test_the_server_is_full(ray_cluster: Any) -> None:
 
 
 @pytest.mark.parametrize("mode", ["fast", "immediate"])
-async def test_a_stopped_server_fails_calls_fast_and_a_started_one_serves_them(
-    ray_cluster: Any, mode: Any
-) -> None:
+async def test_a_stopped_server_fails_calls_fast_and_a_started_one_serves_them(ray_cluster: Any, mode: Any) -> None:
     with EmbeddedServer() as server:
         await _down_and_up(server, mode)
 
@@ -271,25 +267,27 @@ async def _down_and_up(server: EmbeddedServer, mode: Any) -> None:
 
 async def test_a_server_that_says_nothing_any_more(ray_cluster: Any, pg: EmbeddedServer) -> None:
     """Its host is gone without a word: what has a timeout ends soon after it, and nothing hangs at close."""
-    async with Proxy(pg.port) as proxy:
-        async with own_pool(pg, port=proxy.port, max_connections=2, connect_timeout=CONNECT_TIMEOUT) as pool:
-            assert await pool.fetchval("select 1") == 1
-            proxy.frozen = True
-            started = time.monotonic()
-            results = await asyncio.wait_for(
-                asyncio.gather(*(pool.fetchval("select 1", timeout=0.5) for _ in range(10)), return_exceptions=True), 30
-            )
-            assert all(isinstance(result, Exception) for result in results)
-            assert time.monotonic() - started < 12
-            proxy.frozen = False
+    async with (
+        Proxy(pg.port) as proxy,
+        own_pool(pg, port=proxy.port, max_connections=2, connect_timeout=CONNECT_TIMEOUT) as pool,
+    ):
+        assert await pool.fetchval("select 1") == 1
+        proxy.frozen = True
+        started = time.monotonic()
+        results = await asyncio.wait_for(
+            asyncio.gather(*(pool.fetchval("select 1", timeout=0.5) for _ in range(10)), return_exceptions=True), 30
+        )
+        assert all(isinstance(result, Exception) for result in results)
+        assert time.monotonic() - started < 12
+        proxy.frozen = False
 
-            async def serves() -> bool:
-                try:
-                    return bool(await pool.fetchval("select 1", timeout=2) == 1)
-                except (UnavailableError, TimeoutError):
-                    return False
+        async def serves() -> bool:
+            try:
+                return bool(await pool.fetchval("select 1", timeout=2) == 1)
+            except (UnavailableError, TimeoutError):
+                return False
 
-            await eventually(serves, timeout=20)
+        await eventually(serves, timeout=20)
 
 
 class Proxy:
@@ -328,118 +326,3 @@ class Proxy:
             pass
         finally:
             sink.close()
-
-
-# --- the pool is closed ----------------------------------------------------------------------------------------------
-
-
-async def test_a_pool_closed_under_its_callers_tells_them_at_once(
-    ray_cluster: Any, pg: EmbeddedServer, direct: asyncpg.Connection
-) -> None:
-    async with own_pool(pg, max_connections=2) as pool:
-        calls: list[Any] = [asyncio.create_task(pool.fetch("select pg_sleep(60)")) for _ in range(2)]
-        await asyncio.sleep(0.3)
-        calls += [asyncio.create_task(pool.fetchval("select 1")) for _ in range(100)]
-        calls += [asyncio.create_task(pool.acquire()._acquire()) for _ in range(5)]
-        calls += [asyncio.create_task(pool.execute("create table never (a int)")) for _ in range(5)]
-        await asyncio.sleep(0.1)
-        started = time.monotonic()
-        closing = asyncio.create_task(pool.close())
-        waiting = await asyncio.wait_for(asyncio.gather(*calls[2:], return_exceptions=True), 10)
-        told = time.monotonic() - started
-        await closing
-        assert {type(result) for result in waiting} == {PoolClosedError}
-        assert told < 1
-        assert pool.name in str(waiting[0])
-        running = await asyncio.wait_for(asyncio.gather(*calls[:2], return_exceptions=True), 10)
-        assert all(isinstance(result, UnavailableError) for result in running), running
-        assert time.monotonic() - started < 8
-        with pytest.raises(PoolClosedError):
-            await pool.fetchval("select 1")
-
-        async def gone() -> bool:
-            return await backends_of(direct, pool.name) == []
-
-        await eventually(gone, timeout=5)
-
-
-async def test_a_closed_pool_can_be_started_again_under_its_name(ray_cluster: Any, pg: EmbeddedServer) -> None:
-    name = unique_name()
-    for size in (1, 2):
-        pool = WorkflowConnectionPool(name=name, **pg.parameters, max_connections=size)
-        answer = await pool.process({"operation": "initialize"})
-        assert (answer["status"], answer["max_connections"]) == ("initialized", size)
-        assert await pool.fetchval("select 1") == 1
-        await pool.close()
-
-
-@ray.remote(num_cpus=0)
-class Elsewhere:
-    """A user of a pool in another process."""
-
-    async def use(self, name: str, query: str) -> Any:
-        return await get_pool(name).fetchval(query)
-
-    async def wait_for_error(self, name: str) -> tuple[str, float, int]:
-        started = time.monotonic()
-        try:
-            await get_pool(name).fetch("select pg_sleep(60)")
-        except Exception as error:
-            return type(error).__name__, time.monotonic() - started, os.getpid()
-        return "none", 0.0, os.getpid()
-
-    async def end(self, name: str, settings: dict[str, Any]) -> None:
-        pool = WorkflowConnectionPool(name=name, **settings)
-        await pool.process({"operation": "initialize"})
-        await pool.close()
-
-
-async def test_callers_in_other_processes_are_told_too(ray_cluster: Any, pg: EmbeddedServer) -> None:
-    other: Any = Elsewhere.remote()
-    try:
-        async with own_pool(pg, max_connections=2) as pool:
-            assert await other.use.remote(pool.name, "select 1") == 1
-            call = other.wait_for_error.remote(pool.name)
-            await asyncio.sleep(0.5)
-            started = time.monotonic()
-            await pool.close()
-            kind, _, pid = await asyncio.wait_for(call, 20)
-            assert pid != os.getpid()
-            assert kind in ("PoolClosedError", "ConnectionLostError")
-            assert time.monotonic() - started < 8
-            with pytest.raises(Exception, match=pool.name) as caught:
-                await other.use.remote(pool.name, "select 1")
-            assert isinstance(caught.value.cause, PoolClosedError | PoolNotFoundError)  # type: ignore[attr-defined]
-    finally:
-        ray.kill(other)
-
-
-async def test_a_pool_ended_by_another_job_and_started_again_serves_old_and_new_handles(
-    ray_cluster: Any, pg: EmbeddedServer
-) -> None:
-    """This process was not told of the end: it must not go on believing in either the old pool or its end."""
-    other: Any = Elsewhere.remote()
-    name = unique_name()
-    settings = {**pg.parameters, "max_connections": 2}
-    try:
-        first = WorkflowConnectionPool(name=name, **settings)
-        await first.process({"operation": "initialize"})
-        found = get_pool(name)
-        assert await found.fetchval("select 1") == 1
-        await other.end.remote(name, settings)
-        with pytest.raises((PoolClosedError, PoolNotFoundError)):
-            await asyncio.wait_for(found.fetchval("select 1"), 15)
-
-        again = WorkflowConnectionPool(name=name, **settings)
-        assert (await again.process({"operation": "initialize"}))["status"] == "initialized"
-        assert await asyncio.wait_for(again.fetchval("select 2"), 15) == 2
-        assert await asyncio.wait_for(get_pool(name).fetchval("select 3"), 15) == 3
-
-        # The same once more, without a word said in between.
-        await other.end.remote(name, settings)
-        third = WorkflowConnectionPool(name=name, **settings)
-        await third.process({"operation": "initialize"})
-        assert await asyncio.wait_for(third.fetchval("select 4"), 15) == 4
-        await third.close()
-    finally:
-        ray.kill(other)

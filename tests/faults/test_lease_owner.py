@@ -116,7 +116,7 @@ async def test_a_forgotten_lease_comes_back(
         dispatcher = await pool._dispatcher()
 
         def idle() -> bool:
-            return all(channel.open == 0 for channel in dispatcher._channels.values())
+            return all(bool(channel.open == 0) for channel in dispatcher._channels.values())
 
         await eventually(idle, what="forgotten leases no longer count as load")
 
@@ -174,7 +174,7 @@ async def test_nothing_stops_when_the_pool_actor_is_killed(
 
             async def knows_its_workers() -> bool:
                 status = await pool.process({"operation": "get_status"})
-                return sum(worker["budget"] for worker in status["workers"] if worker["reachable"]) == 5
+                return bool(sum(worker["budget"] for worker in status["workers"] if worker["reachable"]) == 5)
 
             await eventually(knows_its_workers, timeout=10)
             over.set()

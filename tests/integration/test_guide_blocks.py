@@ -66,6 +66,7 @@ async def test_circuit_breaker(database: asyncpg.Connection) -> None:
         )
         assert answer["data"] == [{"current_database": await database.fetchval("select current_database()")}]
         config = pool._config
+        assert config is not None
         assert config.circuit_breaker_failure_threshold == 5
         assert config.circuit_breaker_recovery_timeout == 60
         assert config.circuit_breaker_error_rate == 0.5

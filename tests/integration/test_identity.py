@@ -1,4 +1,4 @@
-"""Whose pool it is: the same settings join, others conflict; other jobs, processes and versions find it, or are told."""
+"""Whose pool it is: the same settings join, others conflict; other jobs and processes find it, versions are told."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from raypg import (
     PoolVersionError,
     QueryPipelineNode,
     WorkflowConnectionPool,
-    dispatch,
     get_pool,
     messages,
     naming,
 )
 from raypg.embedded import EmbeddedServer
+from raypg.portable import unpack_error
 
-# --- the same or another -----------------------------------------------------------------------------------------------
+# --- the same or another ----------------------------------------------------------------------------------------------
 
 
 async def test_the_same_settings_join(pool: WorkflowConnectionPool, pg: EmbeddedServer) -> None:
@@ -111,23 +111,28 @@ async def test_two_who_start_it_with_other_settings_at_once(ray_cluster: Any, pg
             await pool.close()
 
 
-# --- versions ----------------------------------------------------------------------------------------------------------
+# --- versions ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("change", "word"),
-    [({"protocol": 999}, "protocol"), ({"raypg": "0.0.1"}, "raypg"), ({"ray": "1.0"}, "ray"), ({"python": "3.9"}, "3.9")],
+    [
+        ({"protocol": 999}, "protocol"),
+        ({"raypg": "0.0.1"}, "raypg"),
+        ({"ray": "1.0"}, "ray"),
+        ({"python": "3.9"}, "3.9"),
+    ],
 )
 async def test_another_version_is_told(pool: WorkflowConnectionPool, change: dict[str, Any], word: str) -> None:
     actor = ray.get_actor(naming.pool_actor(pool.name), namespace=naming.NAMESPACE)
     kind, packed = await actor.hello.remote({**messages.hello(), **change}, None)
-    error = dispatch.unpack_error(packed)
+    error = unpack_error(packed)
     assert kind == "error"
     assert isinstance(error, PoolVersionError)
     assert word in str(error)
     assert pool.name in str(error)
     kind, packed = await actor.hello.remote({}, None)
-    assert isinstance(dispatch.unpack_error(packed), PoolVersionError)
+    assert isinstance(unpack_error(packed), PoolVersionError)
     kind, _ = await actor.hello.remote(messages.hello(), None)
     assert kind == "ok"
 
@@ -141,7 +146,7 @@ async def test_a_handle_of_another_version_gets_it_raised(
         await get_pool(pool.name).fetchval("select 1")
 
 
-# --- handles in other processes ------------------------------------------------------------------------------------------
+# --- handles in other processes ---------------------------------------------------------------------------------------
 
 
 def test_a_handle_without_a_pool_cannot_be_sent(ray_cluster: Any, pg: EmbeddedServer) -> None:
@@ -162,12 +167,10 @@ async def test_a_pickled_handle_is_a_name_and_no_password(pool: WorkflowConnecti
     assert await pool.fetchval("select 1") == 1
 
 
-@ray.remote(num_cpus=0.1)
 def in_a_task(pool: WorkflowConnectionPool, number: int) -> tuple[int, int]:
     return os.getpid(), asyncio.run(pool.fetchval("select $1::int", number))
 
 
-@ray.remote(num_cpus=0)
 class InAnActor:
     def __init__(self, pool: WorkflowConnectionPool) -> None:
         self.pool = pool
@@ -197,11 +200,12 @@ class InAnActor:
 
 
 async def test_handles_work_in_tasks_and_actors(pool: WorkflowConnectionPool, table: str) -> None:
-    references = [in_a_task.remote(pool, number) for number in range(30)]
+    task = ray.remote(num_cpus=2)(in_a_task)
+    references = [task.remote(pool, number) for number in range(30)]
     results = await asyncio.gather(*references)
     assert [number for _, number in results] == list(range(30))
     assert os.getpid() not in {pid for pid, _ in results}
-    actor: Any = InAnActor.remote(pool)
+    actor: Any = ray.remote(InAnActor).options(num_cpus=0).remote(pool)
     try:
         assert await asyncio.gather(*(actor.read.remote(number) for number in range(200))) == list(range(200))
         assert await actor.fail.remote() == "22012"
@@ -281,13 +285,12 @@ async def test_another_job_finds_it_uses_it_and_goes(
 async def test_a_pool_made_in_a_task_outlives_it(ray_cluster: Any, pg: EmbeddedServer) -> None:
     name = unique_name()
 
-    @ray.remote(num_cpus=0, max_calls=1)
     def make(settings: dict[str, Any]) -> int:
         pool = WorkflowConnectionPool(**settings)
         asyncio.run(pool.process({"operation": "initialize"}))
         return os.getpid()
 
-    pid = await make.remote({"name": name, **pg.parameters, "max_connections": 1})
+    pid = await ray.remote(num_cpus=0, max_calls=1)(make).remote({"name": name, **pg.parameters, "max_connections": 1})
     assert pid != os.getpid()
     pool = WorkflowConnectionPool(name=name, **pg.parameters)
     assert (await pool.process({"operation": "initialize"}))["status"] == "already_initialized"

@@ -19,7 +19,6 @@ from raypg import (
     PoolClosedError,
     PoolExhaustedError,
     QueryTimeoutError,
-    TransactionRolledBackError,
     WorkflowConnectionPool,
 )
 from raypg.embedded import EmbeddedServer
@@ -82,144 +81,6 @@ async def test_statements_of_one_lease_run_one_after_the_other(pool: WorkflowCon
         await asyncio.gather(*(connection.execute(insert, number) for number in range(30)))
         rows = await connection.fetch("select sent from sequence_ order by position")
         assert [row["sent"] for row in rows] == list(range(30))
-
-
-# --- transactions ----------------------------------------------------------------------------------------------------
-
-
-async def test_a_transaction_commits_at_its_end_and_not_before(pool: WorkflowConnectionPool, table: str) -> None:
-    async with pool.transaction() as tx:
-        await tx.execute(f"insert into {table} values (1, 'x')")
-        assert await pool.fetchval(f"select count(*) from {table}") == 0
-        assert await tx.fetchval(f"select count(*) from {table}") == 1
-    assert await pool.fetchval(f"select count(*) from {table}") == 1
-    with pytest.raises(LeaseLostError):
-        await tx.execute("select 1")
-
-
-async def test_an_exception_rolls_back(pool: WorkflowConnectionPool, table: str) -> None:
-    with pytest.raises(ZeroDivisionError):
-        async with pool.transaction() as tx:
-            await tx.execute(f"insert into {table} values (1, 'x')")
-            raise ZeroDivisionError
-    with pytest.raises(asyncpg.CheckViolationError):
-        async with pool.transaction() as tx:
-            await tx.execute(f"insert into {table} values (2, 'x')")
-            await tx.execute(f"insert into {table} values (3, 'x', -1)")
-    assert await pool.fetchval(f"select count(*) from {table}") == 0
-
-
-async def test_a_cancelled_transaction_rolls_back_and_frees_its_connection(
-    pair: WorkflowConnectionPool, table: str
-) -> None:
-    begun = asyncio.Event()
-
-    async def work() -> None:
-        async with pair.transaction() as tx:
-            await tx.execute(f"insert into {table} values (1, 'x')")
-            begun.set()
-            await tx.execute("select pg_sleep(60)")
-
-    for _ in range(3):
-        tasks = [asyncio.create_task(work()), asyncio.create_task(work())]
-        begun.clear()
-        await asyncio.wait_for(begun.wait(), 10)
-        for task in tasks:
-            task.cancel()
-        results = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 10)
-        assert all(isinstance(result, asyncio.CancelledError) for result in results)
-        assert await pair.fetchval(f"select count(*) from {table}", timeout=5) == 0
-
-
-async def test_nested_transactions_are_savepoints(pool: WorkflowConnectionPool, table: str) -> None:
-    insert = f"insert into {table} values ($1, 'x')"
-    async with pool.acquire() as connection:
-        async with connection.transaction():
-            await connection.execute(insert, 1)
-            with pytest.raises(asyncpg.UniqueViolationError):
-                async with connection.transaction():
-                    await connection.execute(insert, 2)
-                    async with connection.transaction():
-                        await connection.execute(insert, 3)
-                    await connection.execute(insert, 1)
-            async with connection.transaction():
-                await connection.execute(insert, 4)
-                with pytest.raises(KeyError):
-                    async with connection.transaction():
-                        await connection.execute(insert, 5)
-                        raise KeyError
-                async with connection.transaction():
-                    await connection.execute(insert, 6)
-        assert await connection.fetchval("select txid_current_if_assigned()") is None
-    rows = await pool.fetch(f"select id from {table} order by id")
-    assert [row["id"] for row in rows] == [1, 4, 6]
-
-
-async def test_savepoints_inside_pool_transaction(pool: WorkflowConnectionPool, table: str) -> None:
-    async with pool.transaction() as tx:
-        await tx.execute(f"insert into {table} values (1, 'x')")
-        with pytest.raises(asyncpg.UniqueViolationError):
-            async with tx.transaction():
-                await tx.execute(f"insert into {table} values (1, 'x')")
-        await tx.execute(f"insert into {table} values (2, 'x')")
-    assert await pool.fetchval(f"select count(*) from {table}") == 2
-
-
-async def test_start_commit_and_rollback_by_hand(pool: WorkflowConnectionPool, table: str) -> None:
-    async with pool.acquire() as connection:
-        transaction = connection.transaction()
-        await transaction.start()
-        await connection.execute(f"insert into {table} values (1, 'x')")
-        await transaction.rollback()
-        transaction = connection.transaction()
-        await transaction.start()
-        await connection.execute(f"insert into {table} values (2, 'x')")
-        await transaction.commit()
-    assert [row["id"] for row in await pool.fetch(f"select id from {table}")] == [2]
-
-
-@pytest.mark.parametrize("level", ["read_uncommitted", "read_committed", "repeatable_read", "serializable"])
-async def test_properties_of_a_transaction(pool: WorkflowConnectionPool, table: str, level: Any) -> None:
-    show = "select current_setting('transaction_isolation'), current_setting('transaction_read_only')"
-    async with pool.transaction(isolation=level) as tx:
-        assert await tx.fetchrow(show) == (level.replace("_", " "), "off")
-    async with pool.acquire() as connection, connection.transaction(isolation=level, readonly=True):
-        assert await connection.fetchrow(show) == (level.replace("_", " "), "on")
-    with pytest.raises(asyncpg.ReadOnlySQLTransactionError):
-        async with pool.transaction(isolation=level, readonly=True, deferrable=True) as tx:
-            await tx.execute(f"insert into {table} values (1, 'x')")
-
-
-async def test_an_unknown_isolation_level_names_the_known(pool: WorkflowConnectionPool) -> None:
-    with pytest.raises(ConfigError, match="serializable"):
-        pool.transaction(isolation="serialisable")  # type: ignore[arg-type]
-
-
-async def test_commit_of_a_failed_transaction_is_no_success(pool: WorkflowConnectionPool, table: str) -> None:
-    """PostgreSQL answers COMMIT with ROLLBACK there, and no error."""
-    with pytest.raises(TransactionRolledBackError):
-        async with pool.transaction() as tx:
-            await tx.execute(f"insert into {table} values (1, 'x')")
-            with pytest.raises(asyncpg.DivisionByZeroError):
-                await tx.fetch("select 1/0")
-    async with pool.acquire() as connection:
-        with pytest.raises(TransactionRolledBackError):
-            async with connection.transaction():
-                await connection.execute(f"insert into {table} values (1, 'x')")
-                with pytest.raises(asyncpg.DivisionByZeroError):
-                    await connection.fetch("select 1/0")
-        assert await connection.fetchval("select 1") == 1
-    assert await pool.fetchval(f"select count(*) from {table}") == 0
-
-
-async def test_a_failure_at_commit_is_raised(pool: WorkflowConnectionPool, schema: str, direct: Any) -> None:
-    await direct.execute(
-        f"create table {schema}.late (id int primary key, next int references {schema}.late deferrable initially deferred)"
-    )
-    with pytest.raises(asyncpg.ForeignKeyViolationError):
-        async with pool.transaction() as tx:
-            await tx.execute(f"insert into {schema}.late values (1, 2)")
-    assert await pool.fetchval(f"select count(*) from {schema}.late") == 0
 
 
 # --- errors and timeouts inside --------------------------------------------------------------------------------------
@@ -299,7 +160,7 @@ async def test_a_deadline_under_a_running_statement(pair: WorkflowConnectionPool
 
 
 async def test_a_deadline_inside_a_transaction_block_is_told(pair: WorkflowConnectionPool, table: str) -> None:
-    with pytest.raises(LeaseLostError, match="deadline"):
+    with pytest.raises(LeaseLostError, match="deadline"):  # noqa: PT012
         async with pair.transaction(lease_timeout=0.3) as tx:
             await tx.execute(f"insert into {table} values (1, 'x')")
             await asyncio.sleep(0.6)
@@ -307,11 +168,11 @@ async def test_a_deadline_inside_a_transaction_block_is_told(pair: WorkflowConne
 
 
 async def test_the_error_on_its_way_is_not_hidden_by_a_lost_lease(pair: WorkflowConnectionPool) -> None:
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(ZeroDivisionError):  # noqa: PT012
         async with pair.transaction(lease_timeout=0.2):
             await asyncio.sleep(0.5)
             raise ZeroDivisionError
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(ZeroDivisionError):  # noqa: PT012
         async with pair.acquire(lease_timeout=0.2) as connection, connection.transaction():
             await asyncio.sleep(0.5)
             raise ZeroDivisionError

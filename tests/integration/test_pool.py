@@ -166,7 +166,9 @@ async def test_a_timeout_ends_the_statement_on_the_server(
     assert time.monotonic() - started < 3
     assert isinstance(caught.value, TimeoutError)
     assert caught.value.timeout == pytest.approx(timeout, abs=0.05)
-    running = "select count(*) from pg_stat_activity where state = 'active' and pid <> pg_backend_pid() and query like $1"
+    running = (
+        "select count(*) from pg_stat_activity where state = 'active' and pid <> pg_backend_pid() and query like $1"
+    )
     assert await direct.fetchval(running, f"%{mark}%") == 0
 
 
@@ -221,7 +223,15 @@ async def test_a_text_that_cannot_be_sent_harms_nobody(pool: WorkflowConnectionP
     assert after["connections"]["recycled"] == before["connections"]["recycled"]
 
 
-TRANSACTIONS = ["begin", "START TRANSACTION", "commit", "rollback;", "savepoint a", "/* x */ end", "prepare transaction 'x'"]
+TRANSACTIONS = [
+    "begin",
+    "START TRANSACTION",
+    "commit",
+    "rollback;",
+    "savepoint a",
+    "/* x */ end",
+    "prepare transaction 'x'",
+]
 
 
 @pytest.mark.parametrize("sql", TRANSACTIONS)
@@ -279,7 +289,8 @@ async def test_callers_in_many_threads_get_their_own_answers(pool: WorkflowConne
     threads = [threading.Thread(target=work, args=(base,)) for base in range(0, 400, 50)]
     for thread in threads:
         thread.start()
-    await asyncio.to_thread(lambda: [thread.join(30) for thread in threads])
+    for thread in threads:
+        await asyncio.to_thread(thread.join, 30)
     assert not any(thread.is_alive() for thread in threads)
     assert wrong == []
 

@@ -115,9 +115,7 @@ async def test_data_and_count_of_each_kind_of_statement(
     assert answer["rows_affected"] == affected
 
 
-async def test_what_the_server_says_against_a_statement_is_an_answer(
-    pool: WorkflowConnectionPool, filled: str
-) -> None:
+async def test_what_the_server_says_against_a_statement_is_an_answer(pool: WorkflowConnectionPool, filled: str) -> None:
     answer = await run(pool, f"insert into {filled} values ($1, 'x')", params=[1])
     assert answer["success"] is False
     assert answer["data"] is None
@@ -192,9 +190,7 @@ async def test_that_the_database_cannot_be_used_is_raised(ray_cluster: Any, pg: 
         ({"operation": "initialize", 5: 1}, ["5"]),
     ],
 )
-async def test_a_bad_request_says_what_is_wrong(
-    pool: WorkflowConnectionPool, request_: Any, words: list[str]
-) -> None:
+async def test_a_bad_request_says_what_is_wrong(pool: WorkflowConnectionPool, request_: Any, words: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
         await pool.process(request_)
     for word in words:

@@ -154,9 +154,13 @@ async def test_changes_under_load(pool: WorkflowConnectionPool, table: str, dire
     callers = [asyncio.create_task(caller(number)) for number in range(10)]
     for number in range(15):
         wanted = done + 10
+
+        def has_gone_on(least: int = wanted) -> bool:
+            return done >= least or any(task.done() for task in callers)
+
         await direct.execute(f"alter table {table} add column c{number} int default {number}")
         await direct.execute(f"create index on {table} (c{number}); alter table {table} alter c{number} type bigint")
-        await eventually(lambda least=wanted: done >= least or any(task.done() for task in callers))
+        await eventually(has_gone_on)
     over.set()
     await asyncio.gather(*callers)
     assert await direct.fetchval(f"select count(*) from {table}") == done

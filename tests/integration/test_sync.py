@@ -99,12 +99,12 @@ async def test_inside_an_event_loop_it_says_what_to_do(pool: WorkflowConnectionP
 
 
 def test_in_plain_ray_tasks(pool: WorkflowConnectionPool, table: str) -> None:
-    @ray.remote(num_cpus=1)
-    def task(handle: WorkflowConnectionPool, number: int) -> int:
+    def work(handle: WorkflowConnectionPool, number: int) -> int:
         with handle.sync.transaction() as tx:
             tx.execute(f"insert into {table} values ($1, 'x')", number)
         return int(handle.sync.fetchval(f"select id from {table} where id = $1", number))
 
+    task: Any = ray.remote(work)
     assert ray.get([task.remote(pool, number) for number in range(8)]) == list(range(8))
 
 

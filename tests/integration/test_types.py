@@ -189,9 +189,9 @@ LITERALS = {
     "arrays with lower bounds": "'[2:3]={1,2}'::int[]",
     "empty arrays": "'{}'::int[], '{}'::text[][], array[null]::int[]",
     "an anonymous record": "row(1, 'x'::text, null::int)",
-    "a record in a record": f"row(1, row(2, 'y', 3)::{SCHEMA}.inside)",
+    "a record in a record": f"row(1, row(2, 'y', 3)::{SCHEMA}.inside), null::{SCHEMA}.inside",
     "records of unlike shapes": "unnest(array[row(1, 2)]), row(row(row(1)))",
-    "an array of records": f"array[row(1, row(1, 'x', 2)::{SCHEMA}.inside), null]",
+    "an array of records": f"array[row(1, row(1, 'x', 2)::{SCHEMA}.inside), null], null::{SCHEMA}.inside",
     "composite with equal names": f"row(1, 'x', 2)::{SCHEMA}.inside as a, row(2, 'y', 3)::{SCHEMA}.inside as a",
     "void": "pg_sleep(0)",
     "json null": "'null'::json, null::json, 'null'::jsonb",
@@ -225,8 +225,8 @@ async def test_composites_anywhere_in_a_column_are_rows(pool: WorkflowConnection
     """Also where the first rows of the column do not show that it holds any."""
     one = f"row(1, 'x', 2)::{SCHEMA}.inside"
     # The other column makes asyncpg learn the type, which records alone would not.
-    sql = f"""select v, null::{SCHEMA}.inside as known from (values (null::record, 1), (row(1), 2), (row({one}), 3), (row(array[{one}]), 4)) t (v, n)
-              order by n"""
+    rows = f"(null::record, 1), (row(1), 2), (row({one}), 3), (row(array[{one}]), 4)"
+    sql = f"select v, null::{SCHEMA}.inside as known from (values {rows}) t (v, n) order by n"
     empty, plain, direct, listed = [row["v"] for row in await pool.fetch(sql)]
     assert (empty, plain) == (None, (1,))
     assert isinstance(direct[0], Row)
@@ -276,8 +276,6 @@ async def test_json_as_objects(kind: str, data: st.DataObject, coded: WorkflowCo
     sql = f"select $1::{kind}"
     received = await asyncio.gather(*(coded.fetchval(sql, value) for value in sent))
     assert received == sent
-    inside = await coded.fetchval(f"select array_agg(v) from unnest($1::{kind}[]) v", [*sent, None])
-    assert inside == [*sent, None]
 
 
 async def test_vectors_and_hstores(server: EmbeddedServer, coded: WorkflowConnectionPool) -> None:

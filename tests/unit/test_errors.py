@@ -46,9 +46,7 @@ def seen(error: BaseException) -> tuple[Any, ...]:
 
 def test_there_is_a_sample_of_every_class() -> None:
     classes = {
-        name
-        for name, value in vars(errors).items()
-        if inspect.isclass(value) and issubclass(value, errors.RaypgError)
+        name for name, value in vars(errors).items() if inspect.isclass(value) and issubclass(value, errors.RaypgError)
     }
     assert set(SAMPLES) == classes == set(errors.__all__)
     assert all(getattr(raypg, name) is getattr(errors, name) for name in classes)
@@ -101,7 +99,6 @@ def test_texts_say_what_to_do() -> None:
 def test_they_survive_ray(ray_cluster: Any) -> None:
     """As ``raise`` in a task, which Ray wraps, and as a value, which is how raypg sends them."""
 
-    @ray.remote(num_cpus=0)
     class Thrower:
         def throw(self, error: Exception) -> None:
             raise error
@@ -109,7 +106,7 @@ def test_they_survive_ray(ray_cluster: Any) -> None:
         def give(self, given: list[Exception]) -> list[Exception]:
             return given
 
-    thrower: Any = Thrower.remote()
+    thrower: Any = ray.remote(Thrower).options(num_cpus=0).remote()
     try:
         sent = list(SAMPLES.values())
         assert [seen(error) for error in ray.get(thrower.give.remote(sent))] == [seen(error) for error in sent]

@@ -88,7 +88,11 @@ def test_every_error_of_python_arrives(name: str) -> None:
 
 
 def test_os_errors_keep_number_and_text() -> None:
-    for error in (FileNotFoundError(2, "No such file", "/x"), ConnectionRefusedError(111, "refused"), OSError("a", "b")):
+    for error in (
+        FileNotFoundError(2, "No such file", "/x"),
+        ConnectionRefusedError(111, "refused"),
+        OSError("a", "b"),
+    ):
         back = through_a_message(error)
         assert (type(back), str(back)[:20]) == (type(error), str(error)[:20])
 

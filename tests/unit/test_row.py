@@ -90,7 +90,8 @@ def test_one_class_for_a_shape_and_not_without_end(monkeypatch: pytest.MonkeyPat
 
 
 @given(
-    st.lists(st.tuples(st.text(), st.one_of(st.none(), st.integers(), st.text(), st.binary(), st.lists(st.integers())))))
+    st.lists(st.tuples(st.text(), st.one_of(st.none(), st.integers(), st.text(), st.binary(), st.lists(st.integers()))))
+)
 def test_it_survives_pickle_and_copy(pairs: list[tuple[str, object]]) -> None:
     names = tuple(name for name, _ in pairs)
     row = row_type(names)(tuple(value for _, value in pairs))
