@@ -17,7 +17,7 @@ from ray.exceptions import RayActorError
 from raypg import cluster, messages, naming
 from raypg.channel import Call, Channel
 from raypg.config import PoolConfig
-from raypg.core.sql import classify, shorten
+from raypg.core.sql import classify_under, shorten
 from raypg.errors import (
     ConnectError,
     ConnectionLostError,
@@ -237,7 +237,7 @@ class Dispatcher:
     def worker_gone(self, channel: Channel, sent: list[Call], unsent: list[Call]) -> None:
         """A worker died. Reads that were on their way are sent once more; of writes nobody knows; the rest goes on."""
         for call in sent:
-            verdict = classify(call.sql)
+            verdict = classify_under(call.sql, call.settings)
             if verdict.retryable and not call.retried:
                 call.retried = True
                 unsent.append(call)

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from threading import Lock
 from typing import Any, Final, Literal
 
@@ -22,7 +23,7 @@ import pgparse
 from raypg.core import functions
 from raypg.core.sql_text import blank, first_word, highest_parameter, statement_count
 
-__all__ = ["LONGEST", "Kind", "Verdict", "classify", "shorten"]
+__all__ = ["LONGEST", "Kind", "Verdict", "classify", "classify_under", "shorten"]
 
 Kind = Literal["read", "write", "transaction", "utility", "empty", "invalid"]
 
@@ -152,6 +153,15 @@ def classify(sql: str) -> Verdict:
         return _scanned(text)
     verdict = _parsed(text)
     _remember(text, verdict)
+    return verdict
+
+
+def classify_under(sql: str, settings: Iterable[tuple[str, str]] | None) -> Verdict:
+    """The verdict on a text that runs with these PostgreSQL settings, as (name, value)."""
+    verdict = classify(sql)
+    if settings and any(name == "search_path" and "pg_catalog" in value for name, value in settings):
+        # What looks like a function of pg_catalog may be anybody's.
+        verdict = replace(verdict, clean=False, retryable=False)
     return verdict
 
 

@@ -12,13 +12,12 @@ import logging
 import random
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import replace
 from typing import Any
 
 from raypg.config import PoolConfig
 from raypg.core.backoff import Backoff
 from raypg.core.fair_queue import FairQueue, QueueFull
-from raypg.core.sql import classify
+from raypg.core.sql import classify_under
 from raypg.errors import ConnectError, PoolClosedError, PoolExhaustedError
 from raypg.messages import MANY, STATUS, Run
 from raypg.portable import PortableError, pack_error
@@ -92,10 +91,7 @@ class Engine:
         client.batches[number] = batch
         position = 0
         for mode, sql, rows, timeout, settings in runs:
-            verdict = classify(sql)
-            if settings and any(name == "search_path" and "pg_catalog" in value for name, value in settings):
-                # What looks like a function of pg_catalog may be anybody's.
-                verdict = replace(verdict, clean=False, retryable=False)
+            verdict = classify_under(sql, settings)
             refusal = self.closed or refuse(verdict, sql)
             if timeout is None:
                 timeout = self.config.command_timeout
