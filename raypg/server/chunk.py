@@ -211,7 +211,8 @@ class ChunkRequest:
             stopped = pack_error(StatementNotRunError("not sent: the server cannot take this statement now"))
             errors.update((i, stopped) for i, status in enumerate(search.statuses) if status == "untried")
         self._note_group(decided, errors, seconds * 1000 / len(rows))
-        engine.figures.ran_together(decided, len(errors), seconds)
+        if decided:
+            engine.figures.ran_together(decided, len(errors), seconds)
         if lost is not None:
             raise lost
 

@@ -283,7 +283,14 @@ class Engine:
                 self.connections.drop(connection)
                 self.put_first(work)
                 return
-            kept = await work.serve(self, connection)
+            try:
+                kept = await work.serve(self, connection)
+            except Exception as error:
+                # A fault of ours must not leave a caller waiting for ever, nor a connection in nobody's hands.
+                logger.exception("pool %s: internal error in a worker", self.config.name)
+                work.fail(pack_error(error))
+                self.connections.retire(connection)
+                return
             if kept is None:
                 self.pump()
                 return
