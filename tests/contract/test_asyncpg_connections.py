@@ -178,9 +178,12 @@ def crashing() -> Iterator[EmbeddedServer]:
         yield server
 
 
-async def test_after_a_crash_no_error_has_a_cause_and_a_warning_tells_the_neighbours(crashing: EmbeddedServer) -> None:
-    """All see EOF without a FATAL. The neighbours of the killed backend are told why, but by a WARNING 57P02: asyncpg
-    gives it to log listeners and not to the statement that was lost."""
+async def test_after_a_crash_no_error_has_a_cause_and_at_most_a_warning_tells_the_neighbours(
+    crashing: EmbeddedServer,
+) -> None:
+    """All see EOF without a FATAL. The neighbours of the killed backend may be told why, but by a WARNING 57P02, which
+    asyncpg gives to log listeners and not to the statement that was lost; and often it does not arrive (seen on idle
+    connections, one time in two). So raypg must not depend on it."""
     killed, busy, idle = [await asyncpg.connect(**crashing.parameters) for _ in range(3)]
     told: dict[str, list[Any]] = {"killed": [], "busy": [], "idle": []}
     for name, connection in {"killed": killed, "busy": busy, "idle": idle}.items():
@@ -202,9 +205,7 @@ async def test_after_a_crash_no_error_has_a_cause_and_a_warning_tells_the_neighb
     await eventually(idle.is_closed)
     assert told["killed"] == []
     for name in ("busy", "idle"):
-        # Listeners are called by the loop, later.
-        await eventually(told[name].copy, what=f"{name} is told")
-        assert [(message.sqlstate, message.severity_en) for message in told[name]] == [("57P02", "WARNING")]
+        assert {(message.sqlstate, message.severity_en) for message in told[name]} <= {("57P02", "WARNING")}
     await (await connect_after_crash(crashing)).close()
 
 
