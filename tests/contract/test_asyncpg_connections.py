@@ -219,6 +219,8 @@ async def connect_after_crash(server: EmbeddedServer) -> asyncpg.Connection:
             refusals.add(error.sqlstate)  # it starts up or recovers
         except asyncpg.ConnectionDoesNotExistError as error:
             refusals.add(error.sqlstate)  # it was crashing while it let us in
+        except (ConnectionResetError, ConnectionRefusedError):
+            pass  # the postmaster had not begun to listen again
         return None
 
     refusals: set[str | None] = set()

@@ -61,7 +61,7 @@ def test_the_quick_start_of_the_readme(command_cluster: LocalCluster, tmp_path: 
     file.write_text(code)
     done = run(sys.executable, str(file), environment=command_cluster.environment(), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "<Row name='Grace' born=1906>"
+    assert done.stdout.splitlines()[-1] == "<Row name='Grace' born=1906> 1000 of 1000 succeeded"
 
 
 async def test_the_raypg_toml_of_the_readme(
