@@ -5,6 +5,7 @@ It uses no Ray concurrency groups: each has an event loop of its own, and a conn
 
 from __future__ import annotations
 
+import functools
 import gc
 import hashlib
 import secrets
@@ -17,8 +18,11 @@ from raypg import messages
 from raypg.config import PoolConfig
 from raypg.packing import packed
 from raypg.portable import pack_error
+from raypg.server import cursors
 from raypg.server.chunk import ChunkRequest, ChunkRun
 from raypg.server.connect import Connector
+from raypg.server.connection import STEP
+from raypg.server.describe import describe
 from raypg.server.engine import Engine
 from raypg.server.work import Refused
 
@@ -152,15 +156,15 @@ class PoolWorker:
 
     @packed
     async def acquire(
-        self, job: str, owner: dict[str, Any], timeout: float, seconds: float, begin: str | None
+        self, key: tuple[str, int], job: str, owner: dict[str, Any], timeout: float, seconds: float, begin: str | None
     ) -> Answer:
-        """Lease a connection; answers its token and what users see of it."""
-        return await _answer(self._acquire(job, owner, timeout, seconds, begin))
+        """Lease a connection; answers its token and what users see of it. *key* is for :meth:`cancel_acquire`."""
+        return await _answer(self._acquire(key, job, owner, timeout, seconds, begin))
 
     async def _acquire(
-        self, job: str, owner: dict[str, Any], timeout: float, seconds: float, begin: str | None
+        self, key: tuple[str, int], job: str, owner: dict[str, Any], timeout: float, seconds: float, begin: str | None
     ) -> dict[str, Any]:
-        lease = await self._engine.lease(job, owner, timeout, seconds, begin)
+        lease = await self._engine.acquisitions.lease(key, job, owner, timeout, seconds, begin)
         return {
             "token": lease.token,
             "connection_id": lease.connection.identifier,
@@ -168,12 +172,39 @@ class PoolWorker:
             "backend_pid": lease.connection.pid,
         }
 
+    async def cancel_acquire(self, key: tuple[str, int]) -> None:
+        """The caller of ``acquire`` has left: it leaves the queue, or what it was granted comes back."""
+        self._engine.acquisitions.cancel(key)
+
     @packed
     async def lease_run(
         self, token: str, number: int, mode: int, sql: str, arguments: Any, timeout: float | None
     ) -> Answer:
         """Run one statement on a leased connection."""
         return await _answer(self._engine.run_leased(token, number, mode, sql, arguments, timeout))
+
+    @packed
+    async def lease_prepare(self, token: str, number: int, sql: str, timeout: float | None) -> Answer:
+        """What the server says of a statement: the types of its parameters and of its columns."""
+        work = functools.partial(describe, sql=sql)
+        return await _answer(self._engine.run_leased(token, number, STEP, sql, work, timeout))
+
+    @packed
+    async def lease_cursor(
+        self, token: str, number: int, cursor: int, step: cursors.Step, timeout: float | None
+    ) -> Answer:
+        """One step of a cursor on a leased connection; see :func:`raypg.server.cursors.step`."""
+        return await _answer(cursors.step(self._engine, token, number, cursor, step, timeout))
+
+    @packed
+    async def lease_listen(self, token: str, number: int, channel: str, on: bool) -> Answer:
+        """Listen to a channel on a leased connection, or do so no longer."""
+        return await _answer(self._engine.leases.listen(token, number, channel, on))
+
+    @packed
+    async def lease_heard(self, token: str) -> Answer:
+        """The notifications since the last answer, as (channel, process id, payload); empty after a second."""
+        return await _answer(self._engine.leases.heard(token))
 
     async def lease_cancel(self, token: str, number: int) -> None:
         """The caller of a statement on a lease has left."""
@@ -185,9 +216,12 @@ class PoolWorker:
         return await _answer(self._engine.release(token, last))
 
     @packed
-    async def chunk(self, job: str, runs: list[ChunkRun], most: int, token: str | None) -> Answer:
-        """Run a chunk of a pipeline, on any connection or (*token*) inside a leased transaction."""
-        return await _answer(ChunkRequest.run(self._engine, job, runs, most, token))
+    async def chunk(
+        self, job: str, runs: list[ChunkRun], most: int, token: str | None, place: tuple[str, int, bool] | None = None
+    ) -> Answer:
+        """Run a chunk of a pipeline, on any connection or (*token*) inside a leased transaction. *place* is its place
+        in the order of its pipeline, see :meth:`raypg.server.streams.Streams.turn`."""
+        return await _answer(ChunkRequest.run(self._engine, job, runs, most, token, place))
 
 
 async def _answer(work: Awaitable[Any]) -> Answer:

@@ -33,6 +33,11 @@ def cluster_id() -> str:
     return str(worker.gcs_client.cluster_id.hex())
 
 
+def is_driver() -> bool:
+    """Whether this process is a driver. To ask Ray for the current task there logs a warning each time."""
+    return bool(ray._private.worker.global_worker.mode != ray.WORKER_MODE)
+
+
 def was_restarted() -> bool:
     """Whether the actor that asks is a later life of itself."""
     with warnings.catch_warnings():

@@ -102,7 +102,11 @@ class Channel:
         self._batches: dict[int, list[Call]] = {}
         self._untold: dict[int, int] = {}  # batch number → statements without an outcome yet
         self._numbers = itertools.count(1)
-        self._messages = 0
+        self._loop = asyncio.get_running_loop()
+        self._under_way: dict[asyncio.Future[bytes], float] = {}  # messages without an answer → when they were sent
+        self._sending = False
+        self._asking = False
+        self._patience: asyncio.TimerHandle | None = None
         self._collector: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._owned: Any = None
@@ -115,27 +119,68 @@ class Channel:
         call.channel = self
         self.open += 1
         self._pending.append(call)
-        if self._messages < MOST_MESSAGES:
-            self._messages += 1
-            self._start(self._pump())
+        self._send_soon()
 
-    async def _pump(self) -> None:
+    def _send_soon(self) -> None:
+        # Not at once: the other callers of this step of the loop join.
+        if not self._sending and len(self._under_way) < MOST_MESSAGES:
+            self._sending = True
+            self._loop.call_soon(self._send_pending)
+
+    def _send_pending(self) -> None:
+        """Send what is pending in as many messages as may be under way. Plain calls and callbacks: a task for each
+        message took a tenth of the time of a lone statement."""
+        self._sending = False
         try:
-            await asyncio.sleep(0)  # the other callers of this step join
-            while self._pending and not self.closed:
+            while self._pending and not self.closed and len(self._under_way) < MOST_MESSAGES:
                 number = next(self._numbers)
                 calls, runs = self._pack(number)
                 if not runs:
                     continue
                 self._batches[number] = calls
                 self._untold[number] = len(calls)
-                self._settle(await self.ask("run", self._dispatcher.client, self._dispatcher.job, number, runs))
-        except WorkerGone:
+                message = pack((self._dispatcher.client, self._dispatcher.job, number, runs))
+                answer = asyncio.wrap_future(self.handle.run.remote(message).future())
+                self._under_way[answer] = self._loop.time()
+                answer.add_done_callback(self._answered)
+                if self._patience is None:
+                    self._patience = self._loop.call_later(PATIENCE, self._lose_patience)
+        except RayActorError:
             self._lost()
         except Exception as error:
             self._broken(error)
+
+    def _answered(self, answer: asyncio.Future[bytes]) -> None:
+        self._under_way.pop(answer, None)
+        try:
+            self._settle(unpack(answer.result()))
+        except RayActorError:
+            self._lost()
+        except asyncio.CancelledError:
+            return  # the loop ends
+        except Exception as error:
+            self._broken(error)
+        if self._pending:
+            self._send_soon()
+
+    def _lose_patience(self) -> None:
+        """Ask after the worker if a message has had no answer for long: calls to a lost node hang, they do not fail."""
+        self._patience = None
+        if self.closed or not self._under_way:
+            return
+        if self._loop.time() - min(self._under_way.values()) >= PATIENCE and not self._asking:
+            self._asking = True
+            self._start(self._ask_after())
+        self._patience = self._loop.call_later(PATIENCE, self._lose_patience)
+
+    async def _ask_after(self) -> None:
+        try:
+            if not await self._dispatcher.is_current(self):
+                self._lost()
+        except Exception as error:
+            self._broken(error)
         finally:
-            self._messages -= 1
+            self._asking = False
 
     def _pack(self, number: int) -> tuple[list[Call], list[Run]]:
         """The next message: calls with the same text share it."""
@@ -181,7 +226,7 @@ class Channel:
             WorkerGone: it does not.
         """
         try:
-            future = getattr(self.handle, method).remote(pack(arguments)).as_future()
+            future = asyncio.wrap_future(getattr(self.handle, method).remote(pack(arguments)).future())
             while True:
                 done, _ = await asyncio.wait((future,), timeout=PATIENCE)
                 if done:

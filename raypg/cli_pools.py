@@ -199,7 +199,7 @@ def _show_leases(console: Console, all_figures: list[dict[str, Any]]) -> None:
             table.add_row(
                 identifier,
                 str(connection["backend_pid"]),
-                escape(f"actor {owner['actor'][:12]}" if owner["actor"] else owner["task"]),
+                escape(owner["held_by"]),
                 owner["job"],
                 owner["node"][:12],
                 str(owner["process"]),

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import Field, InstanceOf, ValidationError
 
+from raypg import naming
 from raypg.arguments import CONNECTION_KEYS, PASSWORD_KEYS, ConnectionArguments
 from raypg.core.nearest import did_you_mean
 from raypg.errors import ConfigError
@@ -50,7 +51,6 @@ _OTHER_NAMES = {
 _MAY_BE_NONE = frozenset({"command_timeout", "max_lifetime", "max_idle"})
 _SECRET_KEYS = frozenset({*PASSWORD_KEYS, "connection_string", "replicas"})
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,32}")
-_APPLICATION_NAME_BYTES = 63  # NAMEDATALEN − 1
 
 
 class PoolConfig(Tunables):
@@ -204,13 +204,14 @@ class PoolConfig(Tunables):
         target = self.target if target is None else target
         settings = self.safety_settings if safety else {}
         settings |= {**target.server_settings, **self.server_settings}
-        users = settings.pop("application_name", None)
-        users = self.application_name or users or target.application_name
-        full = f"{application_name}:{users}" if users else application_name
-        # The server would mangle other characters: doing it here, we know what pg_stat_activity shows.
-        ascii_name = "".join(c if " " <= c <= "~" else "?" for c in full)
-        settings["application_name"] = ascii_name[:_APPLICATION_NAME_BYTES]
+        settings["application_name"] = naming.application_name(application_name, self.users_name(target))
         return settings
+
+    def users_name(self, target: Target | None = None) -> str | None:
+        """The user's part of ``application_name``, if there is one."""
+        target = self.target if target is None else target
+        settings = {**target.server_settings, **self.server_settings}
+        return self.application_name or settings.get("application_name") or target.application_name
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for messages. Every secret is under ``"password"``; pop it where none is wanted."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import secrets
 import threading
 import weakref
@@ -14,7 +13,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 
-from raypg import cluster, messages, naming
+from raypg import cluster, messages, naming, owner
 from raypg.channel import Call, Channel
 from raypg.config import PoolConfig
 from raypg.core.sql import classify_under, shorten
@@ -81,16 +80,8 @@ class Dispatcher:
             self._loop.call_soon_threadsafe(work)
 
     def owner(self) -> dict[str, Any]:
-        """Who holds a lease, in words for ``get_status`` and ``raypg status``."""
-        context = ray.get_runtime_context()
-        return {
-            "job": self.job,
-            "node": self.node,
-            "actor": context.get_actor_id(),
-            "task": context.get_task_name() or "driver",
-            "process": os.getpid(),
-            "client": self.client,
-        }
+        """Who asks for a lease now; see :func:`raypg.owner.describe`."""
+        return owner.describe(self.client)
 
     # --- statements ---
 

@@ -27,6 +27,7 @@ __all__ = [
     "PoolVersionError",
     "QueryTimeoutError",
     "RaypgError",
+    "ResultLostError",
     "StatementNotAllowedError",
     "StatementNotRunError",
     "TransactionRolledBackError",
@@ -136,18 +137,27 @@ class PoolExhaustedError(UnavailableError, TimeoutError):
         limit: most callers that may wait there.
         connections: connections that worker may have.
         reason: ``"timeout"`` (waited too long) or ``"full"`` (refused at once).
+        use: what those connections are doing, in words; empty if all are in use.
     """
 
     def __init__(
-        self, name: str, waited: float, depth: int, limit: int, connections: int, reason: str = "timeout"
+        self,
+        name: str,
+        waited: float,
+        depth: int,
+        limit: int,
+        connections: int,
+        reason: str = "timeout",
+        use: str = "",
     ) -> None:
-        super().__init__(name, waited, depth, limit, connections, reason)
+        super().__init__(name, waited, depth, limit, connections, reason, use)
         self.name = name
         self.waited = waited
         self.depth = depth
         self.limit = limit
         self.connections = connections
         self.reason = reason
+        self.use = use
 
     def __str__(self) -> str:
         what = (
@@ -157,7 +167,7 @@ class PoolExhaustedError(UnavailableError, TimeoutError):
             f"({self.depth} callers wait, the limit is {self.limit})"
         )
         return (
-            f"pool {self.name!r} is exhausted: {what}, all {self.connections} connections are in use; "
+            f"pool {self.name!r} is exhausted: {what}, {self.use or f'all {self.connections} connections are in use'}; "
             "shorten the statements, hold leases for less time, or raise max_connections"
         )
 
@@ -223,6 +233,27 @@ class OutcomeUnknownError(RaypgError):
     def __str__(self) -> str:
         tail = f" [{self.statement}]" if self.statement else ""
         return f"{self.message}; look at the data before you repeat it{tail}"
+
+
+class ResultLostError(RaypgError):
+    """A statement took effect, but the rows that it returned could not be read, and are lost.
+
+    For instance of ``INSERT … RETURNING`` with a composite type that was altered since it was last read. Do not repeat
+    the statement: read what it wrote. The connection is good.
+
+    Args:
+        message: what took effect (inside a transaction: as far as that is committed), why the rows could not be read.
+        statement: the SQL text, without parameters, shortened.
+    """
+
+    def __init__(self, message: str, statement: str = "") -> None:
+        super().__init__(message, statement)
+        self.message = message
+        self.statement = statement
+
+    def __str__(self) -> str:
+        tail = f" [{self.statement}]" if self.statement else ""
+        return f"{self.message}{tail}"
 
 
 class LeaseLostError(RaypgError):

@@ -3,32 +3,48 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import itertools
 from collections.abc import Generator, Iterable, Sequence
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
+
+import asyncpg
 
 from raypg import background, messages
 from raypg.channel import Channel, WorkerGone
 from raypg.checks import check_statement, check_timeout, rows_of
 from raypg.core.sql import classify, shorten
-from raypg.errors import ConfigError, LeaseLostError, OutcomeUnknownError, TransactionRolledBackError
+from raypg.cursor import CursorFactory
+from raypg.errors import ConfigError, LeaseLostError, OutcomeUnknownError
+from raypg.listening import RELEASED, Callback, Listeners
 from raypg.packing import pack
 from raypg.portable import unpack_error
+from raypg.prepared import PreparedStatement
 from raypg.row import Row, row_type
+from raypg.transaction import Isolation, Transaction, begin_text, raise_if_rolled_back
 
 if TYPE_CHECKING:
     from raypg.dispatch import Dispatcher
 
-Isolation = Literal["read_uncommitted", "read_committed", "repeatable_read", "serializable"]
+__all__ = [
+    "AcquireContext",
+    "Isolation",
+    "LeasedConnection",
+    "PoolTransaction",
+    "Transaction",
+    "acquire",
+    "begin_text",
+    "raise_if_rolled_back",
+]
+
+_requests = itertools.count(1)
 
 
 class LeasedConnection:
     """One connection of the pool, for this caller alone, until it is released, its deadline passes, or it dies.
 
-    Session state is real here: transactions, temporary tables, ``SET``, advisory locks. Statements run one after the
-    other. When the lease has ended every call raises :class:`LeaseLostError`; nobody else's connection is ever touched.
+    Session state is real here: transactions, temporary tables, ``SET``, ``LISTEN``, advisory locks. Statements run one
+    after the other. When the lease has ended every call raises :class:`LeaseLostError`; nobody else's connection is
+    ever touched.
     """
 
     def __init__(self, dispatcher: Dispatcher, channel: Channel, granted: dict[str, Any]) -> None:
@@ -37,7 +53,10 @@ class LeasedConnection:
         self._token: str = granted["token"]
         self._numbers = itertools.count(1)
         self._turn = asyncio.Lock()
-        self._depth = 0
+        self._base_depth = 0
+        self._begun = ""
+        self._transactions: list[Transaction] = []
+        self._listeners = Listeners()
         self._ended: str | None = None
         background.start()
         self._channel.open += 1  # it takes a connection of that worker's share for as long as it is held
@@ -51,6 +70,11 @@ class LeasedConnection:
             handle, token = self._channel.handle, self._token
             background.soon(lambda: handle.release.remote(pack((token, None))))
             self._dispatcher.soon(self._channel.lease_forgotten)
+
+    @property
+    def _depth(self) -> int:
+        """How many transactions are open, each but the first a savepoint."""
+        return self._base_depth + len(self._transactions)
 
     def __repr__(self) -> str:
         state = f"ended: {self._ended}" if self._ended else "held"
@@ -85,6 +109,50 @@ class LeasedConnection:
         (rows, status), names = await self._run(messages.BOTH, query, tuple(args), timeout)
         return (list(map(row_type(names), rows)) if rows else []), status
 
+    async def prepare(self, query: str, *, timeout: float | None = None) -> PreparedStatement:
+        """Let the server check a statement, to run it later, once or often.
+
+        Raises:
+            asyncpg.PostgresError: what the server has against it, now and not at its first run.
+        """
+        check_statement(query)
+        check_timeout(timeout)
+        parameters, attributes = (await self._in_turn(None, "lease_prepare", query, timeout))[0]
+        return PreparedStatement(self, query, parameters, attributes)
+
+    def cursor(self, query: str, *args: Any, prefetch: int = 50, timeout: float | None = None) -> CursorFactory:
+        """Read a result in portions, inside a transaction: ``async for row in connection.cursor(…)``, or
+        ``cursor = await connection.cursor(…)`` for ``fetch(n)``, ``fetchrow()`` and ``forward(n)``.
+
+        Args:
+            prefetch: rows in a portion when iterated over. Each takes a message to the worker, so thousands of short
+                rows are better read in large portions.
+            timeout: seconds for each portion.
+
+        Raises:
+            asyncpg.NoActiveSQLTransactionError: at the first use: there is no transaction.
+        """
+        return CursorFactory(self, query, args, prefetch, timeout)
+
+    async def add_listener(self, channel: str, callback: Callback) -> None:
+        """Listen to *channel*: ``callback(connection, pid, channel, payload)`` is called for each notification.
+
+        As with asyncpg: callbacks are plain or async functions, called in order in this event loop; their exceptions
+        are logged. Inside a transaction the server begins to listen at its commit. It ends with the lease, so give the
+        lease a ``lease_timeout`` that is long enough; when the lease is lost, an error is logged. If this process does
+        not take notifications while megabytes of them pile up in the worker, the lease is ended for it.
+
+        Raises:
+            asyncpg.InterfaceError: no name of a channel, or nothing that can be called.
+            StatementNotAllowedError: a transaction pooler is in front.
+        """
+        await self._listeners.add(self, channel, callback)
+
+    async def remove_listener(self, channel: str, callback: Callback) -> None:
+        """Call *callback* no more; without another one for *channel* the server is told ``UNLISTEN``. Does nothing if
+        it is not called anyway."""
+        await self._listeners.remove(self, channel, callback)
+
     def transaction(
         self, *, isolation: Isolation | None = None, readonly: bool = False, deferrable: bool = False
     ) -> Transaction:
@@ -101,7 +169,7 @@ class LeasedConnection:
             if last is None:
                 return None
             raise LeaseLostError(f"the lease is gone: {self._ended}")
-        self._mark_ended("it was released")
+        self._mark_ended(RELEASED)
         try:
             kind, value = await self._channel.ask("release", self._token, last)
         except WorkerGone:
@@ -119,32 +187,41 @@ class LeasedConnection:
         if self._ended is None:
             self._ended = why
             self._channel.open -= 1
+            self._listeners.end(why)
 
     async def _run(self, mode: int, sql: str, arguments: Any, timeout: float | None) -> tuple[Any, Any]:
-        if self._ended is not None:
-            raise LeaseLostError(f"the lease is gone: {self._ended}")
         check_statement(sql)
         check_timeout(timeout)
+        return await self._in_turn(sql, "lease_run", mode, sql, arguments, timeout)  # type: ignore[no-any-return]
+
+    async def _in_turn(self, sql: str | None, method: str, *arguments: Any) -> Any:
+        """Have the worker do something on this connection, when what was asked for before is done.
+
+        Args:
+            sql: what it does; ``None`` if it changes nothing but the session.
+        """
+        if self._ended is not None:
+            raise LeaseLostError(f"the lease is gone: {self._ended}")
         async with self._turn:  # messages to an actor may overtake each other: one statement at a time keeps the order
             if self._ended is not None:
                 raise LeaseLostError(f"the lease is gone: {self._ended}")
-            return await self._run_now(mode, sql, arguments, timeout)
+            return await self._ask(sql, method, *arguments)
 
-    async def _run_now(self, mode: int, sql: str, arguments: Any, timeout: float | None) -> tuple[Any, Any]:
+    async def _ask(self, sql: str | None, method: str, *arguments: Any) -> Any:
         number = next(self._numbers)
         try:
-            kind, value = await self._channel.ask("lease_run", self._token, number, mode, sql, arguments, timeout)
+            kind, value = await self._channel.ask(method, self._token, number, *arguments)
         except asyncio.CancelledError:
             self._channel.handle.lease_cancel.remote(self._token, number)
             raise
         except WorkerGone:
             self._mark_ended("its worker died")
-            verdict = classify(sql)
-            if self._depth and verdict.kind != "transaction":
+            verdict = None if sql is None else classify(sql)
+            if self._depth and (verdict is None or verdict.kind != "transaction"):
                 raise LeaseLostError(
                     "the worker died inside the transaction: the server rolls all of it back"
                 ) from None
-            if verdict.retryable:
+            if sql is None or verdict is None or verdict.retryable:
                 raise LeaseLostError("the worker died; nothing was changed") from None
             raise OutcomeUnknownError("the worker died after the statement was sent", shorten(sql)) from None
         if kind == "error":
@@ -152,68 +229,15 @@ class LeasedConnection:
             if isinstance(error, LeaseLostError):
                 self._mark_ended(error.args[0].removeprefix("the lease is gone: "))
             raise error
-        return value  # type: ignore[no-any-return]
-
-
-class Transaction:
-    """``async with connection.transaction():`` — commits at the end, rolls back on an error. Nested: a savepoint."""
-
-    def __init__(
-        self, connection: LeasedConnection, isolation: Isolation | None, readonly: bool, deferrable: bool
-    ) -> None:
-        self._connection = connection
-        self._begin = begin_text(isolation, readonly, deferrable)
-        self._savepoint: str | None = None
-
-    async def start(self) -> None:
-        """Begin the transaction, or set the savepoint."""
-        connection = self._connection
-        if connection._depth:
-            self._savepoint = f"raypg_{connection._depth}"
-            await connection.execute(f"SAVEPOINT {self._savepoint}")
-        else:
-            await connection.execute(self._begin)
-        connection._depth += 1
-
-    async def commit(self) -> None:
-        """Commit, or release the savepoint."""
-        self._connection._depth -= 1
-        if self._savepoint is not None:
-            await self._connection.execute(f"RELEASE SAVEPOINT {self._savepoint}")
-        else:
-            raise_if_rolled_back(await self._connection.execute("COMMIT"))
-
-    async def rollback(self) -> None:
-        """Roll back, to the savepoint if it is one."""
-        self._connection._depth -= 1
-        if self._savepoint is not None:
-            await self._connection.execute(
-                f"ROLLBACK TO SAVEPOINT {self._savepoint}; RELEASE SAVEPOINT {self._savepoint}"
-            )
-        else:
-            await self._connection.execute("ROLLBACK")
-
-    async def __aenter__(self) -> Transaction:
-        await self.start()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            await self.commit()
-        else:
-            try:
-                await self.rollback()
-            except LeaseLostError:
-                pass  # the server has rolled back already; what matters is the error on its way
+        return value
 
 
 class AcquireContext:
     """What ``pool.acquire()`` returns: awaited it gives a connection, with ``async with`` it also takes it back."""
 
-    def __init__(self, dispatch: Any, timeout: float | None, lease_timeout: float | None) -> None:
+    def __init__(self, dispatch: Any, timeout: float | None, lease_timeout: float | None, name: str | None) -> None:
         self._dispatch = dispatch
+        self._name = name
         self._timeout = timeout
         self._lease_timeout = lease_timeout
         self._connection: LeasedConnection | None = None
@@ -222,9 +246,11 @@ class AcquireContext:
         return self._acquire().__await__()
 
     async def _acquire(self) -> LeasedConnection:
-        return await acquire(await self._dispatch(), self._timeout, self._lease_timeout, None)
+        return await acquire(await self._dispatch(), self._timeout, self._lease_timeout, None, self._name)
 
     async def __aenter__(self) -> LeasedConnection:
+        if self._connection is not None:
+            raise asyncpg.InterfaceError("a connection is acquired already: call pool.acquire() for another")
         self._connection = await self._acquire()
         return self._connection
 
@@ -237,16 +263,23 @@ class AcquireContext:
 class PoolTransaction:
     """What ``pool.transaction()`` returns: a lease and a transaction on it, begun and ended with one message each."""
 
-    def __init__(self, dispatch: Any, begin: str, timeout: float | None, lease_timeout: float | None) -> None:
+    def __init__(
+        self, dispatch: Any, begin: str, timeout: float | None, lease_timeout: float | None, name: str | None
+    ) -> None:
         self._dispatch = dispatch
+        self._name = name
         self._begin = begin
         self._timeout = timeout
         self._lease_timeout = lease_timeout
         self._connection: LeasedConnection | None = None
 
     async def __aenter__(self) -> LeasedConnection:
-        connection = await acquire(await self._dispatch(), self._timeout, self._lease_timeout, self._begin)
-        connection._depth = 1
+        if self._connection is not None:
+            raise asyncpg.InterfaceError("the transaction was started already: call pool.transaction() for another")
+        dispatcher = await self._dispatch()
+        connection = await acquire(dispatcher, self._timeout, self._lease_timeout, self._begin, self._name)
+        connection._base_depth = 1
+        connection._begun = self._begin
         self._connection = connection
         return connection
 
@@ -264,7 +297,7 @@ class PoolTransaction:
 
 
 async def acquire(
-    dispatcher: Dispatcher, timeout: float | None, lease_timeout: float | None, begin: str | None
+    dispatcher: Dispatcher, timeout: float | None, lease_timeout: float | None, begin: str | None, name: str | None
 ) -> LeasedConnection:
     """Lease a connection.
 
@@ -272,6 +305,7 @@ async def acquire(
         timeout: seconds to wait for one; ``acquire_timeout`` of the pool by default.
         lease_timeout: seconds it may be held; ``lease_timeout`` of the pool by default.
         begin: statement to run on it first.
+        name: the holder's, for ``application_name``; its Ray job id by default.
 
     Raises:
         PoolExhaustedError, ConnectError, PoolClosedError, CircuitBreakerError: none is to be had.
@@ -282,9 +316,10 @@ async def acquire(
         channel = await dispatcher.channel()
         channel.be_watched()
         channel.open += 1
-        request = asyncio.ensure_future(channel.ask("acquire", dispatcher.job, dispatcher.owner(), wait, hold, begin))
+        key = (dispatcher.client, next(_requests))
+        owner = {**dispatcher.owner(), "application_name": name or dispatcher.job}
         try:
-            kind, value = await asyncio.shield(request)
+            kind, value = await channel.ask("acquire", key, dispatcher.job, owner, wait, hold, begin)
         except WorkerGone:
             dispatcher.worker_gone(channel, [], [])
             if attempt >= 3:
@@ -292,8 +327,7 @@ async def acquire(
             await asyncio.sleep(0.1)
             continue
         except asyncio.CancelledError:
-            # The connection may be granted all the same: then it must go back at once.
-            request.add_done_callback(functools.partial(_return, channel))
+            channel.handle.cancel_acquire.remote(key)  # it leaves the queue, or what it was granted goes back at once
             raise
         finally:
             channel.open -= 1
@@ -301,38 +335,6 @@ async def acquire(
             raise unpack_error(value)
         return LeasedConnection(dispatcher, channel, value)
     raise AssertionError
-
-
-def _return(channel: Channel, request: asyncio.Future[Any]) -> None:
-    if not request.cancelled() and request.exception() is None:
-        kind, value = request.result()
-        if kind == "ok":
-            channel.handle.release.remote(pack((value["token"], None)))
-
-
-def begin_text(isolation: Isolation | None, readonly: bool, deferrable: bool) -> str:
-    """The BEGIN statement for these properties.
-
-    Raises:
-        ConfigError: an unknown isolation level.
-    """
-    levels = {
-        None: "",
-        "read_uncommitted": " ISOLATION LEVEL READ UNCOMMITTED",
-        "read_committed": " ISOLATION LEVEL READ COMMITTED",
-        "repeatable_read": " ISOLATION LEVEL REPEATABLE READ",
-        "serializable": " ISOLATION LEVEL SERIALIZABLE",
-    }
-    if isolation not in levels:
-        known = ", ".join(repr(level) for level in levels if level)
-        raise ConfigError(f"isolation={isolation!r}: must be one of {known}")
-    return f"BEGIN{levels[isolation]}{' READ ONLY' if readonly else ''}{' DEFERRABLE' if deferrable else ''}"
-
-
-def raise_if_rolled_back(status: str | None) -> None:
-    """PostgreSQL answers COMMIT of a failed transaction with ROLLBACK: that must not pass for success."""
-    if status == "ROLLBACK":
-        raise TransactionRolledBackError("a statement in the transaction had failed: the server rolled all of it back")
 
 
 def _positive(name: str, value: Any) -> float:

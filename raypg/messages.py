@@ -29,6 +29,7 @@ ROW = 1  # the first row, or none
 STATUS = 2  # the command tag, as asyncpg's execute()
 MANY = 3  # executemany(): the parameters are a list of rows, run as one atomic statement
 BOTH = 4  # rows and command tag
+BEGIN = 5  # the command tag, unless a transaction is open already; only on a lease
 
 Arguments: TypeAlias = tuple[Any, ...]
 Settings: TypeAlias = "tuple[tuple[str, str], ...] | None"
@@ -51,13 +52,24 @@ class Finished(NamedTuple):
     error: PortableError | None
 
 
+_BYTES_PER_ITEM: dict[type, int] = {
+    str: 1,
+    bytes: 1,
+    bytearray: 1,
+    memoryview: 1,
+    list: 24,
+    tuple: 24,
+    dict: 24,
+    set: 24,
+}
+
+
 def size_of(arguments: Arguments) -> int:
     """A cheap estimate of the bytes that *arguments* take in a message: long values counted, the rest guessed."""
     size = 24
     for value in arguments:
-        size += 16
-        if isinstance(value, str | bytes | bytearray | list | tuple | dict):
-            size += len(value) if isinstance(value, str | bytes | bytearray) else 24 * len(value)
+        per_item = _BYTES_PER_ITEM.get(type(value))
+        size += 16 if per_item is None else 16 + per_item * len(value)
     return size
 
 

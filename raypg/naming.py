@@ -12,6 +12,8 @@ NAMESPACE = "raypg"
 PROTOCOL = 1
 """Version of the messages between handles and actors; a handle of another version is refused."""
 
+_APPLICATION_NAME_BYTES = 63  # NAMEDATALEN − 1
+
 POOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,32}")
 
 
@@ -34,6 +36,16 @@ def pool_actor(pool: str) -> str:
 def worker_actor(pool: str, index: int) -> str:
     """Ray name of worker *index* of *pool*: bounded in number, so that metrics labelled with it stay bounded."""
     return f"raypg:{pool}:worker:{index}"
+
+
+def application_name(ours: str, own: str | None) -> str:
+    """What PostgreSQL shows of a connection: raypg's part, by which it counts and reaps, then the user's *own*.
+
+    At most 63 bytes of printable ASCII: the server would cut and mangle the rest in ways of its version, and this way
+    we know what ``pg_stat_activity`` shows.
+    """
+    full = f"{ours}:{own}" if own else ours
+    return "".join(character if " " <= character <= "~" else "?" for character in full)[:_APPLICATION_NAME_BYTES]
 
 
 def pool_of(actor_name: str) -> str | None:

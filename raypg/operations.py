@@ -30,26 +30,26 @@ _LATER = {
 _FETCH_MODES = ("one", "all", "many")
 
 
+_KEYS: dict[str, frozenset[str]] = {
+    "initialize": frozenset(),
+    "acquire": frozenset({"timeout", "lease_timeout"}),
+    "release": frozenset({"connection_id"}),
+    "execute": frozenset({"query", "params", "connection_id", "fetch_mode", "timeout", "settings"}),
+    "stats": frozenset(),
+    "get_status": frozenset(),
+    "get_pool_statistics": frozenset(),
+    "adjust_pool_size": frozenset({"new_size"}),
+    "close": frozenset(),
+}
+"""The keys that each operation takes, beside ``operation``; each is a method of that name."""
+
+
 class Operations:
     """The operations of one handle. Leases made by ``acquire`` belong to the handle that made them."""
 
     def __init__(self, pool: WorkflowConnectionPool) -> None:
         self._pool = pool
         self._leases: dict[str, LeasedConnection] = {}
-        self._known: dict[str, tuple[Callable[..., Awaitable[Any]], frozenset[str]]] = {
-            "initialize": (self.initialize, frozenset()),
-            "acquire": (self.acquire, frozenset({"timeout", "lease_timeout"})),
-            "release": (self.release, frozenset({"connection_id"})),
-            "execute": (
-                self.execute,
-                frozenset({"query", "params", "connection_id", "fetch_mode", "timeout", "settings"}),
-            ),
-            "stats": (self.stats, frozenset()),
-            "get_status": (self.get_status, frozenset()),
-            "get_pool_statistics": (self.get_pool_statistics, frozenset()),
-            "adjust_pool_size": (self.adjust_pool_size, frozenset({"new_size"})),
-            "close": (self.close, frozenset()),
-        }
 
     async def run(self, request: Mapping[str, Any]) -> Any:
         """Do what *request* asks.
@@ -62,13 +62,14 @@ class Operations:
             raise ConfigError(f"process() takes a dict with the key 'operation', not {type(request).__name__}")
         name = request.get("operation")
         if not isinstance(name, str):
-            raise ConfigError(f"operation={name!r}: must be a string, one of {', '.join(self._known)}")
+            raise ConfigError(f"operation={name!r}: must be a string, one of {', '.join(_KEYS)}")
         if name in _LATER:
             raise NotImplementedError(f"operation {name!r} comes with {_LATER[name]}; see the CHANGELOG")
-        if name not in self._known:
-            names = [*self._known, *_LATER]
+        if name not in _KEYS:
+            names = [*_KEYS, *_LATER]
             raise ConfigError(f"unknown operation {name!r}{did_you_mean(str(name), names)}")
-        operation, keys = self._known[name]
+        operation: Callable[..., Awaitable[Any]] = getattr(self, name)
+        keys = _KEYS[name]
         arguments = {key: value for key, value in request.items() if key != "operation"}
         for key in arguments:
             if key not in keys:
@@ -91,7 +92,7 @@ class Operations:
     async def acquire(self, timeout: float | None = None, lease_timeout: float | None = None) -> dict[str, Any]:
         """Lease a connection: ``{connection_id, health_score, acquisition_time_ms}``."""
         started = time.perf_counter()
-        lease = await acquire(await self._pool._dispatcher(), timeout, lease_timeout, None)
+        lease = await acquire(await self._pool._dispatcher(), timeout, lease_timeout, None, self._pool._users_name)
         # The id alone opens nothing: the lease itself is found in this handle, and its token stays there.
         self._leases[lease.connection_id] = lease
         return {
@@ -179,7 +180,10 @@ class Operations:
     # --- figures ---
 
     async def get_status(self) -> dict[str, Any]:
-        """Every connection with its health, use, and, if it is leased, its owner."""
+        """Every connection with its health, use, and, if it is leased, its owner (see :func:`raypg.owner.describe`).
+
+        Of a worker that does not answer within 2 s (``reachable`` is false) nothing is known, and nothing is counted.
+        """
         status = await self._figures()
         return {
             "connections": {
@@ -191,6 +195,7 @@ class Operations:
             "pool_size": _sum(status, "total"),
             "active_count": _sum(status, "active"),
             "available_count": _sum(status, "idle"),
+            "waiting_count": _sum(status, "waiting"),
             "max_connections": status["max_connections"],
             "workers": [
                 {key: worker[key] for key in ("index", "node", "budget", "reachable")} for worker in status["workers"]

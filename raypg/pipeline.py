@@ -6,6 +6,7 @@ import asyncio
 import logging
 import secrets
 import warnings
+from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
@@ -33,6 +34,9 @@ _LATER = ("sequential", "parallel")
 MOST_ROWS = 5_000
 MOST_BYTES = 4_000_000
 """Limits of one message of a pipeline: several batches travel together."""
+
+MOST_MESSAGES = 2
+"""Messages under way: one that the worker works on, one that it finds when it is done."""
 
 BUFFER_ROWS = 100_000
 BUFFER_BYTES = 64_000_000
@@ -100,11 +104,13 @@ class QueryPipelineNode:
         self._first_buffered = 0
         self._results = PipelineResults(self._query_id)
         self._sender: asyncio.Task[None] | None = None
+        self._more: asyncio.Future[None] | None = None  # resolved when there is more to send
         self._timer: asyncio.TimerHandle | None = None
         self._transaction: LeasedConnection | None = None
         self._culprit: str | None = None
         self._flushing = asyncio.Lock()
         self._finishing: asyncio.Task[None] | None = None
+        self._messages = 0
         self._batches = 0
         self._failures = 0
         self._finished = 0
@@ -170,7 +176,10 @@ class QueryPipelineNode:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self._sender is None and self._rows:
+        if self._sender is not None:
+            if self._more is not None and not self._more.done():
+                self._more.set_result(None)
+        elif self._rows:
             self._sender = asyncio.get_running_loop().create_task(self._send())
             self._sender.add_done_callback(self._sent)
 
@@ -184,18 +193,48 @@ class QueryPipelineNode:
 
     async def _send(self) -> None:
         """Send all that is buffered, message by message, in order."""
-        while self._rows:
-            first, count, runs = self._take()
-            if self.strategy == "transactional":
+        if self.strategy == "transactional":
+            while self._rows:
+                first, count, runs = self._take()
                 await self._send_in_transaction(first, count, runs)
-            else:
-                await self._send_alone(first, count, runs)
-            self._batches += -(-count // self.batch_size)
-            self._finished += count
+                self._count(count)
+            return
+        under_way: deque[asyncio.Task[None]] = deque()
+        channel: Channel | None = None
+        while self._rows or under_way:
+            while self._rows and len(under_way) < MOST_MESSAGES:
+                first, count, runs = self._take()
+                if not under_way:
+                    channel = None  # while one is under way the next goes to the same worker, which keeps the order
+                try:
+                    dispatcher = await self._dispatcher()
+                    channel = channel or await dispatcher.channel()
+                except Exception as error:
+                    self._note_all(first, count, error)
+                    self._count(count)
+                    continue
+                self._messages += 1
+                place = (self._prefix, self._messages, bool(under_way))
+                under_way.append(asyncio.create_task(self._send_alone(channel, dispatcher.job, first, runs, place)))
+            if under_way:
+                self._more = asyncio.get_running_loop().create_future()
+                await asyncio.wait((*under_way, self._more), return_when=asyncio.FIRST_COMPLETED)
+                while under_way and under_way[0].done():
+                    under_way.popleft()
+
+    def _count(self, queries: int) -> None:
+        self._batches += -(-queries // self.batch_size)
+        self._finished += queries
 
     def _take(self) -> tuple[int, int, list[tuple[str, list[tuple[Any, ...]]]]]:
         """Take the next message out of the buffer: (number of its first query, how many, runs)."""
         first = self._first_buffered
+        if self._rows <= MOST_ROWS and self._bytes <= MOST_BYTES:
+            everything, self._runs = self._runs, []
+            count, self._rows, self._bytes = self._rows, 0, 0
+            self._last_sql, self._last_rows = None, []
+            self._first_buffered += count
+            return first, count, everything
         taken: list[tuple[str, list[tuple[Any, ...]]]] = []
         count = size = 0
         while self._runs and count < MOST_ROWS and size < MOST_BYTES:
@@ -224,17 +263,19 @@ class QueryPipelineNode:
         self._first_buffered += count
         return first, count, taken
 
-    async def _send_alone(self, first: int, count: int, runs: list[Any]) -> None:
+    async def _send_alone(
+        self, channel: Channel, job: str, first: int, runs: list[Any], place: tuple[str, int, bool]
+    ) -> None:
+        count = sum(len(rows) for _, rows in runs)
         try:
-            dispatcher = await self._dispatcher()
-            channel = await dispatcher.channel()
-            outcomes = await _ask(channel, dispatcher.job, count, runs, self.batch_size, None)
+            outcomes = await _ask(channel, job, runs, self.batch_size, None, place)
         except WorkerGone:
             self._note_lost(first, runs)
         except Exception as error:
             self._note_all(first, count, error)
         else:
             self._note(first, outcomes)
+        self._count(count)
 
     def _note(self, first: int, outcomes: list[Any]) -> None:
         for position, count, result, error, milliseconds, retries in outcomes:
@@ -263,10 +304,11 @@ class QueryPipelineNode:
         try:
             dispatcher = await self._dispatcher()
             if self._transaction is None:
-                self._transaction = await acquire(dispatcher, None, None, "BEGIN")
-                self._transaction._depth = 1
+                name = self._pool._users_name if isinstance(self._pool, WorkflowConnectionPool) else None
+                self._transaction = await acquire(dispatcher, None, None, "BEGIN", name)
+                self._transaction._base_depth = 1
             lease = self._transaction
-            outcomes = await _ask(lease._channel, dispatcher.job, count, runs, self.batch_size, lease._token)
+            outcomes = await _ask(lease._channel, dispatcher.job, runs, self.batch_size, lease._token)
         except WorkerGone:
             outcomes = [
                 (0, count, None, StatementNotRunError("the worker died: the server rolled all of it back"), 0.0, 0)
@@ -383,11 +425,18 @@ class QueryPipelineNode:
         return (await dispatch.connect(self._pool, None))[0]
 
 
-async def _ask(channel: Channel, job: str, count: int, runs: list[Any], most: int, token: str | None) -> list[Any]:
+async def _ask(
+    channel: Channel,
+    job: str,
+    runs: list[Any],
+    most: int,
+    token: str | None,
+    place: tuple[str, int, bool] | None = None,
+) -> list[Any]:
     """Send a chunk and wait for its outcomes."""
     channel.open += 1
     try:
-        kind, value = await channel.ask("chunk", job, runs, most, token)
+        kind, value = await channel.ask("chunk", job, runs, most, token, place)
     finally:
         channel.open -= 1
     if kind == "error":

@@ -113,6 +113,7 @@ class WorkflowConnectionPool:
             asyncpg.PostgresError: what the server says of the statement, as asyncpg's own class.
             QueryTimeoutError: cancelled by *timeout*, without effect.
             OutcomeUnknownError: it was sent, and whether it took effect cannot be known.
+            ResultLostError: it took effect, but the rows it returned cannot be read (their type was altered, say).
             UnavailableError: it could not run now, and did not.
         """
         payload, names = await self._run(messages.FETCH, query, args, timeout, settings)
@@ -167,7 +168,7 @@ class WorkflowConnectionPool:
         Raises:
             PoolExhaustedError, ConnectError, PoolClosedError: none is to be had.
         """
-        return AcquireContext(self._dispatcher, timeout, lease_timeout)
+        return AcquireContext(self._dispatcher, timeout, lease_timeout, self._users_name)
 
     async def release(self, connection: LeasedConnection) -> None:
         """Give a leased connection back."""
@@ -191,7 +192,8 @@ class WorkflowConnectionPool:
             TransactionRolledBackError: a statement had failed, and the block swallowed its error.
             OutcomeUnknownError: the connection was lost while COMMIT was under way.
         """
-        return PoolTransaction(self._dispatcher, begin_text(isolation, readonly, deferrable), timeout, lease_timeout)
+        begin = begin_text(isolation, readonly, deferrable)
+        return PoolTransaction(self._dispatcher, begin, timeout, lease_timeout, self._users_name)
 
     async def reconfigure(self, **changes: Any) -> None:
         """Change settings of the running pool for everybody, e.g. ``max_connections`` or ``lease_timeout``.
@@ -222,6 +224,11 @@ class WorkflowConnectionPool:
         await self.close()
 
     # --- inside ---
+
+    @property
+    def _users_name(self) -> str | None:
+        """The ``application_name`` that this handle was constructed with."""
+        return None if self._config is None else self._config.users_name()
 
     async def _run(
         self,

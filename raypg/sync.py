@@ -6,13 +6,14 @@ travels together.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from raypg import background
+from raypg import background, owner
 from raypg.lease import Isolation, LeasedConnection
 from raypg.row import Row
+from raypg.sync_statements import SyncCursor, SyncListener, SyncPreparedStatement
 
 if TYPE_CHECKING:
     from raypg.pool import WorkflowConnectionPool
@@ -52,6 +53,31 @@ class SyncConnection:
         """Run a statement for each row of *args*; all or none of them take effect."""
         background.run(lambda: self._connection.executemany(command, args, timeout=timeout))
 
+    def prepare(self, query: str, *, timeout: float | None = None) -> SyncPreparedStatement:
+        """Let the server check a statement, to run it later; see :meth:`LeasedConnection.prepare`."""
+        return SyncPreparedStatement(background.run(lambda: self._connection.prepare(query, timeout=timeout)))
+
+    def cursor(self, query: str, *args: Any, prefetch: int = 50, timeout: float | None = None) -> SyncCursor:
+        """Read a result in portions, inside a transaction: ``for row in connection.cursor(…)``; see
+        :meth:`LeasedConnection.cursor`."""
+        return SyncCursor(self._connection.cursor(query, *args, prefetch=prefetch, timeout=timeout))
+
+    def add_listener(self, channel: str, callback: Callable[..., Any]) -> None:
+        """Listen to *channel*: ``callback(connection, pid, channel, payload)``; see
+        :meth:`LeasedConnection.add_listener`.
+
+        Callbacks are called on the background thread that all of ``pool.sync`` in this process shares. They must be
+        quick, put what they get into a ``queue.Queue`` say, and cannot use the connection: its methods would wait for
+        that same thread, and raise RuntimeError there.
+        """
+        listener = SyncListener(self, callback)
+        background.run(lambda: self._connection.add_listener(channel, listener))
+
+    def remove_listener(self, channel: str, callback: Callable[..., Any]) -> None:
+        """Call *callback* no more."""
+        listener = SyncListener(self, callback)
+        background.run(lambda: self._connection.remove_listener(channel, listener))
+
     @contextmanager
     def transaction(
         self, *, isolation: Isolation | None = None, readonly: bool = False, deferrable: bool = False
@@ -87,7 +113,8 @@ class SyncPool:
 
     def process(self, request: dict[str, Any]) -> Any:
         """Do one operation; see :meth:`WorkflowConnectionPool.process`."""
-        return background.run(lambda: self._pool.process(request))
+        with owner.named():
+            return background.run(lambda: self._pool.process(request))
 
     def fetch(
         self, query: str, *args: Any, timeout: float | None = None, settings: Mapping[str, str] | None = None
@@ -138,7 +165,8 @@ class SyncPool:
         async def lease() -> LeasedConnection:
             return await self._pool.acquire(timeout=timeout, lease_timeout=lease_timeout)
 
-        connection = background.run(lease)
+        with owner.named():
+            connection = background.run(lease)
         try:
             yield SyncConnection(connection)
         finally:
@@ -162,7 +190,8 @@ class SyncPool:
             timeout=timeout,
             lease_timeout=lease_timeout,
         )
-        connection = background.run(transaction.__aenter__)
+        with owner.named():
+            connection = background.run(transaction.__aenter__)
         try:
             yield SyncConnection(connection)
         except BaseException as error:

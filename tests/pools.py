@@ -12,6 +12,7 @@ from typing import Any
 
 import asyncpg
 import ray
+from waiting import eventually
 
 from raypg import QueryPipelineNode, WorkflowConnectionPool, naming
 from raypg._compat import cluster_id
@@ -45,6 +46,19 @@ async def worker_pids(name: str) -> dict[int, int]:
             break
         found[index] = await actor.__ray_call__.remote(lambda self: os.getpid())
     return found
+
+
+async def status_of_all(pool: WorkflowConnectionPool) -> dict[str, Any]:
+    """``get_status``, when every worker has its part in it: of one that did not answer in time it tells nothing, which
+    looks like a worker with nothing to do."""
+    told: dict[str, Any] = {}
+
+    async def complete() -> bool:
+        told.update(await pool.process({"operation": "get_status"}))
+        return all(worker["reachable"] for worker in told["workers"])
+
+    await eventually(complete, timeout=60)
+    return told
 
 
 _OURS = """

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict, deque
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from heapq import heapify, heappop, heappush
 from typing import Final, Generic, TypeVar
 
@@ -177,24 +177,36 @@ class FairQueue(Generic[T]):
         found.tickets.append(ticket)
         found.waiting = held + 1
         self._waiting += 1
-        if deadline is not None:
-            self._sequence += 1  # so that equal deadlines never compare tickets
-            heappush(self._by_deadline, (deadline, self._sequence, ticket))
+        self._note_deadline(ticket)
         return ticket
 
-    def push_front(self, item: T) -> Ticket[T]:
-        """Queue control work: ahead of every flow, FIFO among itself, outside the bound, without deadline."""
-        ticket = Ticket(self._control, item, 0.0, None)
+    def push_front(self, item: T, *, deadline: float | None = None) -> Ticket[T]:
+        """Queue control work: ahead of every flow, FIFO among itself, outside the bound.
+
+        Args:
+            deadline: see :meth:`push`.
+        """
+        ticket = Ticket(self._control, item, 0.0, deadline)
         self._control.tickets.append(ticket)
         self._control.waiting += 1
+        self._note_deadline(ticket)
         return ticket
 
-    def pop(self, now: float) -> T | None:
-        """The next item, or None; never one whose deadline has passed (``deadline <= now``)."""
+    def _note_deadline(self, ticket: Ticket[T]) -> None:
+        if ticket._deadline is not None:
+            self._sequence += 1  # so that equal deadlines never compare tickets
+            heappush(self._by_deadline, (ticket._deadline, self._sequence, ticket))
+
+    def pop(self, now: float, only: Callable[[T], bool] | None = None) -> T | None:
+        """The next item, or None; never one whose deadline has passed (``deadline <= now``).
+
+        Args:
+            only: take it only if this says yes to it; nobody behind it is asked, and nothing is out of turn.
+        """
         if self._by_deadline and self._by_deadline[0][0] <= now:
             self._notice_expired(now)
         if self._control.waiting:
-            return self._take(self._control)
+            return self._take(self._control) if only is None or only(self._first(self._control)) else None
         if not self._waiting:
             self._forget_flows()
             return None
@@ -215,6 +227,8 @@ class FairQueue(Generic[T]):
                     else:
                         self._skip_idle_rounds()
             elif flow.waiting:
+                if only is not None and not only(self._first(flow)):
+                    return None
                 self._waiting -= 1
                 self._fresh_in_a_row = self._fresh_in_a_row + 1 if flow.fresh else 0
                 return self._take(flow)
@@ -252,8 +266,8 @@ class FairQueue(Generic[T]):
         flow.waiting -= 1
         if flow is not self._control:
             self._waiting -= 1
-            if ticket._deadline is not None:
-                self._stale_deadlines += 1
+        if ticket._deadline is not None:
+            self._stale_deadlines += 1
         self._swept_later += 1
         self._sweep_if_due()
         return True
@@ -278,13 +292,17 @@ class FairQueue(Generic[T]):
         self._forget_flows()
         return items
 
-    def _take(self, flow: _Flow[T]) -> T:
+    def _first(self, flow: _Flow[T]) -> T:
+        """The item that ``_take`` would take."""
         tickets = flow.tickets
-        while True:
-            ticket = tickets.popleft()
-            if ticket._state == _WAITING:
-                break
+        while tickets[0]._state != _WAITING:
+            tickets.popleft()
             self._swept_later -= 1
+        return tickets[0]._item
+
+    def _take(self, flow: _Flow[T]) -> T:
+        item = self._first(flow)
+        ticket = flow.tickets.popleft()
         ticket._state = _TAKEN
         flow.waiting -= 1
         flow.credit -= ticket._cost
@@ -292,7 +310,6 @@ class FairQueue(Generic[T]):
             self._stale_deadlines += 1
             if self._stale_deadlines > self._waiting + _SLACK:
                 self._sweep_deadlines()
-        item = ticket._item
         del ticket._item  # a ticket may be kept for long; the item must be free to go
         return item
 
@@ -322,7 +339,8 @@ class FairQueue(Generic[T]):
             self._expired.append((deadline, ticket._item))
             del ticket._item
             ticket._flow.waiting -= 1
-            self._waiting -= 1
+            if ticket._flow is not self._control:
+                self._waiting -= 1
             self._swept_later += 1
         self._sweep_if_due()
 
@@ -351,7 +369,7 @@ class FairQueue(Generic[T]):
 
     def _forget_flows(self) -> None:
         """Nobody waits, so nobody is owed anything."""
-        if self._flows:
+        if self._flows or self._by_deadline:
             self._flows.clear()
             self._fresh.clear()
             self._backlogged.clear()

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import asyncpg
 from asyncpg import connect_utils
+from asyncpg import connection as connection_module
 
 
 async def fetch_with_status(
@@ -24,6 +25,11 @@ async def fetch_with_status(
     """
     records, status, _ = await raw._execute(sql, arguments, limit, None, return_status=True)
     return records, status.decode() if status else ""
+
+
+def cached_statement(raw: asyncpg.Connection, sql: str) -> Any:
+    """The prepared statement for *sql* in asyncpg's cache, or ``None``; asking keeps it there."""
+    return raw._stmt_cache.get((sql, raw._protocol.get_record_class(), False))
 
 
 def file_descriptor(raw: asyncpg.Connection) -> int:
@@ -77,6 +83,33 @@ def was_not_sent(error: BaseException) -> bool:
     Its state machine then refuses the next operation, before a byte of it is written.
     """
     return isinstance(error, asyncpg.InternalClientError) and str(error).startswith("cannot switch to state")
+
+
+def hear(raw: asyncpg.Connection, channel: str, callback: Callable[..., None]) -> bool:
+    """Call *callback* for each notification over *channel*; False if something is called already.
+
+    The public ``add_listener`` sends LISTEN too, past all that raypg does around a statement.
+    """
+    if channel in raw._listeners:
+        return False
+    raw._listeners[channel] = {connection_module._Callback.from_callable(callback)}
+    return True
+
+
+def ignore(raw: asyncpg.Connection, channel: str) -> None:
+    """Call nothing for *channel* any more."""
+    raw._listeners.pop(channel, None)
+
+
+def ignore_all(raw: asyncpg.Connection) -> None:
+    """Call nothing for any channel any more."""
+    raw._listeners.clear()
+
+
+async def close_portal(cursor: Any) -> None:
+    """Close the portal of an asyncpg cursor, which otherwise stays open to the end of its transaction."""
+    if cursor._portal_name is not None:
+        await cursor._close_portal(None)
 
 
 def forget_statements(raw: asyncpg.Connection) -> None:

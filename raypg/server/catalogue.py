@@ -84,6 +84,11 @@ class Catalogue:
         self._plain[relations] = (now + REMEMBER, not rows)
         return not rows
 
+    def known_plain(self, relations: tuple[str, ...], now: float) -> bool:
+        """Whether it is known, without asking, that :meth:`are_plain` would say yes."""
+        known = self._plain.get(relations)
+        return known is not None and now < known[0] and known[1]
+
     async def may_group(self, connection: ServerConnection, insert: str, now: float) -> bool:
         """Whether many runs of *insert*, an INSERT … VALUES without ON CONFLICT and RETURNING, may share a transaction.
 

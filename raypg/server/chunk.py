@@ -58,19 +58,35 @@ class ChunkRequest:
         self.future: asyncio.Future[list[Outcome]] = asyncio.get_running_loop().create_future()
 
     @staticmethod
-    async def run(engine: Engine, job: str, runs: Sequence[ChunkRun], most: int, token: str | None) -> list[Outcome]:
+    async def run(
+        engine: Engine,
+        job: str,
+        runs: Sequence[ChunkRun],
+        most: int,
+        token: str | None,
+        place: tuple[str, int, bool] | None = None,
+    ) -> list[Outcome]:
         """Run a chunk: on any connection, or inside the leased transaction *token*.
 
         Args:
             most: most statements in one group, and thus in one transaction (the pipeline's ``batch_size``).
+            place: (pipeline, number of this message, whether the one before it was still under way); messages of one
+                pipeline run in their order.
 
         Returns:
             Outcomes in order of position. In a transaction they end with the first failure.
 
         Raises:
-            PoolExhaustedError, ConnectError, PoolClosedError: nothing was run.
+            PoolExhaustedError, ConnectError, PoolClosedError, StatementNotRunError: nothing was run.
             LeaseLostError: of *token*.
         """
+        if place is not None:
+            name, number, follows = place
+            try:
+                await engine.streams.turn(name, number, follows)
+                return await ChunkRequest.run(engine, job, runs, most, token)
+            finally:
+                engine.streams.finished(name, number)
         now = engine.now()
         request = ChunkRequest(runs, most, now, now + engine.config.acquire_timeout)
         if token is not None:
@@ -103,12 +119,14 @@ class ChunkRequest:
             sql, rows = group
             if not await connection.is_alive():
                 engine.connections.drop(connection)
+                self.deadline = engine.deadline_anew()
                 engine.put_first(self)  # nothing of this group was sent: another connection takes over
                 return None
             try:
                 await self._best_effort(engine, connection, sql, rows)
             except ConnectionLost:
                 engine.connections.drop(connection)
+                self.deadline = engine.deadline_anew()
                 engine.put_first(self)
                 return None
         if not self.future.done():

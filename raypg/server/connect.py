@@ -19,6 +19,7 @@ from raypg.errors import ConnectError
 from raypg.server import _asyncpg, codecs, pooler
 from raypg.server.connection import ServerConnection
 from raypg.server.pooler import Mode
+from raypg.server.text_arrays import SafeConnection
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +126,7 @@ class Connector:
                 **arguments,
                 password=passwords[0] if len(set(passwords)) == 1 else in_turn,
                 server_settings=self.config.server_settings_for(self.base_name, safety=safe),
+                connection_class=SafeConnection,
             )
         except asyncpg.PostgresError as error:
             refused = error.sqlstate == _UNKNOWN_SETTING

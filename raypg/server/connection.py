@@ -11,21 +11,30 @@ import math
 import random
 import select
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import asyncpg
 
-from raypg import messages
+from raypg import messages, naming
 from raypg.core.backoff import jittered
 from raypg.errors import QueryTimeoutError
 from raypg.portable import plain_rows
-from raypg.server import _asyncpg, pooler
+from raypg.server import _asyncpg, pooler, witness
+from raypg.server.pipelining import Pipeline, Prepared, Told
 
 CANCEL_GRACE = 5.0
 """Seconds that a server may take to answer a cancel request before its connection is given up."""
 
 MOST_ATTEMPTS = 4
 """How often a statement is sent whose table or prepared statement changes each time before it runs."""
+
+FRESH = 0.001
+"""Seconds after an answer in which the connection need not be polled: the loop has just read from its socket."""
+
+STEP = -1
+"""A mode beside those of :mod:`raypg.messages`: the arguments are a coroutine function of our own, which is given the
+asyncpg connection; the statement is what it is about. What it returns is the payload."""
 
 LIFETIME_JITTER = 0.1
 """Connections opened together must not all be replaced together."""
@@ -82,6 +91,7 @@ class ServerConnection:
     __slots__ = (
         "_cancel_reason",
         "_cancelling",
+        "_pipeline",
         "_poll",
         "abandoned",
         "application_name",
@@ -125,6 +135,7 @@ class ServerConnection:
         self.lease: str | None = None
         self._cancelling: asyncio.Task[None] | None = None
         self._cancel_reason: str | None = None
+        self._pipeline = Pipeline(raw)
         self._poll = select.poll()
         self._poll.register(_asyncpg.file_descriptor(raw), select.POLLIN | select.POLLRDHUP)
 
@@ -142,6 +153,8 @@ class ServerConnection:
         """
         if self.raw.is_closed():
             return False
+        if time.monotonic() - self.last_used < FRESH:
+            return True
         for _ in range(4):
             if not self._poll.poll(0):
                 return True
@@ -179,6 +192,7 @@ class ServerConnection:
             ConnectionLost: the outcome is unknown.
             QueryTimeoutError: cancelled by its timeout, had no effect.
             asyncpg.PostgresError, asyncpg.InterfaceError: had no effect; the connection is good.
+            ResultLostError: it took effect, but its rows could not be read; the connection is good.
             StatementNotAllowedError: a pooler is in front, and it needs a session; nothing was sent.
         """
         raw = self.raw
@@ -187,6 +201,7 @@ class ServerConnection:
             refused = pooler.refusal(sql, in_transaction=in_transaction, leased=self.lease is not None)
             if refused is not None:
                 raise refused
+        undone = reads or settings is not None
         timer: asyncio.TimerHandle | None = None
         if timeout is not None:
             timer = asyncio.get_running_loop().call_later(max(timeout, 0.0), self.cancel, "timeout")
@@ -199,12 +214,12 @@ class ServerConnection:
                 try:
                     return await self._attempt(mode, sql, arguments, settings, simple)
                 except Exception as error:
-                    if raw.is_closed() or self._cancelling is not None or not self._may_repeat(error, alone, reads):
+                    if raw.is_closed() or self._cancelling is not None or not self._may_repeat(error, alone, undone):
                         raise
             return await self._attempt(mode, sql, arguments, settings, simple)
         except asyncpg.PostgresError as error:
             if raw.is_closed():
-                raise ConnectionLost(_last_words(error)) from error
+                raise ConnectionLost(last_words(error)) from error
             if error.sqlstate == "57014" and self._cancel_reason == "timeout":
                 raise timed_out(timeout) from error
             raise
@@ -216,19 +231,41 @@ class ServerConnection:
             if timer is not None:
                 timer.cancel()
             if self._cancelling is not None:
-                # The request must have been processed before anybody else uses this connection, or it would cancel
-                # the next statement.
-                await asyncio.shield(self._cancelling)
-                self._cancelling = None
+                await self._cancel_over()
             self.busy = False
             self.last_used = time.monotonic()
 
-    def _may_repeat(self, error: Exception, alone: bool, reads: bool) -> bool:
+    async def _cancel_over(self) -> None:
+        """The cancel request must have been processed before anybody else uses this connection, or it would cancel the
+        next statement."""
+        if self._cancelling is not None:
+            await asyncio.shield(self._cancelling)
+            self._cancelling = None
+
+    def prepared(self, sql: str) -> Any:
+        """The prepared statement for *sql*, if this connection has it ready, or ``None``."""
+        return self._pipeline.prepared(sql)
+
+    async def run_together(self, statements: Sequence[Prepared], told: Told) -> None:
+        """Run several reads, each on its own, in one write; see :meth:`Pipeline.run`. Returns when all are answered,
+        or the connection is lost."""
+        self._cancel_reason = None
+        self.used += len(statements)
+        self.busy = True
+        try:
+            await self._pipeline.run(statements, told)
+        finally:
+            if self._cancelling is not None:
+                await self._cancel_over()
+            self.busy = False
+            self.last_used = time.monotonic()
+
+    def _may_repeat(self, error: Exception, alone: bool, undone: bool) -> bool:
         """Whether *error* only says that asyncpg's memory is out of date, and the statement may be sent once more.
 
         Args:
             alone: no transaction was open before it.
-            reads: see :meth:`run`.
+            undone: what it did is rolled back if its rows cannot be read, or it only reads.
         """
         if isinstance(error, asyncpg.InvalidSQLStatementNameError) and "__asyncpg_" in str(error):
             # The user dropped asyncpg's prepared statements: the server did not know this one, so it did not run.
@@ -238,14 +275,17 @@ class ServerConnection:
         if isinstance(error, asyncpg.InvalidCachedStatementError):
             return alone  # its table has changed; the server refused to run the old plan
         # A type has changed. Found out when the rows were read: the statement has run. asyncpg has looked again.
-        return isinstance(error, asyncpg.OutdatedSchemaCacheError) and reads
+        return isinstance(error, asyncpg.OutdatedSchemaCacheError) and undone
 
     async def _attempt(
         self, mode: int, sql: str, arguments: Any, settings: messages.Settings, simple: bool
     ) -> tuple[Any, tuple[str, ...] | None]:
-        if settings is None:
-            return await self._send(mode, sql, arguments, simple)
         raw = self.raw
+        if settings is None:
+            sending = self._send(mode, sql, arguments, simple)
+            if witness.is_needed(mode, sql, arguments, simple):
+                return await witness.watched(raw, sql, sending)
+            return await sending
         try:
             await raw.execute(_begin_with(settings, self.application_name))
             outcome = await self._send(mode, sql, arguments, simple)
@@ -263,6 +303,8 @@ class ServerConnection:
 
     async def _send(self, mode: int, sql: str, arguments: Any, simple: bool) -> tuple[Any, tuple[str, ...] | None]:
         raw = self.raw
+        if mode == STEP:
+            return await arguments(raw), None
         if mode == messages.MANY:
             await raw.executemany(sql, arguments)
             return None, None
@@ -274,29 +316,38 @@ class ServerConnection:
         limit = 1 if mode == messages.ROW else 0
         records, status = await _asyncpg.fetch_with_status(raw, sql, arguments, limit)
         self._noticed(status)
-        if mode == messages.STATUS:
-            return status, None
-        names = tuple(records[0].keys()) if records else None
-        rows = plain_rows(records)
-        return ((rows, status) if mode == messages.BOTH else rows), names
+        return outcome_of(mode, records, status)
+
+    def opening(self, begin: str | None, name: str) -> str | None:
+        """Text that begins a lease: *begin*, if any, and *name* in ``application_name`` for as long as it is held.
+
+        Behind a transaction pooler only a transaction has a session to be named.
+        """
+        if begin is None and self.pooled:
+            return None
+        setting = f"application_name = {_quoted(naming.application_name(self.application_name, name))}"
+        # By SET LOCAL, which takes no snapshot: the transaction's first is for its own first statement to take.
+        return f"SET {setting}" if begin is None else f"{begin}; SET LOCAL {setting}"
 
     def cancel(self, reason: str) -> None:
         """Cancel what runs now, on the server. ``run`` then ends as the server says: cancelled, or done after all."""
         if self._cancelling is None:
             self._cancel_reason = reason
-            self._cancelling = asyncio.get_running_loop().create_task(self._cancel())
+        elif not self._cancelling.done():
+            return
+        self._cancelling = asyncio.get_running_loop().create_task(self._cancel(self.used))
 
-    async def _cancel(self) -> None:
+    async def _cancel(self, run: int) -> None:
         try:
             await asyncio.wait_for(_asyncpg.send_cancel(self.raw), CANCEL_GRACE)
         except (OSError, TimeoutError):
             # Not even a cancel request gets through: nothing more will come over this connection.
             self.abandon()
             return
-        asyncio.get_running_loop().call_later(CANCEL_GRACE, self._give_up, self._cancelling)
+        asyncio.get_running_loop().call_later(CANCEL_GRACE, self._give_up, run)
 
-    def _give_up(self, request: asyncio.Task[None] | None) -> None:
-        if self._cancelling is request and request is not None and not self.raw.is_closed():
+    def _give_up(self, run: int) -> None:
+        if self.busy and self.used == run and not self.raw.is_closed():
             self.abandon()
 
     async def reset(self) -> None:
@@ -322,9 +373,10 @@ class ServerConnection:
         self.dirty = False
 
     async def ping(self, timeout: float) -> bool:
-        """Whether the server answers an empty query within *timeout* seconds."""
+        """Whether the server answers within *timeout* seconds."""
         try:
-            await self.raw.execute("", timeout=timeout)
+            # Not an empty query: asyncpg 0.32 fails over the answer to one (AttributeError).
+            await self.raw.execute("SELECT 1", timeout=timeout)
         except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
             return False
         self.last_used = time.monotonic()
@@ -352,11 +404,23 @@ def _begin_with(settings: tuple[tuple[str, str], ...], application_name: str) ->
     calls = []
     for name, value in settings:
         if name == "application_name":
-            # Ours stays in front: raypg counts and reaps by it.
-            value = f"{application_name}:{value}"[:63]
-        quoted = (part.replace("\\", "\\\\").replace("'", "''") for part in (name, value))
-        calls.append("pg_catalog.set_config(E'{}', E'{}', true)".format(*quoted))
+            value = naming.application_name(application_name, value)  # ours stays in front: we count and reap by it
+        calls.append(f"pg_catalog.set_config({_quoted(name)}, {_quoted(value)}, true)")
     return f"BEGIN; SELECT {', '.join(calls)}"
+
+
+def _quoted(text: str) -> str:
+    """*text* as a literal, whatever ``standard_conforming_strings`` says."""
+    return "E'" + text.replace("\\", "\\\\").replace("'", "''") + "'"
+
+
+def outcome_of(mode: int, records: Sequence[asyncpg.Record], status: str) -> tuple[Any, tuple[str, ...] | None]:
+    """(payload, column names), as :meth:`ServerConnection.run` returns them, of what the server answered."""
+    if mode == messages.STATUS:
+        return status, None
+    names = tuple(records[0].keys()) if records else None
+    rows = plain_rows(records)
+    return ((rows, status) if mode == messages.BOTH else rows), names
 
 
 def timed_out(limit: float | None) -> QueryTimeoutError:
@@ -366,7 +430,7 @@ def timed_out(limit: float | None) -> QueryTimeoutError:
     )
 
 
-def _last_words(error: BaseException) -> str | None:
+def last_words(error: BaseException) -> str | None:
     """SQLSTATE of the FATAL message with which the server ended the connection, if it said one."""
     cause: BaseException | None = error
     while cause is not None:

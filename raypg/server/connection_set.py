@@ -73,6 +73,21 @@ class ConnectionSet:
         """Process ids of backends that were given up and may still exist."""
         return list(self._unconfirmed)
 
+    def use(self) -> str:
+        """What the connections are doing, in words, for errors."""
+        counts = {
+            "held by leases": sum(c.lease is not None for c in self._all),
+            "running statements": sum(c.busy and c.lease is None for c in self._all),
+            "idle": len(self._idle),
+            "being opened": self._opening,
+            "being closed": self._retiring,
+            "not confirmed to have ended": len(self._unconfirmed),
+        }
+        counts["being put in order"] = len(self._all) - sum(list(counts.values())[:3]) - self._retiring
+        words = ", ".join(f"{count} {what}" for what, count in counts.items() if count > 0)
+        failed = f"; the last attempt to connect failed: {self.last_error}" if self.last_error is not None else ""
+        return f"its {self.budget} connections: {words or 'none open'}{failed}"
+
     @property
     def may_open(self) -> bool:
         """Whether the budget has room for one more."""
@@ -189,11 +204,15 @@ class ConnectionSet:
             if connection not in self._idle:
                 continue
             self._idle.remove(connection)  # nobody else may use it meanwhile
-            if await connection.is_alive() and await connection.ping(PING_TIMEOUT):
-                connection.health = min(100.0, connection.health + 5.0)
-                self.put_back(connection)
-            else:
-                self.drop(connection)
+            answered = False
+            try:
+                answered = await connection.is_alive() and await connection.ping(PING_TIMEOUT)
+            finally:
+                if answered:
+                    connection.health = min(100.0, connection.health + 5.0)
+                    self.put_back(connection)
+                else:
+                    self.drop(connection)  # whatever went wrong, it must not stay in nobody's hands
 
     async def close(self) -> None:
         """Close all connections; returns when the server has confirmed, or after the close timeout."""

@@ -21,14 +21,17 @@ from raypg.core.sql import classify_under
 from raypg.errors import ConnectError, PoolClosedError, PoolExhaustedError
 from raypg.messages import MANY, STATUS, Run
 from raypg.portable import PortableError, pack_error
+from raypg.server.acquisitions import Acquisitions
 from raypg.server.catalogue import Catalogue
 from raypg.server.connect import Connector
 from raypg.server.connection import ConnectionLost, ServerConnection
 from raypg.server.connection_set import ConnectionSet
 from raypg.server.figures import Figures
-from raypg.server.leases import Lease, LeaseTable
+from raypg.server.leases import LeaseTable
+from raypg.server.reads import Pace, gather
 from raypg.server.replies import BatchState, Client
-from raypg.server.work import LeaseRequest, Statement, Work, refuse
+from raypg.server.streams import Streams
+from raypg.server.work import Servable, Statement, Work, refuse
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +61,10 @@ class Engine:
         self._connector = connector
         self.connections = ConnectionSet(connector, config, self.pump)
         self.leases = LeaseTable(self.take_back)
+        self.acquisitions = Acquisitions(self)
         self.catalogue = Catalogue()
+        self.pace = Pace()
+        self.streams = Streams()
         self.queue: FairQueue[Work] = FairQueue(limit=config.max_waiting)
         self.closed: PoolClosedError | None = None
         self._loop = asyncio.get_running_loop()
@@ -129,28 +135,6 @@ class Engine:
         elif statement.ticket is not None and self.queue.cancel(statement.ticket):
             statement.fail(pack_error(TimeoutError("cancelled before it ran")))
 
-    async def lease(self, job: str, owner: dict[str, Any], timeout: float, seconds: float, begin: str | None) -> Lease:
-        """Wait for a connection, at most *timeout* seconds, and lease it for at most *seconds*.
-
-        Raises:
-            Refused: there is none to be had, or *begin* failed; carries the packed error.
-            PoolClosedError: the pool is closed.
-        """
-        if self.closed is not None:
-            raise self.closed
-        now = self.now()
-        request = LeaseRequest(begin, now, now + timeout)
-        self.enqueue(job, request, cost=1.0)
-        self.pump()
-        try:
-            connection = await request.future
-        except asyncio.CancelledError:
-            if request.ticket is not None:
-                self.queue.cancel(request.ticket)
-            raise
-        connection.dirty = True
-        return self.leases.grant(connection, owner, seconds)
-
     async def run_leased(
         self, token: str, number: int, mode: int, sql: str, arguments: Any, timeout: float | None
     ) -> tuple[Any, tuple[str, ...] | None]:
@@ -202,6 +186,7 @@ class Engine:
 
     def client_died(self, client: str) -> None:
         """The process of *client* is gone: end its leases, and drop what it had waiting."""
+        self.acquisitions.client_died(client)
         for lease in self.leases:
             if lease.owner.get("client") == client:
                 self.leases.end(lease.token, "the process that held it died")
@@ -226,10 +211,14 @@ class Engine:
             )
 
     def put_first(self, work: Any) -> None:
-        """Put work back that was taken out but not done: it keeps its turn."""
-        work.ticket = None
-        self.queue.push_front(work)
+        """Put work back that was taken out but not done: it keeps its turn, and waits no longer than its deadline."""
+        work.ticket = self.queue.push_front(work, deadline=work.deadline)
         self.pump()
+
+    def deadline_anew(self, expires_at: float | None = None) -> float:
+        """Until when work may wait that has run, and lost its connection: the time it ran was no waiting."""
+        limit = self.now() + self.config.acquire_timeout
+        return limit if expires_at is None else min(limit, expires_at)
 
     def pump(self) -> None:
         """Bring waiting work and free connections together. Cheap, and called whenever either may have changed."""
@@ -283,12 +272,13 @@ class Engine:
                 self.connections.drop(connection)
                 self.put_first(work)
                 return
+            task: Servable = gather(self, connection, work) or work
             try:
-                kept = await work.serve(self, connection)
+                kept = await task.serve(self, connection)
             except Exception as error:
                 # A fault of ours must not leave a caller waiting for ever, nor a connection in nobody's hands.
                 logger.exception("pool %s: internal error in a worker", self.config.name)
-                work.fail(pack_error(error))
+                task.fail(pack_error(error))
                 self.connections.retire(connection)
                 return
             if kept is None:
@@ -395,12 +385,14 @@ class Engine:
     def _expire(self, now: float) -> None:
         for work in self.queue.expire(now):
             self.figures.exhausted += 1
+            connections = self.connections
             error = PoolExhaustedError(
                 self.config.name,
                 now - work.arrived,
                 len(self.queue) + 1,
                 self.config.max_waiting,
-                self.connections.budget,
+                connections.budget,
+                use=connections.use(),
             )
             work.fail(pack_error(error))
 

@@ -14,12 +14,13 @@ ACCURACY = 0.01
 class Figures:
     """Counters since the worker started, and sketches of times in milliseconds."""
 
-    __slots__ = ("acquired", "errors", "executed", "exhausted", "query_ms", "retries", "wait_ms")
+    __slots__ = ("acquired", "errors", "executed", "exhausted", "query_ms", "retries", "together", "wait_ms")
 
     def __init__(self) -> None:
         self.executed = 0
         self.errors = 0
         self.retries = 0
+        self.together = 0  # reads that shared a write to the server with others
         self.acquired = 0
         self.exhausted = 0
         self.wait_ms = DDSketch(ACCURACY)
@@ -49,6 +50,7 @@ class Figures:
             "executed": self.executed,
             "errors": self.errors,
             "retries": self.retries,
+            "together": self.together,
             "exhausted": self.exhausted,
             "wait_ms": _summary(self.wait_ms),
             "query_ms": _summary(self.query_ms),

@@ -10,16 +10,31 @@ from typing import Any
 
 import asyncpg
 
+from raypg import messages
 from raypg.core.sql import classify
 from raypg.errors import LeaseLostError
-from raypg.server.connection import ConnectionLost, ServerConnection
+from raypg.server.connection import STEP, ConnectionLost, ServerConnection
+from raypg.server.cursors import OpenCursor
+from raypg.server.notifications import Notification, Notifications
 from raypg.server.work import lost_error
 
 
 class Lease:
     """One lease. Its token is a secret between holder and worker: a connection cannot be had by guessing."""
 
-    __slots__ = ("_timer", "busy", "cancelled", "connection", "lock", "owner", "since", "token")
+    __slots__ = (
+        "_timer",
+        "busy",
+        "cancelled",
+        "connection",
+        "cursors",
+        "lock",
+        "notifications",
+        "owner",
+        "request",
+        "since",
+        "token",
+    )
 
     def __init__(self, token: str, connection: ServerConnection, owner: dict[str, Any], since: float) -> None:
         self.token = token
@@ -29,6 +44,9 @@ class Lease:
         self.lock = asyncio.Lock()
         self.busy: int | None = None
         self.cancelled: set[int] = set()
+        self.cursors: dict[int, OpenCursor] = {}
+        self.notifications: Notifications | None = None
+        self.request: tuple[str, int] | None = None
         self._timer: asyncio.TimerHandle | None = None
 
 
@@ -80,6 +98,7 @@ class LeaseTable:
         Raises:
             LeaseLostError: the lease has ended, or its connection died *before* the statement was sent.
             OutcomeUnknownError, ConnectionLostError: the connection died under it.
+            asyncpg.InterfaceError: *mode* is ``BEGIN``, and a transaction was begun by hand.
             asyncpg.PostgresError, QueryTimeoutError, …: as :meth:`ServerConnection.run`.
         """
         lease = self.find(token)
@@ -91,6 +110,13 @@ class LeaseTable:
             if not await connection.is_alive():
                 self.end(token, "its backend was terminated", dead=True)
                 raise LeaseLostError(f"the lease is gone: {self._ended[token]}; nothing was sent")
+            if mode == messages.BEGIN:
+                if connection.raw.is_in_transaction():
+                    raise asyncpg.InterfaceError(
+                        "connection.transaction() cannot be used in a transaction that was begun by hand (BEGIN): its "
+                        "end would be yours too. Use SAVEPOINT there, or connection.transaction() outside too"
+                    )
+                mode = messages.STATUS
             connection.dirty = True
             lease.busy = number
             verdict = classify(sql)
@@ -101,7 +127,7 @@ class LeaseTable:
                     arguments,
                     timeout,
                     simple=verdict.statements > 1 and not arguments,
-                    reads=verdict.retryable,
+                    reads=verdict.retryable and mode != STEP,
                 )
             except ConnectionLost as lost:
                 in_transaction = connection.raw.is_in_transaction()
@@ -117,6 +143,44 @@ class LeaseTable:
                 raise
             finally:
                 lease.busy = None
+
+    async def listen(self, token: str, number: int, channel: str, on: bool) -> None:
+        """LISTEN to *channel* for the holder, who fetches by :meth:`heard`; or UNLISTEN.
+
+        Raises:
+            Those of :meth:`run`, and nothing is heard of the channel.
+        """
+        lease = self.find(token)
+        if lease.notifications is None:
+            lease.notifications = Notifications(
+                lease.connection.raw, lambda why: self.end(token, f"it was ended as {why}")
+            )
+        known = lease.notifications
+        # Before the server begins, for what it sends may come with its answer.
+        new = on and known.hear(channel)
+        if not on:
+            known.ignore(channel)
+        quoted = channel.replace('"', '""')
+        try:
+            await self.run(token, number, messages.STATUS, f'{"" if on else "UN"}LISTEN "{quoted}"', (), None)
+        except BaseException:
+            if new:
+                known.ignore(channel)
+            raise
+
+    async def heard(self, token: str) -> list[Notification]:
+        """What the holder's channels brought since the last answer; waits a second for something.
+
+        Raises:
+            LeaseLostError: the lease has ended.
+        """
+        lease = self.find(token)
+        told = [] if lease.notifications is None else await lease.notifications.next()
+        self.find(token)
+        if not told and not lease.lock.locked() and not await lease.connection.is_alive():
+            self.end(token, "its backend was terminated", dead=True)
+            self.find(token)
+        return told
 
     def cancel(self, token: str, number: int) -> None:
         """The caller of statement *number* has left: cancel it on the server if it runs now."""
@@ -136,6 +200,9 @@ class LeaseTable:
         self._ended[token] = why
         while len(self._ended) > 1000:
             self._ended.pop(next(iter(self._ended)))
+        if lease.notifications is not None:
+            lease.notifications.close()
+        lease.cursors.clear()
         lease.connection.lease = None
         lease.connection.dirty = True
         if lease.busy is not None and not dead:

@@ -32,7 +32,7 @@ HOLD = 1.0
 class BatchState:
     """What is known of one batch: how many of its statements are open, and the outcomes not yet told."""
 
-    __slots__ = ("_untold", "begun", "changed", "client", "deferred", "number", "open", "statements")
+    __slots__ = ("_untold", "_waiter", "begun", "client", "deferred", "number", "open", "statements")
 
     def __init__(self, client: Client, number: int, size: int) -> None:
         self.client = client
@@ -40,8 +40,8 @@ class BatchState:
         self.open = size
         self.begun = False
         self.deferred = False
-        self.changed = asyncio.Event()
         self.statements: dict[int, Statement] = {}
+        self._waiter: asyncio.Future[None] | None = None
         self._untold: dict[tuple[str, ...] | None, tuple[list[int], list[object], dict[int, PortableError]]] = {}
 
     def finish(
@@ -59,8 +59,34 @@ class BatchState:
         payloads.append(payload)
         self.open -= 1
         if self.open == 0:
-            self.changed.set()
+            self._wake()
         self.client.changed.set()
+
+    async def done_or_stalled(self) -> None:
+        """Returns when all is done, or there is reason to answer before: see ``STALL`` and ``PATIENCE``."""
+        if not self.open:
+            return
+        loop = asyncio.get_running_loop()
+        self._waiter = loop.create_future()
+        timer = loop.call_later(STALL, self._look, self.open, loop.time())
+        try:
+            await self._waiter
+        finally:
+            timer.cancel()
+            self._waiter = None
+
+    def _look(self, before: int, started: float) -> None:
+        if self._waiter is None:
+            return
+        loop = asyncio.get_running_loop()
+        if (self.begun and self.open == before) or loop.time() - started > PATIENCE:
+            self._wake()
+        else:
+            loop.call_later(STALL, self._look, self.open, started)
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     @property
     def done(self) -> int:
@@ -99,16 +125,7 @@ class Client:
 
     async def first_reply(self, batch: BatchState, load: int) -> Reply:
         """Answer to ``run``: complete, or as far as *batch* got when it stalled."""
-        loop = asyncio.get_running_loop()
-        started = loop.time()
-        while batch.open:
-            before = batch.open
-            try:
-                await asyncio.wait_for(batch.changed.wait(), STALL)
-            except TimeoutError:
-                stalled = batch.open == before and batch.begun
-                if stalled or loop.time() - started > PATIENCE:
-                    break
+        await batch.done_or_stalled()
         parts = batch.take()
         if batch.open == 0:
             self.batches.pop(batch.number, None)

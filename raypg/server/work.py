@@ -22,18 +22,30 @@ if TYPE_CHECKING:
     from raypg.server.engine import Engine
 
 
-class Work(Protocol):
-    """Something that needs a connection."""
-
-    arrived: float
-    deadline: float
+class Servable(Protocol):
+    """Something to do on a connection."""
 
     async def serve(self, engine: Engine, connection: ServerConnection) -> ServerConnection | None:
         """Use *connection*. Never raises for what a caller did or for what happens to the server."""
         ...
 
     def fail(self, error: PortableError) -> None:
-        """No connection will be had: tell the caller."""
+        """It cannot be done: tell the caller."""
+        ...
+
+
+class Work(Servable, Protocol):
+    """Something that waits for a connection."""
+
+    arrived: float
+    deadline: float
+
+
+class Runs(Protocol):
+    """What runs a statement now: a connection, or a run of several reads on one."""
+
+    def cancel(self, reason: str) -> None:
+        """Cancel it on the server, unless that would hit others."""
         ...
 
 
@@ -82,7 +94,7 @@ class Statement:
         self.expires_at = expires_at
         self.retried = False
         self.cancelled = False
-        self.connection: ServerConnection | None = None
+        self.connection: Runs | None = None
         self.ticket: Ticket[Work] | None = None
 
     def fail(self, error: PortableError) -> None:
@@ -112,17 +124,7 @@ class Statement:
             )
         except ConnectionLost as lost:
             engine.connections.drop(connection)
-            retryable = self.verdict.retryable and not connection.dirty
-            if not lost.sent and not self.cancelled:
-                engine.put_first(self)
-            elif retryable and not lost.by_crash and not self.retried and not self.cancelled:
-                # It only read, and the backend was ended on purpose: asking once more is safe.
-                self.retried = True
-                engine.figures.retries += 1
-                engine.put_first(self)
-            else:
-                engine.figures.ran(engine.now() - now, failed=True)
-                self.fail(pack_error(lost_error(lost, self.sql, retryable)))
+            self.lost(engine, lost, retryable=self.verdict.retryable and not connection.dirty)
             return None
         except Exception as error:
             if isinstance(error, QueryTimeoutError) and self.expires_at is not None:
@@ -130,20 +132,38 @@ class Statement:
             engine.figures.ran(engine.now() - now, failed=True)
             self.fail(pack_error(error))
         else:
-            engine.figures.ran(engine.now() - now, failed=False)
+            seconds = engine.now() - now
+            engine.figures.ran(seconds, failed=False)
+            if self.verdict.retryable:
+                engine.pace.note(self.sql, seconds)
             self.batch.finish(self.position, payload, names)
         finally:
             self.connection = None
         return connection
 
+    def lost(self, engine: Engine, lost: ConnectionLost, retryable: bool) -> None:
+        """The connection died under it: queue it once more if that does no harm, or tell its caller."""
+        if not lost.sent and not self.cancelled:
+            engine.put_first(self)
+        elif retryable and not lost.by_crash and not self.retried and not self.cancelled:
+            # It only read, and the backend was ended on purpose: asking once more is safe.
+            self.retried = True
+            self.deadline = engine.deadline_anew(self.expires_at)
+            engine.figures.retries += 1
+            engine.put_first(self)
+        else:
+            engine.figures.ran(0.0, failed=True)
+            self.fail(pack_error(lost_error(lost, self.sql, retryable)))
+
 
 class LeaseRequest:
-    """A caller that wants a connection for itself, optionally with a transaction begun on it."""
+    """A caller that wants a connection for itself, under its name, optionally with a transaction begun on it."""
 
-    __slots__ = ("arrived", "begin", "cancelled", "connection", "deadline", "future", "ticket")
+    __slots__ = ("arrived", "begin", "cancelled", "connection", "deadline", "future", "name", "ticket")
 
-    def __init__(self, begin: str | None, arrived: float, deadline: float) -> None:
+    def __init__(self, begin: str | None, name: str, arrived: float, deadline: float) -> None:
         self.begin = begin
+        self.name = name
         self.arrived = arrived
         self.deadline = deadline
         self.cancelled = False
@@ -156,10 +176,13 @@ class LeaseRequest:
             self.future.set_exception(Refused(error))
 
     async def serve(self, engine: Engine, connection: ServerConnection) -> ServerConnection | None:
+        if self.future.done():
+            return connection  # its caller has left
         engine.figures.waited(engine.now() - self.arrived)
-        if self.begin is not None:
+        opening = connection.opening(self.begin, self.name)
+        if opening is not None:
             try:
-                await connection.run(messages.STATUS, self.begin, ())
+                await connection.run(messages.STATUS, opening, ())
             except ConnectionLost:
                 engine.connections.drop(connection)
                 engine.put_first(self)  # nothing was done yet; another connection will do

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+import signal
 import subprocess
 import sys
+from typing import Any
 
 import asyncpg
 import pytest
+
+from raypg.embedded import EmbeddedServer
 
 pytestmark = pytest.mark.contract
 
@@ -85,3 +90,101 @@ def test_a_class_keeps_a_sqlstate_it_does_not_know() -> None:
     error = asyncpg.PostgresError.new({"S": "ERROR", "V": "ERROR", "C": "23Z99", "M": "odd"})
     assert isinstance(error, asyncpg.PostgresError)
     assert error.sqlstate == "23Z99"
+
+
+# --- arrays that asyncpg reads as text: why there is raypg.server.text_arrays -----------------------------------------
+
+EMPTY_ELEMENT = """
+import asyncio, json, sys
+import asyncpg
+
+async def main(parameters):
+    connection = await asyncpg.connect(**parameters)
+    values = await connection.fetchval("select '{a,\\"\\",b}'::tsvector[]")
+    print(len(values), values[0], values[1], flush=True)
+    print(values[2] is None)
+
+asyncio.run(main(json.loads(sys.argv[1])))
+"""
+
+
+def test_an_empty_element_of_an_array_read_as_text_kills_the_process(pg: EmbeddedServer) -> None:
+    """It is skipped, those behind it move up, and the last is a null pointer. If this fails, asyncpg was mended."""
+    command = [sys.executable, "-P", "-c", EMPTY_ELEMENT, json.dumps(pg.parameters)]
+    done = subprocess.run(command, cwd="/", capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines() == ["3 'a' 'b'"]
+    assert done.returncode == -signal.SIGSEGV
+
+
+async def test_what_a_connection_learns_of_types_passes_where_raypg_can_see_it(pg: EmbeddedServer) -> None:
+    """In time for the statement that made it ask, each type behind those that it is made of."""
+    seen: list[list[str]] = []
+
+    class Watched(asyncpg.Connection):
+        async def _introspect_types(self, typeoids: Any, timeout: Any) -> Any:
+            types, statement = await super()._introspect_types(typeoids, timeout)
+            seen.append([info["name"] for info in types])
+            assert {"oid", "ns", "elemtype", "elemdelim", "basetype"} <= set(types[0].keys())
+            settings = self._protocol.get_settings()
+            settings.register_data_types(types)
+            array = types[-1]["oid"]
+            formats = [settings.get_data_codec(array, format) is not None for format in (0, 1)]
+            assert formats == [types[-1]["name"] == "_tsvector", types[-1]["name"] == "_int4"]
+            settings.add_python_codec(array, "mine", "s", [], "array", lambda value: "{}", lambda text: text, "text")
+            return types, statement
+
+    connection = await asyncpg.connect(**pg.parameters, connection_class=Watched)
+    try:
+        assert await connection.fetchval("""select '{"",b}'::tsvector[]""") == """{"",'b'}"""
+        assert await connection.fetchval("select '{1}'::int[]") == "{1}"
+        assert await connection.fetchval("""select '{"",c}'::tsvector[]""") == """{"",'c'}"""
+        assert seen == [["tsvector", "_tsvector"], ["int4", "_int4"]]
+    finally:
+        connection.terminate()
+
+
+async def test_a_new_codec_makes_a_connection_forget_types(pg: EmbeddedServer) -> None:
+    connection = await asyncpg.connect(**pg.parameters)
+    try:
+        await connection.execute("create type pg_temp.pair as (a int, b int)")
+        record = "select row(row(1, 2)::pg_temp.pair)"
+        with pytest.raises(asyncpg.InternalClientError, match="no decoder"):
+            await connection.fetchval(record)
+        await connection.fetchval("select null::pg_temp.pair")
+        assert await connection.fetchval(record) == ((1, 2),)
+        await connection.set_type_codec("money", schema="pg_catalog", encoder=str, decoder=str)
+        with pytest.raises(asyncpg.InternalClientError, match="no decoder"):
+            await connection.fetchval(record)
+    finally:
+        connection.terminate()
+
+
+# --- rows that cannot be read: why there is raypg.server.witness ------------------------------------------------------
+
+
+async def test_a_row_that_cannot_be_read_hides_what_became_of_the_statement(
+    direct: asyncpg.Connection, schema: str
+) -> None:
+    """Committed, refused at COMMIT, refused while it ran: the same error."""
+    await direct.execute("create table t (id int primary key, next int references t deferrable initially deferred)")
+    far = "'20000-01-01'::timestamp"
+    for sql in (
+        f"insert into t values (1, null) returning {far}",
+        f"insert into t values (2, 7) returning {far}",
+        f"select {far}, 1 / (3 - g) from generate_series(1, 5) g",
+    ):
+        with pytest.raises(OverflowError):
+            await direct.fetch(sql)
+        assert not direct.is_closed()
+    assert [row["id"] for row in await direct.fetch("select id from t")] == [1]
+
+
+async def test_an_altered_type_is_noticed_when_the_statement_has_run(direct: asyncpg.Connection, schema: str) -> None:
+    await direct.execute("create type pair as (a int); create table t (id int)")
+    insert = "insert into t values (1) returning json_populate_record(null::pair, '{}')"
+    await direct.fetch(insert)
+    await direct.execute("alter type pair add attribute b int")
+    with pytest.raises(asyncpg.OutdatedSchemaCacheError):
+        await direct.fetch(insert)
+    assert await direct.fetchval("select count(*) from t") == 2
+    assert list((await direct.fetchval(insert)).keys()) == ["a", "b"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 import uuid
@@ -30,6 +31,9 @@ class Store:
 
     async def cluster(self) -> tuple[str, list[str]]:
         return _compat.cluster_id(), _compat.worker_nodes()
+
+    async def is_driver(self) -> list[bool]:
+        return [_compat.is_driver(), await asyncio.to_thread(_compat.is_driver)]
 
 
 @pytest.fixture(scope="module")
@@ -97,3 +101,16 @@ def test_a_users_own_packages_called_actors_and_deployments_win_and_ours_are_sti
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "['the user', 'the user', 'raypg.actors', False]"
+
+
+async def test_a_driver_is_told_from_a_worker(store: Any) -> None:
+    """And its threads; in an actor too where no task is known."""
+    assert _compat.is_driver()
+    assert await asyncio.to_thread(_compat.is_driver)
+
+    @ray.remote(num_cpus=0)
+    def in_task() -> bool:
+        return _compat.is_driver()
+
+    assert await store.is_driver.remote() == [False, False]
+    assert not await in_task.remote()

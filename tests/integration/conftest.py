@@ -26,6 +26,26 @@ def pool(ray_cluster: Any, pg18: EmbeddedServer) -> Iterator[WorkflowConnectionP
 
 
 @pytest.fixture(scope="session")
+def pair(ray_cluster: Any, pg18: EmbeddedServer) -> Iterator[WorkflowConnectionPool]:
+    """A pool of two connections, which leases exhaust; waiting for one ends after 10 s."""
+    yield from _small_pool(pg18, max_connections=2, acquire_timeout=10.0)
+
+
+@pytest.fixture(scope="session")
+def single(ray_cluster: Any, pg18: EmbeddedServer) -> Iterator[WorkflowConnectionPool]:
+    """A pool of one connection: the next caller gets the very session, with its prepared statements, that the last one
+    had."""
+    yield from _small_pool(pg18, max_connections=1)
+
+
+def _small_pool(server: EmbeddedServer, **settings: Any) -> Iterator[WorkflowConnectionPool]:
+    handle = WorkflowConnectionPool(name=unique_name(), **server.parameters, **settings)
+    asyncio.run(handle.process({"operation": "initialize"}))
+    yield handle
+    asyncio.run(handle.close())
+
+
+@pytest.fixture(scope="session")
 def command_cluster(pg18: EmbeddedServer) -> Iterator[LocalCluster]:
     """A Ray cluster with job submission, for what is run as a command. Its nodes know where `pg18` is by the PG*
     variables, and its password also as ``DB_PASSWORD``."""

@@ -237,7 +237,7 @@ async def test_an_event_loop_that_is_over_is_forgotten(pool: WorkflowConnectionP
 ANOTHER_JOB = """
     import asyncio, json, os, sys
     import ray
-    ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+    ray.init(address=sys.argv[1], log_to_driver=False)
     import raypg
 
     async def main():
@@ -245,6 +245,7 @@ ANOTHER_JOB = """
         numbers = await asyncio.gather(*(pool.fetchval("select $1::int", n) for n in range(100)))
         async with pool.transaction() as tx:
             await tx.execute(f"insert into {sys.argv[3]} values (1, 'by another job')")
+            shown = await tx.fetchval("select current_setting('application_name')")
         async with raypg.QueryPipelineNode(name="job", connection_pool=sys.argv[2]) as pipeline:
             for n in range(2, 300):
                 await pipeline.add_query(f"insert into {sys.argv[3]} values ($1, 'x')", [n])
@@ -253,7 +254,7 @@ ANOTHER_JOB = """
         await lost.execute(f"insert into {sys.argv[3]} values (-1, 'never committed')")
         if sys.argv[4] == "close":
             await pool.close()
-        print(json.dumps([numbers == list(range(100)), os.getpid(), ray.get_runtime_context().get_job_id()]))
+        print(json.dumps([numbers == list(range(100)), os.getpid(), ray.get_runtime_context().get_job_id(), shown]))
 
     asyncio.run(main())
 """
@@ -273,8 +274,10 @@ async def test_another_job_finds_it_uses_it_and_goes(
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    right, pid, job = json.loads(done.stdout.splitlines()[-1])
+    right, pid, job, shown = json.loads(done.stdout.splitlines()[-1])
     assert right is True
+    assert shown.endswith(f":{job}")
+    assert "WARNING" not in done.stderr  # the log of a driver is its owner's
     assert pid != os.getpid()
     assert job != ray.get_runtime_context().get_job_id()
     assert await pool.fetchval(f"select count(*) from {table}") == 299

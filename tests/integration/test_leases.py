@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import asyncpg
 import pytest
-from pools import own_pool, unique_name
+from pools import own_pool
 from waiting import eventually
 
 from raypg import (
@@ -22,16 +21,6 @@ from raypg import (
     WorkflowConnectionPool,
 )
 from raypg.embedded import EmbeddedServer
-
-
-@pytest.fixture(scope="module")
-def pair(ray_cluster: Any, pg18: EmbeddedServer) -> Iterator[WorkflowConnectionPool]:
-    """A pool of two connections, which leases exhaust."""
-    handle = WorkflowConnectionPool(name=unique_name(), **pg18.parameters, max_connections=2, acquire_timeout=10.0)
-    asyncio.run(handle.process({"operation": "initialize"}))
-    yield handle
-    asyncio.run(handle.close())
-
 
 # --- what is real inside ---------------------------------------------------------------------------------------------
 

@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from typing import Any
 
 import asyncpg
 import pytest
-from pools import unique_name
 from waiting import eventually
 
-from raypg import QueryPipelineNode, WorkflowConnectionPool
-from raypg.embedded import EmbeddedServer
-
-
-@pytest.fixture(scope="module")
-def single(ray_cluster: Any, pg18: EmbeddedServer) -> Iterator[WorkflowConnectionPool]:
-    """A pool of one connection: its prepared statements are those of the last caller."""
-    handle = WorkflowConnectionPool(name=unique_name(), **pg18.parameters, max_connections=1)
-    asyncio.run(handle.process({"operation": "initialize"}))
-    yield handle
-    asyncio.run(handle.close())
-
+from raypg import QueryPipelineNode, ResultLostError, WorkflowConnectionPool
 
 CHANGES = {
     "column added": "alter table {t} add column more int default 7",
@@ -83,6 +70,125 @@ def pool_parameters(direct: asyncpg.Connection) -> dict[str, Any]:
         "database": direct._params.database,
         "password": direct._params.password,
     }
+
+
+# --- writes whose rows cannot be read --------------------------------------------------------------------------------
+
+ALTER = "alter type {s}.pair add attribute c int"
+
+
+@pytest.fixture
+async def altered(schema: str, table: str, single: WorkflowConnectionPool, direct: asyncpg.Connection) -> str:
+    """An INSERT of ``$1`` that returns a composite type, which was altered since `single` read it last."""
+    await direct.execute(f"create type {schema}.pair as (a int, b int)")
+    sql = f"insert into {table} (id) values ($1) returning (null::{schema}.pair), json_populate_record("
+    sql += f'null::{schema}.pair, \'{{"a": 1, "b": 2}}\') as p'
+    assert [tuple(row["p"]) for row in await single.fetch(sql, 0)] == [(1, 2)]
+    await direct.execute(ALTER.format(s=schema))
+    return sql
+
+
+@pytest.mark.parametrize("method", ["fetch", "fetchrow", "fetchval", "execute"])
+async def test_a_write_that_took_effect_is_not_told_as_failed(
+    method: str, altered: str, single: WorkflowConnectionPool, table: str, direct: asyncpg.Connection
+) -> None:
+    with pytest.raises(ResultLostError, match=r"took effect.*altered") as caught:
+        await getattr(single, method)(altered, 1)
+    assert caught.value.statement.startswith("insert into")
+    assert await direct.fetchval(f"select count(*) from {table}") == 2
+    assert [tuple(row["p"]) for row in await single.fetch(altered, 2)] == [(1, 2, None)]
+    assert await direct.fetchval(f"select count(*) from {table}") == 3
+
+
+async def test_nor_by_process(altered: str, single: WorkflowConnectionPool, table: str) -> None:
+    request = {"operation": "execute", "query": altered, "params": [1]}
+    with pytest.raises(ResultLostError):
+        await single.process(request)
+    assert (await single.process({**request, "params": [2]}))["success"]
+    assert await single.fetchval(f"select count(*) from {table}") == 3
+
+
+async def test_with_settings_it_is_rolled_back_and_runs_anew(
+    altered: str, single: WorkflowConnectionPool, table: str, direct: asyncpg.Connection
+) -> None:
+    rows = await single.fetch(altered, 1, settings={"work_mem": "1MB"})
+    assert [tuple(row["p"]) for row in rows] == [(1, 2, None)]
+    assert await direct.fetchval(f"select count(*) from {table}") == 2
+
+
+async def test_in_a_lease_it_ran_inside_the_transaction(
+    altered: str, single: WorkflowConnectionPool, schema: str, table: str, direct: asyncpg.Connection
+) -> None:
+    count = f"select count(*) from {table}"
+    async with single.transaction() as tx:
+        with pytest.raises(ResultLostError, match="inside the open transaction"):
+            await tx.fetch(altered, 1)
+        assert await tx.fetchval(count) == 2
+        assert await tx.fetchval(altered, 2, column=1) == (1, 2, None)
+    assert await direct.fetchval(count) == 3
+    await direct.execute(f"alter type {schema}.pair drop attribute c")
+    async with single.acquire() as connection:
+        with pytest.raises(ResultLostError, match="took effect"):
+            await connection.fetch(altered, 3)
+    assert await direct.fetchval(count) == 4
+
+
+async def test_in_a_pipeline_it_has_that_error(
+    altered: str, single: WorkflowConnectionPool, table: str, direct: asyncpg.Connection
+) -> None:
+    async with QueryPipelineNode("unread", single) as pipeline:
+        for number in (1, 2):
+            await pipeline.add_query(altered, [number])
+        first, second = await pipeline.flush()
+    assert isinstance(first.error, ResultLostError)
+    assert second.success
+    assert await direct.fetchval(f"select count(*) from {table}") == 3
+
+
+FAR = "'20000-01-01'::timestamp"  # a year that Python's datetime does not have
+
+
+async def test_values_that_python_cannot_hold(
+    single: WorkflowConnectionPool, table: str, direct: asyncpg.Connection
+) -> None:
+    with pytest.raises(ResultLostError, match="::text"):
+        await single.fetch(f"insert into {table} values (1) returning {FAR}")
+    assert await direct.fetchval(f"select count(*) from {table}") == 1
+    with pytest.raises(OverflowError):  # as asyncpg says it: nothing can have been changed
+        await single.fetch(f"select {FAR}")
+    with pytest.raises(OverflowError):
+        await single.fetch(f"insert into {table} values (2) returning {FAR}", settings={"work_mem": "1MB"})
+    assert await direct.fetchval(f"select count(*) from {table}") == 1
+
+
+async def test_what_the_server_refuses_after_its_first_rows_is_told_as_refused(
+    single: WorkflowConnectionPool, schema: str, direct: asyncpg.Connection
+) -> None:
+    """asyncpg alone would say only that it cannot read them: tests/contract."""
+    await direct.execute(f"""
+        create sequence {schema}.n;
+        create table {schema}.late (id int unique, next int references {schema}.late (id) deferrable initially deferred)
+    """)
+    late = f"insert into {schema}.late values (1, 2) returning {FAR}"
+    for _ in range(2):
+        with pytest.raises(asyncpg.ForeignKeyViolationError) as caught:
+            await single.fetch(late)
+        assert (caught.value.sqlstate, caught.value.table_name) == ("23503", "late")
+    async with single.acquire() as connection:
+        with pytest.raises(asyncpg.ForeignKeyViolationError):
+            await connection.fetchrow(late)
+        with pytest.raises(asyncpg.DivisionByZeroError):
+            await connection.fetch(f"select {FAR}, 1 / (3 - g), nextval('{schema}.n') from generate_series(1, 5) g")
+    # Over many reads of the socket.
+    many = f"insert into {schema}.late select g, 3000 - g from generate_series(1, 3000) g "
+    many += f"returning {FAR}, repeat('x', 999)"
+    with pytest.raises(asyncpg.ForeignKeyViolationError, match="violates") as caught:
+        await single.fetch(many)
+    assert caught.value.detail.startswith("Key (next)=(0)")
+    assert await direct.fetchval(f"select count(*) from {schema}.late") == 0
+    with pytest.raises(ResultLostError):
+        await single.fetch(many.replace("3000 - g", "g"))
+    assert await direct.fetchval(f"select count(*) from {schema}.late") == 3000
 
 
 async def test_a_new_value_of_an_enum(pool: WorkflowConnectionPool, schema: str, direct: asyncpg.Connection) -> None:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 
 import asyncpg
 import pytest
-from pools import unique_name
 
 from raypg import WorkflowConnectionPool
-from raypg.embedded import EmbeddedServer
 
 # Everything that can be seen of a session, as one text.
 STATE = """
@@ -75,15 +73,6 @@ async def objects(schema: str, table: str, direct: asyncpg.Connection) -> AsyncI
     """)
     yield {"schema": schema, "table": table, "role": role}
     await direct.execute(f"reset role; drop owned by {role}; drop role {role}")
-
-
-@pytest.fixture(scope="module")
-def single(ray_cluster: Any, pg18: EmbeddedServer) -> Iterator[WorkflowConnectionPool]:
-    """A pool of one connection: the next caller gets the very session that the last one had."""
-    handle = WorkflowConnectionPool(name=unique_name(), **pg18.parameters, max_connections=1)
-    asyncio.run(handle.process({"operation": "initialize"}))
-    yield handle
-    asyncio.run(handle.close())
 
 
 async def attempt(call: Any) -> None:

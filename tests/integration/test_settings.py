@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from typing import Any
 
 import asyncpg
 import pytest
-from pools import unique_name
 
 from raypg import ConfigError, WorkflowConnectionPool
-from raypg.embedded import EmbeddedServer
 
 SHOW = "select current_setting('{}')"
-
-
-@pytest.fixture(scope="module")
-def single(ray_cluster: Any, pg18: EmbeddedServer) -> Iterator[WorkflowConnectionPool]:
-    """A pool of one connection: the next caller gets the very session that the last one had."""
-    handle = WorkflowConnectionPool(name=unique_name(), **pg18.parameters, max_connections=1)
-    asyncio.run(handle.process({"operation": "initialize"}))
-    yield handle
-    asyncio.run(handle.close())
 
 
 @pytest.mark.parametrize(

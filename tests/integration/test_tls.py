@@ -25,7 +25,7 @@ from raypg import messages
 from raypg.binaries import public_directory, server_account
 from raypg.config import from_kwargs
 from raypg.embedded import EmbeddedServer
-from raypg.errors import ConnectError, QueryTimeoutError
+from raypg.errors import ConnectError, QueryTimeoutError, ResultLostError
 from raypg.server.connect import Connector
 from raypg.server.connection import ServerConnection
 
@@ -305,7 +305,7 @@ async def test_cancel_requests_go_through(tls: Tls, sslmode: str, user: str) -> 
 
 
 async def test_a_backend_that_ended_is_seen_in_the_socket(tls: Tls) -> None:
-    async with opened(tls.parameters(sslmode="require")) as victim, opened(tls.parameters()) as other:
+    async with opened(tls.parameters(host="127.0.0.1", sslmode="require")) as victim, opened(tls.parameters()) as other:
         assert await victim.is_alive()
         assert await other.raw.fetchval("select pg_terminate_backend($1, 5000)", victim.pid)
 
@@ -330,3 +330,32 @@ async def test_a_pool(ray_cluster: Any, tls: Tls) -> None:
         assert len(pids) >= 2
         assert await direct.fetchval("select bool_and(ssl) from pg_stat_ssl where pid = any($1::int[])", pids)
         await direct.close()
+
+
+async def test_reads_travel_together_over_tls_too(tls: Tls) -> None:
+    async with opened(tls.parameters(host="127.0.0.1", sslmode="require")) as connection:
+        text = "select repeat('x', $1::int)"
+        await connection.run(messages.FETCH, text, (1,))
+        sizes = [1, 100_000, 0, 70_000, 5]
+        answers: dict[int, Any] = {}
+
+        def told(index: int, result: Any, error: BaseException | None) -> None:
+            answers[index] = error or result[0][0][0]
+
+        await connection.run_together([(connection.prepared(text), (size,), 0) for size in sizes], told)
+        assert [answers[index] for index in range(len(sizes))] == ["x" * size for size in sizes]
+        assert await connection.run(messages.FETCH, text, (2,)) == ([("xx",)], ("repeat",))
+
+
+async def test_what_became_of_a_write_whose_rows_cannot_be_read_over_tls_too(tls: Tls) -> None:
+    async with opened(tls.parameters(host="127.0.0.1", sslmode="require")) as connection:
+        await connection.raw.execute(
+            "create temp table late "
+            "(id int unique, next int references pg_temp.late (id) deferrable initially deferred)"
+        )
+        insert = "insert into late values (1, $1) returning repeat('x', 100000), '20000-01-01'::timestamp"
+        with pytest.raises(asyncpg.ForeignKeyViolationError):
+            await connection.run(messages.FETCH, insert, (7,))
+        with pytest.raises(ResultLostError):
+            await connection.run(messages.FETCH, insert, (1,))
+        assert await connection.run(messages.FETCH, "select id, next from late", ()) == ([(1, 1)], ("id", "next"))

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from typing import Any
 
 import asyncpg
 import pytest
-from pools import unique_name
 
 from raypg import (
     ConfigError,
@@ -16,16 +14,6 @@ from raypg import (
     TransactionRolledBackError,
     WorkflowConnectionPool,
 )
-from raypg.embedded import EmbeddedServer
-
-
-@pytest.fixture(scope="module")
-def pair(ray_cluster: Any, pg18: EmbeddedServer) -> Iterator[WorkflowConnectionPool]:
-    """A pool of two connections, which leases exhaust."""
-    handle = WorkflowConnectionPool(name=unique_name(), **pg18.parameters, max_connections=2, acquire_timeout=10.0)
-    asyncio.run(handle.process({"operation": "initialize"}))
-    yield handle
-    asyncio.run(handle.close())
 
 
 async def test_a_transaction_commits_at_its_end_and_not_before(pool: WorkflowConnectionPool, table: str) -> None:

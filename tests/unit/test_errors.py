@@ -32,6 +32,7 @@ SAMPLES: dict[str, errors.RaypgError] = {
         errors.ConnectionLostError("lost"),
         errors.QueryTimeoutError("slow", 0.5),
         errors.OutcomeUnknownError("lost", "INSERT …"),
+        errors.ResultLostError("unread", "INSERT …"),
         errors.LeaseLostError("gone"),
         errors.TransactionRolledBackError("rolled back"),
         errors.StatementNotRunError("not run", "p-1"),
@@ -94,6 +95,7 @@ def test_texts_say_what_to_do() -> None:
     assert "10 of 20" in str(SAMPLES["PoolExhaustedError"])
     assert "1.5 s" in str(errors.PoolExhaustedError("main", 1.5, 10, 20, 4))
     assert "INSERT …" in str(SAMPLES["OutcomeUnknownError"])
+    assert str(SAMPLES["ResultLostError"]) == "unread [INSERT …]"
 
 
 def test_they_survive_ray(ray_cluster: Any) -> None:

@@ -210,6 +210,54 @@ def test_an_expired_item_is_never_popped_and_comes_out_of_expire() -> None:
     assert len(queue) == 0
 
 
+def test_control_work_expires_too() -> None:
+    queue: FairQueue[str] = FairQueue(10)
+    queue.push("a", "statement")
+    queue.push_front("put back", deadline=5.0)
+    queue.push_front("ping")
+    cancelled = queue.push_front("cancelled", deadline=4.0)
+    assert queue.cancel(cancelled)
+    assert queue.next_deadline() == 5.0
+    assert queue.pop(5.0) == "ping"
+    assert queue.expire(5.0) == ["put back"]
+    assert len(queue) == 1
+    queue.push_front("again", deadline=9.0)
+    assert queue.pop(8.9) == "again"
+    assert queue.drain() == ["statement"]
+    queue.push_front("last", deadline=12.0)
+    assert queue.drain() == ["last"]
+    assert queue.next_deadline() is None
+    assert queue.expire(99.0) == []
+
+
+def test_who_takes_only_some_takes_nothing_out_of_turn() -> None:
+    """Asked again and again for what it may not have, the queue goes on as if nobody had asked."""
+    for flows in (1, 3):
+        asked, plain = FairQueue[int](200, quantum=2), FairQueue[int](200, quantum=2)
+        for n in range(60):
+            for queue in (asked, plain):
+                queue.push(f"flow {n % flows}", n, cost=1 + n % 3)
+        taken = []
+        while asked:
+            assert asked.pop(0.0, only=lambda _: False) is None
+            seen: list[int] = []
+            first = asked.pop(0.0, only=lambda item, seen=seen: not seen.append(item))  # type: ignore[func-returns-value,misc]
+            assert seen == [first]
+            taken.append(first)
+        assert taken == [plain.pop(0.0) for _ in range(60)]
+
+
+def test_who_takes_only_some_does_not_see_the_cancelled() -> None:
+    queue: FairQueue[str] = FairQueue(10)
+    tickets = [queue.push("a", name) for name in ("x", "y", "z")]
+    queue.cancel(tickets[0])
+    assert queue.pop(0.0, only=lambda item: item == "x") is None
+    assert queue.pop(0.0, only=lambda item: item == "y") == "y"
+    queue.push_front("first")
+    assert queue.pop(0.0, only=lambda item: item == "z") is None
+    assert [queue.pop(0.0), queue.pop(0.0), queue.pop(0.0)] == ["first", "z", None]
+
+
 def test_next_deadline_passes_over_what_is_gone() -> None:
     queue: FairQueue[str] = FairQueue(10)
     first = queue.push("a", "first", deadline=1.0)
@@ -368,12 +416,15 @@ class QueueAgainstModel(RuleBasedStateMachine):
                     self.shares[min(flow, other), max(flow, other)] = [0.0, 0.0]
         return ticket, item
 
-    @rule(target=tickets)
-    def push_front(self) -> object:
+    @rule(target=tickets, patience=st.none() | st.sampled_from([1.0, 3.0, 10.0]))
+    def push_front(self, patience: float | None) -> object:
         item = self.items
         self.items += 1
         self.control.append(item)
-        return self.queue.push_front(item), item
+        deadline = None if patience is None else self.now + patience
+        if deadline is not None:
+            self.deadlines[item] = deadline
+        return self.queue.push_front(item, deadline=deadline), item
 
     @rule(entry=consumes(tickets))
     def cancel(self, entry: tuple[Ticket[int], int]) -> None:
