@@ -26,6 +26,9 @@ from raypg.server.pipelining import Pipeline, Prepared, Told
 CANCEL_GRACE = 5.0
 """Seconds that a server may take to answer a cancel request before its connection is given up."""
 
+CANCEL_AGAIN = 0.1
+"""Seconds after which a statement that goes on in spite of a cancel request is sent another one."""
+
 MOST_ATTEMPTS = 4
 """How often a statement is sent whose table or prepared statement changes each time before it runs."""
 
@@ -90,6 +93,7 @@ class ServerConnection:
 
     __slots__ = (
         "_cancel_reason",
+        "_cancel_until",
         "_cancelling",
         "_pipeline",
         "_poll",
@@ -135,6 +139,7 @@ class ServerConnection:
         self.lease: str | None = None
         self._cancelling: asyncio.Task[None] | None = None
         self._cancel_reason: str | None = None
+        self._cancel_until: float | None = None
         self._pipeline = Pipeline(raw)
         self._poll = select.poll()
         self._poll.register(_asyncpg.file_descriptor(raw), select.POLLIN | select.POLLRDHUP)
@@ -205,7 +210,7 @@ class ServerConnection:
         timer: asyncio.TimerHandle | None = None
         if timeout is not None:
             timer = asyncio.get_running_loop().call_later(max(timeout, 0.0), self.cancel, "timeout")
-        self._cancel_reason = None
+        self._cancel_reason = self._cancel_until = None
         self.used += 1
         self.busy = True
         try:
@@ -238,9 +243,10 @@ class ServerConnection:
     async def _cancel_over(self) -> None:
         """The cancel request must have been processed before anybody else uses this connection, or it would cancel the
         next statement."""
-        if self._cancelling is not None:
-            await asyncio.shield(self._cancelling)
-            self._cancelling = None
+        while (request := self._cancelling) is not None:
+            await asyncio.shield(request)
+            if self._cancelling is request:  # or another one was sent meanwhile
+                self._cancelling = None
 
     def prepared(self, sql: str) -> Any:
         """The prepared statement for *sql*, if this connection has it ready, or ``None``."""
@@ -249,7 +255,7 @@ class ServerConnection:
     async def run_together(self, statements: Sequence[Prepared], told: Told) -> None:
         """Run several reads, each on its own, in one write; see :meth:`Pipeline.run`. Returns when all are answered,
         or the connection is lost."""
-        self._cancel_reason = None
+        self._cancel_reason = self._cancel_until = None
         self.used += len(statements)
         self.busy = True
         try:
@@ -344,11 +350,18 @@ class ServerConnection:
             # Not even a cancel request gets through: nothing more will come over this connection.
             self.abandon()
             return
-        asyncio.get_running_loop().call_later(CANCEL_GRACE, self._give_up, run)
+        asyncio.get_running_loop().call_later(CANCEL_AGAIN, self._insist, run, time.monotonic() + CANCEL_GRACE)
 
-    def _give_up(self, run: int) -> None:
-        if self.busy and self.used == run and not self.raw.is_closed():
+    def _insist(self, run: int, until: float) -> None:
+        """Ask again: a request that comes before its statement has begun is lost, and the server does not say so."""
+        if not self.busy or self.used != run or self.raw.is_closed():
+            return
+        if self._cancel_until is None:
+            self._cancel_until = until
+        if time.monotonic() >= self._cancel_until:
             self.abandon()
+        else:
+            self.cancel("again")
 
     async def reset(self) -> None:
         """Put the session back to how it was when the connection was opened. One round trip.
