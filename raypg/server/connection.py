@@ -21,6 +21,7 @@ from raypg.core.backoff import jittered
 from raypg.errors import QueryTimeoutError
 from raypg.portable import plain_rows
 from raypg.server import _asyncpg, pooler, witness
+from raypg.server.begin import begin_with, quoted
 from raypg.server.pipelining import Pipeline, Prepared, Told
 
 CANCEL_GRACE = 5.0
@@ -293,7 +294,7 @@ class ServerConnection:
                 return await witness.watched(raw, sql, sending)
             return await sending
         try:
-            await raw.execute(_begin_with(settings, self.application_name))
+            await raw.execute(begin_with(settings, self.application_name))
             outcome = await self._send(mode, sql, arguments, simple)
         except BaseException:
             if not raw.is_closed():
@@ -331,7 +332,7 @@ class ServerConnection:
         """
         if begin is None and self.pooled:
             return None
-        setting = f"application_name = {_quoted(naming.application_name(self.application_name, name))}"
+        setting = f"application_name = {quoted(naming.application_name(self.application_name, name))}"
         # By SET LOCAL, which takes no snapshot: the transaction's first is for its own first statement to take.
         return f"SET {setting}" if begin is None else f"{begin}; SET LOCAL {setting}"
 
@@ -410,21 +411,6 @@ class ServerConnection:
         """Give the connection up without the server's consent: its backend may live on until the server notices."""
         self.abandoned = True
         self.raw.terminate()
-
-
-def _begin_with(settings: tuple[tuple[str, str], ...], application_name: str) -> str:
-    """Text that begins a transaction with these settings in force until its end."""
-    calls = []
-    for name, value in settings:
-        if name == "application_name":
-            value = naming.application_name(application_name, value)  # ours stays in front: we count and reap by it
-        calls.append(f"pg_catalog.set_config({_quoted(name)}, {_quoted(value)}, true)")
-    return f"BEGIN; SELECT {', '.join(calls)}"
-
-
-def _quoted(text: str) -> str:
-    """*text* as a literal, whatever ``standard_conforming_strings`` says."""
-    return "E'" + text.replace("\\", "\\\\").replace("'", "''") + "'"
 
 
 def outcome_of(mode: int, records: Sequence[asyncpg.Record], status: str) -> tuple[Any, tuple[str, ...] | None]:
