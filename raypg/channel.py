@@ -223,7 +223,7 @@ class Channel:
         """Send a message and wait for its answer, as long as the worker lives.
 
         Raises:
-            WorkerGone: it does not.
+            WorkerGone: it does not; nothing more goes over this line.
         """
         try:
             future = asyncio.wrap_future(getattr(self.handle, method).remote(pack(arguments)).future())
@@ -233,8 +233,10 @@ class Channel:
                     return unpack(future.result())
                 if not await self._dispatcher.is_current(self):
                     future.cancel()
+                    self._lost()
                     raise WorkerGone
         except RayActorError as error:
+            self._lost()
             raise WorkerGone from error
 
     # --- receiving ---

@@ -56,7 +56,7 @@ class Acquisitions:
             del self._waiting[key]
         connection.dirty = True
         if request.cancelled:  # between the grant and this line
-            engine.take_back(connection)
+            engine.take_back(connection, asyncio.Event())
             raise _left()
         lease = engine.leases.grant(connection, owner, seconds)
         lease.request = key

@@ -159,6 +159,9 @@ class ServerConnection:
         """
         if self.raw.is_closed():
             return False
+        if self._pipeline.may_have_ended:
+            self._pipeline.may_have_ended = False
+            return await self.ping(CANCEL_GRACE)
         if time.monotonic() - self.last_used < FRESH:
             return True
         for _ in range(4):
@@ -391,7 +394,7 @@ class ServerConnection:
         try:
             # Not an empty query: asyncpg 0.32 fails over the answer to one (AttributeError).
             await self.raw.execute("SELECT 1", timeout=timeout)
-        except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
+        except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError):
             return False
         self.last_used = time.monotonic()
         return True

@@ -153,6 +153,8 @@ class Engine:
     async def release(self, token: str, last: str | None) -> str | None:
         """End a lease; *last* (COMMIT, ROLLBACK) runs first, and its command tag is returned.
 
+        As with asyncpg nothing is left of the session when this returns: no lock that its holder forgot, say.
+
         Raises:
             LeaseLostError: it had ended before.
             OutcomeUnknownError: the connection died under *last*.
@@ -164,6 +166,7 @@ class Engine:
                 status, _ = await self.leases.run(token, -1, STATUS, last, (), None)
         finally:
             self.leases.end(token, "it was released", dead=lease.connection.raw.is_closed())
+        await lease.over.wait()
         return status
 
     def client(self, identity: str, job: str) -> Client:
@@ -304,16 +307,21 @@ class Engine:
         self.pump()
         return False
 
-    def take_back(self, connection: ServerConnection) -> None:
-        """A lease has ended: clean its connection and let it serve again."""
+    def take_back(self, connection: ServerConnection, over: asyncio.Event) -> None:
+        """A lease has ended: clean its connection, set *over*, and let it serve again."""
         if connection.raw.is_closed():
             self.connections.drop(connection)
+            over.set()
             self.pump()
         else:
-            self._background(self._resume(connection))
+            self._background(self._resume(connection, over))
 
-    async def _resume(self, connection: ServerConnection) -> None:
-        if await self._cleaned(connection):
+    async def _resume(self, connection: ServerConnection, over: asyncio.Event) -> None:
+        try:
+            clean = await self._cleaned(connection)
+        finally:
+            over.set()
+        if clean:
             await self._lane(connection, self.queue.pop(self.now()))
 
     # --- figures ---

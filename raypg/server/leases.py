@@ -30,6 +30,7 @@ class Lease:
         "cursors",
         "lock",
         "notifications",
+        "over",
         "owner",
         "request",
         "since",
@@ -42,6 +43,7 @@ class Lease:
         self.owner = owner
         self.since = since
         self.lock = asyncio.Lock()
+        self.over = asyncio.Event()
         self.busy: int | None = None
         self.cancelled: set[int] = set()
         self.cursors: dict[int, OpenCursor] = {}
@@ -54,10 +56,11 @@ class LeaseTable:
     """The leases of one worker.
 
     Args:
-        take_back: called with a connection whose lease has ended; it is dirty.
+        take_back: called with a connection whose lease has ended, which is dirty, and the event to set when its session
+            has been put in order.
     """
 
-    def __init__(self, take_back: Callable[[ServerConnection], None]) -> None:
+    def __init__(self, take_back: Callable[[ServerConnection, asyncio.Event], None]) -> None:
         self._take_back = take_back
         self._leases: dict[str, Lease] = {}
         self._ended: dict[str, str] = {}
@@ -213,14 +216,14 @@ class LeaseTable:
 
     def _hand_back(self, lease: Lease) -> None:
         if not lease.lock.locked() or lease.connection.raw.is_closed():
-            self._take_back(lease.connection)
+            self._take_back(lease.connection, lease.over)
             return
         task = asyncio.get_running_loop().create_task(self._hand_back_later(lease))
         _keep(task)
 
     async def _hand_back_later(self, lease: Lease) -> None:
         async with lease.lock:
-            self._take_back(lease.connection)
+            self._take_back(lease.connection, lease.over)
 
     def close(self) -> None:
         """End all leases: the pool closes."""

@@ -35,6 +35,9 @@ _HEADER = struct.Struct("!BI")
 _READY_FOR_QUERY = ord("Z")
 _PARAMETER_STATUS = ord("S")
 
+_FATAL = b"VFATAL\0"
+"""What is in a message with which the server ends the connection: its severity, in no language (since 9.6)."""
+
 _GREETING = b"R\x00\x00\x00\x08\x00\x00\x00\x00Z\x00\x00\x00\x05I"
 """AuthenticationOk and ReadyForQuery: what a protocol object must have heard before it serves statements."""
 
@@ -42,8 +45,11 @@ _GREETING = b"R\x00\x00\x00\x08\x00\x00\x00\x00Z\x00\x00\x00\x05I"
 class Pipeline:
     """Runs prepared statements on one connection together.
 
+    For the life of the connection it stands between the socket and asyncpg's own protocol. While no run is under way,
+    asyncpg may use the connection as ever.
+
     Args:
-        raw: the connection. While a run is under way nobody else may use it, except to send a cancel request.
+        raw: the connection, idle. While a run is under way nobody else may use it, except to send a cancel request.
     """
 
     def __init__(self, raw: asyncpg.Connection) -> None:
@@ -59,6 +65,10 @@ class Pipeline:
         self._rest = b""  # of a message whose beginning alone is here
         self._told: Told | None = None
         self._over: asyncio.Future[None] | None = None
+        self.may_have_ended = False
+        """Whether what came may hold the server's last words, which asyncpg drops when it waits for no answer. The
+        socket says so only later, and a statement written meanwhile would be lost without a word, as by a crash."""
+        raw._transport.set_protocol(self)
 
     def prepared(self, sql: str) -> Any:
         """The prepared statement for *sql*, if this connection has it ready, or ``None``."""
@@ -85,20 +95,17 @@ class Pipeline:
                 waiting.append((index, place, work))
         if not waiting:
             return
-        transport, self._protocol = self._raw._transport, self._raw._protocol
         self._waiting, self._next, self._left, self._ends, self._rest = waiting, 0, 0, False, b""
         self._told = told
         self._over = asyncio.get_running_loop().create_future()
-        transport.set_protocol(self)
         try:
-            transport.write(self._outlet.take())
+            self._raw._transport.write(self._outlet.take())
             await self._over
         except BaseException:
             self._raw.terminate()  # answers are on their way that nobody could tell apart any more
             raise
         finally:
             self._told = self._over = None
-            transport.set_protocol(self._protocol)
 
     def _new_place(self) -> Protocol:
         raw = self._raw
@@ -114,6 +121,11 @@ class Pipeline:
 
     def data_received(self, data: bytes) -> None:
         """Cut what the server sends at each ReadyForQuery, and give each statement its answer."""
+        if self._over is None:
+            if _FATAL in data:
+                self.may_have_ended = True
+            self._protocol.data_received(data)
+            return
         if self._rest:
             data, self._rest = self._rest + data, b""
         begin, end = 0, len(data)
@@ -144,7 +156,9 @@ class Pipeline:
         if self._next < len(self._waiting):
             self._waiting[self._next][1].data_received(data)
         else:
-            self._protocol.data_received(data)  # after the last answer: the server's last words, say
+            if _FATAL in data:
+                self.may_have_ended = True
+            self._protocol.data_received(data)
 
     def _answered(self) -> None:
         if self._next >= len(self._waiting):
@@ -189,8 +203,8 @@ class Pipeline:
         """Not called: the connection stands before a run begins."""
 
     def eof_received(self) -> bool | None:
-        """The server has closed its side: the transport may close ours."""
-        return None
+        """As asyncpg's own protocol."""
+        return self._protocol.eof_received()  # type: ignore[no-any-return]
 
     def pause_writing(self) -> None:
         """As asyncpg's own protocol."""

@@ -79,7 +79,7 @@ def gather(engine: Engine, connection: ServerConnection, first: Any) -> Reads | 
 
 
 def _may_join(engine: Engine, connection: ServerConnection, work: Any, now: float) -> bool:
-    if type(work) is not Statement or work.settings is not None or work.retried or work.cancelled:
+    if type(work) is not Statement or work.settings is not None or work.alone or work.cancelled:
         return False
     verdict: Verdict = work.verdict
     return (
@@ -131,29 +131,36 @@ class Reads:
             return connection
         engine.connections.drop(connection)
         lost = ConnectionLost(last_words(self._lost) if self._lost is not None else None)
-        for statement in self._attached:
-            if statement is not None:
-                self._detach(statement)
+        # In the order of the queue, of which put_first makes the beginning.
+        for index, statement in reversed(tuple(enumerate(self._attached))):
+            if statement is None:
+                continue
+            self._detach(statement)
+            if index > self._first and not statement.cancelled:
+                # It waited behind the one that ran: it neither was the cause nor had its try.
+                statement.alone = True
+                engine.put_first(statement)
+            else:
                 statement.lost(engine, lost, retryable=True)
         return None
 
     def _told(self, index: int, result: Any, error: BaseException | None) -> None:
         """The answer to a statement is here."""
         engine = self._engine
+        if error is not None and self._connection.raw.is_closed():
+            if self._lost is None:
+                self._lost = error  # the server's last words come to the one that ran
+            return
         now = engine.now()
         seconds, self._since = now - self._since, now
         self._first = index + 1
         statement = self._attached[index]
         if statement is None:
             return
-        if error is not None and self._connection.raw.is_closed():
-            if self._lost is None:
-                self._lost = error  # the server's last words come to the one that ran
-            return
         engine.pace.note(statement.sql, seconds)
         self._detach(statement)
         if isinstance(error, _OUT_OF_DATE):
-            statement.retried = True  # it goes alone, where such errors are dealt with
+            statement.alone = True  # that is where such errors are dealt with
             engine.put_first(statement)
             return
         engine.figures.ran(seconds, failed=error is not None)
@@ -175,9 +182,9 @@ class Reads:
                 continue
             if statement.expires_at is not None and now >= statement.expires_at:
                 self._leave(statement, timed_out(statement.expires_at - statement.arrived))
-            elif index > first == self._first and not statement.retried:
+            elif index > first == self._first and not statement.alone:
                 self._detach(statement)
-                statement.retried = True
+                statement.alone = True
                 engine.put_first(statement)
         if first == self._first < len(self._attached) and (slow := self._attached[first]) is not None:
             engine.pace.note(slow.sql, now - self._since)

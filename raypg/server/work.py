@@ -53,6 +53,7 @@ class Statement:
     """One statement of one caller, on its own (autocommit)."""
 
     __slots__ = (
+        "alone",
         "arguments",
         "arrived",
         "batch",
@@ -92,6 +93,7 @@ class Statement:
         self.arrived = arrived
         self.deadline = deadline
         self.expires_at = expires_at
+        self.alone = False  # it must not travel with others any more
         self.retried = False
         self.cancelled = False
         self.connection: Runs | None = None
@@ -147,7 +149,7 @@ class Statement:
             engine.put_first(self)
         elif retryable and not lost.by_crash and not self.retried and not self.cancelled:
             # It only read, and the backend was ended on purpose: asking once more is safe.
-            self.retried = True
+            self.alone = self.retried = True
             self.deadline = engine.deadline_anew(self.expires_at)
             engine.figures.retries += 1
             engine.put_first(self)

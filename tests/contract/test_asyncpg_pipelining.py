@@ -10,8 +10,11 @@ from typing import Any
 import asyncpg
 import pytest
 import uvloop
+from proxy import Proxy
+from waiting import eventually
 
 from raypg.embedded import EmbeddedServer
+from raypg.server.connection import ServerConnection
 from raypg.server.pipelining import Pipeline
 
 pytestmark = pytest.mark.contract
@@ -130,5 +133,24 @@ def test_who_is_cancelled_in_a_run_closes_the_connection(
         with pytest.raises(asyncio.CancelledError):
             await run
         assert connection.is_closed()
+
+    on(loop, work())
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_last_words_that_nobody_waits_for(pg: EmbeddedServer, loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
+    """asyncpg drops them, and the socket says so later: who asks in between must not take it for a living one."""
+
+    async def work() -> None:
+        async with Proxy(pg.port) as proxy:
+            proxy.late = True
+            direct = await asyncpg.connect(**pg.parameters)
+            raw = await asyncpg.connect(**{**pg.parameters, "host": "127.0.0.1", "port": proxy.port})
+            connection = ServerConnection(raw, 1, 0.0, None)
+            await direct.execute("select pg_terminate_backend($1)", connection.pid)
+            await eventually(lambda: connection._pipeline.may_have_ended)
+            assert not raw.is_closed()
+            assert not await connection.is_alive()
+            await direct.close()
 
     on(loop, work())

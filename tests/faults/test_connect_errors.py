@@ -14,6 +14,7 @@ import asyncpg
 import pytest
 import ray
 from pools import own_pool, unique_name
+from proxy import Proxy
 from waiting import eventually
 
 from raypg import (
@@ -288,41 +289,3 @@ async def test_a_server_that_says_nothing_any_more(ray_cluster: Any, pg: Embedde
                 return False
 
         await eventually(serves, timeout=20)
-
-
-class Proxy:
-    """A TCP proxy that can stop forwarding without closing anything."""
-
-    def __init__(self, target: int) -> None:
-        self._target = target
-        self.frozen = False
-        self._tasks: set[asyncio.Task[Any]] = set()
-
-    async def __aenter__(self) -> Proxy:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        self.port = self._server.sockets[0].getsockname()[1]
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._server.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        there, back = await asyncio.open_connection("127.0.0.1", self._target)
-        for source, sink in ((reader, back), (there, writer)):
-            task = asyncio.create_task(self._copy(source, sink))
-            self._tasks.add(task)
-
-    async def _copy(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-        try:
-            while data := await source.read(65536):
-                if self.frozen:
-                    continue  # lost on the way
-                sink.write(data)
-                await sink.drain()
-        except OSError:
-            pass
-        finally:
-            sink.close()

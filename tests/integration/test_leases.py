@@ -60,8 +60,7 @@ async def test_session_state_is_real_inside(pool: WorkflowConnectionPool) -> Non
         assert len(await connection.fetch("fetch 4 from c")) == 4
         assert await connection.fetchrow("fetch 1 from c") == (5,)
         await connection.execute("commit")
-    # The session is put in order after the release has been answered; another connection may be quicker.
-    await eventually(lambda: pool.fetchval("select pg_try_advisory_lock(4711)"))
+    assert await pool.fetchval("select pg_try_advisory_lock(4711)")
 
 
 async def test_statements_of_one_lease_run_one_after_the_other(pool: WorkflowConnectionPool) -> None:

@@ -198,6 +198,18 @@ async def test_a_terminated_backend_is_not_noticed(bench: Bench) -> None:
     assert bench.engine.figures.retries
 
 
+async def test_who_waited_behind_a_lost_read_has_a_try_left(bench: Bench) -> None:
+    """Only the one that ran can have been the cause: its neighbours may lose another connection yet."""
+    await bench.train((COUNT, 1))
+    batch = bench.submit(*[(COUNT, 20_000 + n) for n in range(40)])
+    await eventually(lambda: batch.open < 40)
+    before = bench.engine.figures.retries
+    pids = {c.pid for c in bench.engine.connections}
+    await bench.direct.execute("select pg_terminate_backend(pid) from unnest($1::int[]) pid", list(pids))
+    assert await bench.outcomes(batch) == [[(20_000 + n,)] for n in range(40)]
+    assert bench.engine.figures.retries - before <= len(pids)
+
+
 async def test_a_changed_table_is_seen_by_all(bench: Bench) -> None:
     direct = bench.direct
     table = bench.name.replace("-", "_")
