@@ -121,16 +121,16 @@ class Ear:
 
 
 class Witness(asyncio.Protocol):
-    """Stands between the socket of a connection and asyncpg's protocol, and hears what passes."""
+    """Stands between the socket of a connection and who reads from it, and hears what passes."""
 
     def __init__(self, raw: asyncpg.Connection) -> None:
         self._ear = Ear()
         self._transport = raw._transport
-        self._protocol = raw._protocol
+        self._protocol = raw._transport.get_protocol()
         self._transport.set_protocol(self)
 
     def leave(self) -> None:
-        """Let asyncpg's protocol have the socket again."""
+        """Let who read before have the socket again."""
         self._transport.set_protocol(self._protocol)
 
     @property

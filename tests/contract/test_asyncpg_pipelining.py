@@ -13,7 +13,9 @@ import uvloop
 from proxy import Proxy
 from waiting import eventually
 
+from raypg import messages
 from raypg.embedded import EmbeddedServer
+from raypg.server import witness
 from raypg.server.connection import ServerConnection
 from raypg.server.pipelining import Pipeline
 
@@ -152,5 +154,28 @@ def test_last_words_that_nobody_waits_for(pg: EmbeddedServer, loop: Callable[[],
             assert not raw.is_closed()
             assert not await connection.is_alive()
             await direct.close()
+
+    on(loop, work())
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_statement_with_a_witness_leaves_the_pipeline_in_its_place(
+    pg: EmbeddedServer, loop: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
+    """Both stand between the socket and asyncpg; a run whose answers went to asyncpg would never end."""
+
+    async def work() -> None:
+        connection = ServerConnection(await asyncpg.connect(**pg.parameters), 1, 0.0, None)
+        text = "select $1::int, null::text"
+        await connection.run(messages.FETCH, "create temp table left_by_witness (id int)", ())
+        for number in range(3):
+            insert = "insert into left_by_witness values ($1) returning id"
+            assert witness.is_needed(messages.FETCH, insert, (number,), simple=False)
+            assert (await connection.run(messages.FETCH, insert, (number,)))[0] == [(number,)]
+            await connection.run(messages.FETCH, text, (number,))
+            asked = [(text, number), (text, -number)]
+            found = await asyncio.wait_for(answers(connection.raw, asked, connection._pipeline), 10)
+            assert found == [[(number, None)], [(-number, None)]]
+        await connection.close()
 
     on(loop, work())
