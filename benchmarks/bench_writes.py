@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import time
 
 import asyncpg
@@ -13,6 +14,8 @@ from raypg import QueryPipelineNode
 
 ROWS = 10_000
 ONE_BY_ONE = 500
+BATCH_SIZES = (1_000, 5_000)
+LEAST = {"one by one": 60, "asyncpg executemany": 0.5}
 INSERT = "INSERT INTO events (id, at, kind, value, note) VALUES ($1, $2, $3, $4, $5)"
 
 
@@ -23,7 +26,13 @@ async def main() -> None:
         now = datetime.datetime.now(datetime.UTC)
         rows = [(i, now, "click", i / 7, "x" * 20) for i in range(ROWS)]
         connection = await asyncpg.connect(**here.server.parameters)
-        pipeline = QueryPipelineNode(name="bench", connection_pool=pool, batch_size=1_000)
+        # What fails together is what commits together: executemany is one transaction, a pipeline one for each batch.
+        pipelines = {
+            f"pipeline, batch_size {size:,}": QueryPipelineNode(
+                name=f"bench_{size}", connection_pool=pool, batch_size=size
+            )
+            for size in BATCH_SIZES
+        }
 
         async def one_by_one() -> float:
             started = time.perf_counter()
@@ -31,7 +40,7 @@ async def main() -> None:
                 await pool.execute(INSERT, *row)
             return ONE_BY_ONE / (time.perf_counter() - started)
 
-        async def by_pipeline() -> float:
+        async def by_pipeline(pipeline: QueryPipelineNode) -> float:
             started = time.perf_counter()
             for row in rows:
                 await pipeline.add_query(INSERT, row)
@@ -47,13 +56,21 @@ async def main() -> None:
             return ROWS / (time.perf_counter() - started)
 
         figures = await compare(
-            {"pipeline": by_pipeline, "one by one": one_by_one, "asyncpg executemany": by_executemany}
+            {
+                **{name: functools.partial(by_pipeline, pipeline) for name, pipeline in pipelines.items()},
+                "one by one": one_by_one,
+                "asyncpg executemany": by_executemany,
+            }
         )
         report(
             "10,000 single-row INSERTs of 5 columns",
             "rows/s",
             figures,
-            [f"pipeline ÷ {name}: {ratio(figures, 'pipeline', name):.2f}" for name in list(figures)[1:]],
+            [
+                f"{name} ÷ {other}: {ratio(figures, name, other):.2f} (at least {least:g})"
+                for name in pipelines
+                for other, least in LEAST.items()
+            ],
         )
 
 
