@@ -26,9 +26,11 @@ if TYPE_CHECKING:
 MOST_MESSAGES = 2
 """Messages with statements under way to one worker: one that it works on, one that is on its way."""
 
-MOST_STATEMENTS = 500
+MOST_STATEMENTS = 250
 MOST_BYTES = 80_000
-"""Limits of one message. Above 100 kB Ray sends it through the object store, which takes three times as long."""
+"""Limits of one message. Above 100 kB Ray sends it through the object store, which takes three times as long; and while
+a worker takes in a message nobody else is served: with 500 statements a light job waited 13 ms beside a heavy one,
+with 250 it waits 8.5 ms, and both together get more done."""
 
 PATIENCE = 5.0
 """Seconds without an answer after which the Pool actor is asked whether the worker still lives."""
