@@ -19,7 +19,8 @@ from raypg.core.sql import Verdict, classify, shorten
 from raypg.core.sqlstate import bisection_kind
 from raypg.errors import OutcomeUnknownError, StatementNotRunError
 from raypg.portable import PortableError, pack_error
-from raypg.server.connection import ConnectionLost, ServerConnection
+from raypg.server.connection import ServerConnection
+from raypg.server.outcomes import ConnectionLost
 from raypg.server.work import Refused, lost_error, refuse
 
 if TYPE_CHECKING:

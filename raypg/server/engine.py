@@ -24,10 +24,11 @@ from raypg.portable import PortableError, pack_error
 from raypg.server.acquisitions import Acquisitions
 from raypg.server.catalogue import Catalogue
 from raypg.server.connect import Connector
-from raypg.server.connection import ConnectionLost, ServerConnection
+from raypg.server.connection import ServerConnection
 from raypg.server.connection_set import ConnectionSet
 from raypg.server.figures import Figures
 from raypg.server.leases import LeaseTable
+from raypg.server.outcomes import ConnectionLost
 from raypg.server.reads import Pace, gather
 from raypg.server.replies import BatchState, Client
 from raypg.server.streams import Streams

@@ -13,9 +13,10 @@ import asyncpg
 from raypg import messages
 from raypg.core.sql import classify
 from raypg.errors import LeaseLostError
-from raypg.server.connection import STEP, ConnectionLost, ServerConnection
+from raypg.server.connection import STEP, ServerConnection
 from raypg.server.cursors import OpenCursor
 from raypg.server.notifications import Notification, Notifications
+from raypg.server.outcomes import ConnectionLost
 from raypg.server.work import lost_error
 
 

@@ -18,7 +18,8 @@ import asyncpg
 from raypg import messages
 from raypg.core.sql import Verdict
 from raypg.portable import PortableError, pack_error
-from raypg.server.connection import ConnectionLost, ServerConnection, last_words, outcome_of, timed_out
+from raypg.server.connection import ServerConnection
+from raypg.server.outcomes import ConnectionLost, last_words, outcome_of, timed_out
 from raypg.server.pipelining import Prepared
 from raypg.server.work import Statement
 

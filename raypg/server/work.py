@@ -14,7 +14,8 @@ from raypg.core.sql import Verdict, shorten
 from raypg.errors import ConnectionLostError, OutcomeUnknownError, QueryTimeoutError, StatementNotAllowedError
 from raypg.messages import Settings
 from raypg.portable import PortableError, pack_error
-from raypg.server.connection import ConnectionLost, ServerConnection, timed_out
+from raypg.server.connection import ServerConnection
+from raypg.server.outcomes import ConnectionLost, timed_out
 from raypg.server.replies import BatchState
 
 if TYPE_CHECKING:

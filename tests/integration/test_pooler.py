@@ -22,8 +22,9 @@ from raypg.embedded import EmbeddedServer
 from raypg.errors import ConnectError, ConnectionLostError, QueryTimeoutError, StatementNotAllowedError
 from raypg.server import pooler
 from raypg.server.connect import Connector
-from raypg.server.connection import ConnectionLost, ServerConnection
+from raypg.server.connection import ServerConnection
 from raypg.server.control import Control
+from raypg.server.outcomes import ConnectionLost
 
 NAME = "raypg:0a1b2c3d:0:89abcdef"
 
