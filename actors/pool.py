@@ -25,7 +25,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 
-from raypg import _compat, naming
+from raypg import _compat, cluster, naming
 from raypg.actors.worker import Answer, PoolWorker, application_name
 from raypg.config import PoolConfig
 from raypg.core import sizing
@@ -220,6 +220,8 @@ class PoolActor:
             await self._control.close()
             for handle in handles:
                 ray.kill(handle)
+            if (breaker := cluster.find_breaker()) is not None:
+                breaker.forget.remote(self._name)
             _compat.kv_delete(self._key)
 
     # --- starting ---
@@ -237,6 +239,7 @@ class PoolActor:
             shares = self._divide(self._config.max_connections, count)
         except RaypgError as error:
             return "error", pack_error(error)
+        cluster.find_or_start_breaker()  # its process starts beside those of the workers
         for index in range(count):
             self._members.append(self._start_worker(index, nodes[index % len(nodes)], shares[index]))
         here = await asyncio.gather(*(self._ping(member, timeout=START_TIMEOUT) for member in self._members))
@@ -249,7 +252,7 @@ class PoolActor:
         await asyncio.gather(*(self._ping(member) for member in self._members))  # grants the budgets
         least = self._config.min_connections if self._config.pre_warm else 1
         warm = await asyncio.gather(
-            *(m.handle.warm_up.remote(max(1, round(least * m.budget / max(1, sum(shares))))) for m in self._members),
+            *(m.handle.warm_up.remote(max(1, sizing.share(least, m.budget, sum(shares)))) for m in self._members),
             return_exceptions=True,
         )
         failures = [("error", pack_error(a)) if isinstance(a, BaseException) else a for a in warm]
@@ -298,7 +301,9 @@ class PoolActor:
     async def _ping(self, member: Member, timeout: float = PING_EVERY) -> bool:
         gone, member.gone = member.gone, []
         try:
-            state = await asyncio.wait_for(member.handle.ping.remote(self._epoch, member.granted, gone), timeout)
+            least = sizing.share(self._config.min_connections, member.granted, sum(m.budget for m in self._members))
+            ping = member.handle.ping.remote(self._epoch, member.granted, least, gone, len(self._members))
+            state = await asyncio.wait_for(ping, timeout)
         except (RayActorError, TimeoutError):
             member.gone += gone
             member.missed += 1

@@ -15,7 +15,9 @@ from typing import Any
 from ray.exceptions import OwnerDiedError
 
 from raypg import messages
+from raypg.actors.breaker_line import BreakerLine
 from raypg.config import PoolConfig
+from raypg.core.quorum import Order
 from raypg.packing import packed
 from raypg.portable import pack_error
 from raypg.server import cursors
@@ -65,6 +67,7 @@ class PoolWorker:
         # The budget is 0 until the Pool actor grants one: a restarted worker must not connect before the backends of
         # its predecessor are gone.
         self._engine = Engine(settings, self._connector)
+        self._breaker = BreakerLine(pool, index, self._incarnation, self._engine.guard)
         self._epoch = 0
         # What is alive now (Ray, asyncpg) stays alive: looking through it again and again took 8 % of a busy worker.
         gc.collect()
@@ -76,12 +79,15 @@ class PoolWorker:
 
     # --- from the Pool actor ---
 
-    async def ping(self, epoch: int, budget: int, gone: list[int]) -> dict[str, Any]:
-        """Take the budget of *epoch*, learn which abandoned backends are gone, and say how things stand."""
+    async def ping(self, epoch: int, budget: int, least: int, gone: list[int], workers: int) -> dict[str, Any]:
+        """Take the budget of *epoch* and how many connections are to be kept open, learn which abandoned backends are
+        gone and how many workers there are, and say how things stand."""
+        self._breaker.keep(workers)
         connections = self._engine.connections
         connections.confirm_gone(set(gone))
         if epoch >= self._epoch:
             self._epoch = epoch
+            connections.least = least
             if connections.budget != budget:
                 connections.budget = budget
                 self._engine.pump()
@@ -107,7 +113,14 @@ class PoolWorker:
 
     async def close(self, reason: str) -> None:
         """Refuse new work, end leases, close connections."""
+        self._breaker.close()
         await self._engine.close(reason)
+
+    # --- from the Breaker ---
+
+    async def follow(self, order: tuple[Any, ...]) -> None:
+        """Do what the Breaker says."""
+        self._engine.guard.follow(Order(*order), self._engine.now())
 
     # --- from handles ---
 

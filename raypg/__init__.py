@@ -7,6 +7,7 @@ rows = await pool.fetch("SELECT * FROM users WHERE id = $1", 1)
 
 from __future__ import annotations
 
+from raypg.breaker_config import CircuitBreakerConfig
 from raypg.errors import *  # noqa: F403
 from raypg.errors import __all__ as _errors
 from raypg.pipeline import PipelineResult, QueryPipelineNode
@@ -15,4 +16,12 @@ from raypg.row import Row
 
 __version__ = "0.1.0"
 
-__all__ = ["PipelineResult", "QueryPipelineNode", "Row", "WorkflowConnectionPool", "get_pool", *_errors]
+__all__ = [
+    "CircuitBreakerConfig",
+    "PipelineResult",
+    "QueryPipelineNode",
+    "Row",
+    "WorkflowConnectionPool",
+    "get_pool",
+    *_errors,
+]

@@ -39,10 +39,30 @@ def find_or_start(config: PoolConfig) -> ActorHandle[Any]:
     itself: of two callers that start it at once, one wins, and Ray ignores the arguments of the other."""
     from raypg.actors.pool import PoolActor  # not for those who only use a pool
 
+    return _start(PoolActor, naming.pool_actor(config.name), config.name, config.to_dict())
+
+
+def find_breaker() -> ActorHandle[Any] | None:
+    """The Breaker actor; ``None`` if there is none."""
+    try:
+        return ray.get_actor(naming.BREAKER_ACTOR, namespace=naming.NAMESPACE)
+    except ValueError:
+        return None
+
+
+def find_or_start_breaker() -> ActorHandle[Any]:
+    """The Breaker actor, started if it does not run."""
+    from raypg.actors.breaker import BreakerActor
+
+    return _start(BreakerActor, naming.BREAKER_ACTOR)
+
+
+def _start(kind: type, name: str, *arguments: Any) -> ActorHandle[Any]:
+    """The actor of that name, which outlives whoever made it, and its own death."""
     return (
-        ray.remote(PoolActor)
+        ray.remote(kind)
         .options(
-            name=naming.pool_actor(config.name),
+            name=name,
             namespace=naming.NAMESPACE,
             lifetime="detached",
             get_if_exists=True,
@@ -51,5 +71,5 @@ def find_or_start(config: PoolConfig) -> ActorHandle[Any]:
             max_task_retries=0,
             max_concurrency=10_000,
         )
-        .remote(config.name, config.to_dict())
+        .remote(*arguments)
     )

@@ -13,6 +13,8 @@ from pydantic import Field, InstanceOf, ValidationError
 
 from raypg import naming
 from raypg.arguments import CONNECTION_KEYS, PASSWORD_KEYS, ConnectionArguments
+from raypg.breaker_config import CircuitBreakerConfig, breaker_config
+from raypg.core.breaker import BreakerConfig
 from raypg.core.nearest import did_you_mean
 from raypg.errors import ConfigError
 from raypg.secret import PasswordSource
@@ -25,7 +27,7 @@ Differences = dict[str, tuple[Any, Any]]
 """Setting → (value of the first, value of the second)."""
 
 KEYS: frozenset[str] = frozenset(
-    {"name", "database_type", "connection_string", "replicas", *CONNECTION_KEYS, *PASSWORD_KEYS}
+    {"name", "database_type", "connection_string", "replicas", "circuit_breaker", *CONNECTION_KEYS, *PASSWORD_KEYS}
     | set(Tunables.model_fields)
 )
 """Every key that a pool's constructor takes."""
@@ -91,6 +93,10 @@ class PoolConfig(Tunables):
     @property
     def password_source(self) -> PasswordSource:
         return self.target.password_source
+
+    def breaker(self) -> BreakerConfig:
+        """What the circuit breaker is to do."""
+        return breaker_config(self)
 
     def identity(self) -> dict[str, Any]:
         """What makes it the same database: hosts, database, user, TLS; plain data."""
@@ -264,7 +270,7 @@ def from_kwargs(*, environ: Mapping[str, str] | None = None, **given: Any) -> Po
         environ = os.environ
     problems = [f"{key}: unknown setting{_meant(key)}" for key in given if key not in KEYS]
     given = {key: value for key, value in given.items() if key in KEYS and (value is not None or key in _MAY_BE_NONE)}
-    given = _normalised(given)
+    given = _normalised(_with_breaker(given, problems))
     _check_name(given.get("name"), problems)
     _check_database_type(given.get("database_type", "postgresql"), problems)
 
@@ -286,6 +292,22 @@ def from_kwargs(*, environ: Mapping[str, str] | None = None, **given: Any) -> Po
         connection_string=found.shown,
         explicit=frozenset(given) | found.explicit,
     )
+
+
+def _with_breaker(given: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    """``circuit_breaker=CircuitBreakerConfig(…)`` as the single settings that it stands for."""
+    values = dict(given)
+    together = values.pop("circuit_breaker", None)
+    if together is None:
+        return values
+    if not isinstance(together, CircuitBreakerConfig):
+        problems.append(f"circuit_breaker={_brief(together)}: must be a CircuitBreakerConfig")
+        return values
+    settings = together.settings()
+    twice = sorted(settings.keys() & values.keys())
+    if twice:
+        problems.append(f"circuit_breaker and {', '.join(twice)}: give one or the other")
+    return {**settings, **values}
 
 
 def _meant(key: str) -> str:

@@ -109,19 +109,31 @@ class Dispatcher:
         else:
             channel.send(call)
 
-    def choose(self) -> Channel | None:
-        """The worker to send to: the one on our node if it has room, else the least loaded for its share."""
+    def choose(self, any_will_do: bool = False) -> Channel | None:
+        """The worker to send to: the one on our node if it has room, else the least loaded for its share. One that is
+        cut off from the database only if all are, or if *any_will_do*."""
         best: Channel | None = None
         best_load = 0.0
         for channel in self._channels.values():
-            if channel.closed:
+            if channel.closed or (channel.isolated and not any_will_do):
                 continue
             if channel.node == self.node and channel.open < channel.budget:
                 return channel
             load = (channel.open + channel.load) / max(channel.budget, 0.1)
             if best is None or load < best_load:
                 best, best_load = channel, load
-        return best
+        return best if best is not None or any_will_do else self.choose(any_will_do=True)
+
+    def all_isolated(self) -> bool:
+        """Whether no worker is known that may reach the database."""
+        return all(channel.isolated or channel.closed for channel in self._channels.values())
+
+    def send_elsewhere(self, call: Call) -> bool:
+        """Send a call to another worker than the one that refused it; False if all would refuse."""
+        if self.all_isolated():
+            return False
+        self._send(call)
+        return True
 
     async def channel(self) -> Channel:
         """A worker to talk to directly, for a lease or a pipeline.

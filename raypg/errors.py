@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 __all__ = [
+    "CircuitBreakerError",
     "ConfigError",
     "ConnectError",
     "ConnectionLostError",
@@ -125,6 +126,42 @@ class UnavailableError(RaypgError):
 
 class PoolClosedError(UnavailableError):
     """The pool was closed. ``args``: (message,)."""
+
+
+class CircuitBreakerError(UnavailableError):
+    """The circuit breaker is open: the database is unwell, or somebody has closed it for maintenance. Nothing was sent.
+
+    Args:
+        pool: the pool.
+        state: ``open`` or ``half_open``.
+        reason: what opened it.
+        retry_after: seconds until calls may be permitted again; ``None`` = when somebody lifts it.
+        isolated: whether only the worker that was asked is cut off from the database, not the whole pool.
+    """
+
+    def __init__(
+        self,
+        pool: str,
+        state: str = "open",
+        reason: str = "",
+        retry_after: float | None = None,
+        isolated: bool = False,
+    ) -> None:
+        super().__init__(pool, state, reason, retry_after, isolated)
+        self.pool = pool
+        self.state = state
+        self.reason = reason
+        self.retry_after = retry_after
+        self.isolated = isolated
+
+    def __str__(self) -> str:
+        where = "a worker of pool" if self.isolated else "pool"
+        when = (
+            "until it is lifted by pool.circuit_breaker.force_close(…)"
+            if self.retry_after is None
+            else f"try again in {self.retry_after:.1f} s"
+        )
+        return f"the circuit breaker of {where} {self.pool!r} is {self.state} ({self.reason}); {when}"
 
 
 class PoolExhaustedError(UnavailableError, TimeoutError):

@@ -332,7 +332,10 @@ async def acquire(
         finally:
             channel.open -= 1
         if kind == "error":
-            raise unpack_error(value)
+            error = unpack_error(value)
+            if channel.refused_by(error) and not dispatcher.all_isolated():
+                continue  # another worker may have one
+            raise error
         return LeasedConnection(dispatcher, channel, value)
     raise AssertionError
 

@@ -33,6 +33,10 @@ def pool_actor(pool: str) -> str:
     return f"raypg:{pool}:pool"
 
 
+BREAKER_ACTOR = f"raypg:breaker:{PROTOCOL}"
+"""Ray name of the Breaker actor; it serves all pools that speak this version of the protocol."""
+
+
 def worker_actor(pool: str, index: int) -> str:
     """Ray name of worker *index* of *pool*: bounded in number, so that metrics labelled with it stay bounded."""
     return f"raypg:{pool}:worker:{index}"

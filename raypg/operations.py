@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from raypg.pool import WorkflowConnectionPool
 
 _LATER = {
-    "get_comprehensive_status": "metrics",
     "export_metrics": "metrics",
     "start_monitoring": "the dashboard",
     "stop_monitoring": "the dashboard",
@@ -38,6 +37,7 @@ _KEYS: dict[str, frozenset[str]] = {
     "stats": frozenset(),
     "get_status": frozenset(),
     "get_pool_statistics": frozenset(),
+    "get_comprehensive_status": frozenset(),
     "adjust_pool_size": frozenset({"new_size"}),
     "close": frozenset(),
 }
@@ -227,6 +227,12 @@ class Operations:
             "query_time_samples": _count(status, "query_ms"),
             "error_rate": errors / executed if executed else 0.0,
         }
+
+    async def get_comprehensive_status(self) -> dict[str, Any]:
+        """What :meth:`get_pool_statistics` says, and under ``circuit_breaker`` how the breaker stands, see
+        :meth:`raypg.circuit_breaker.PoolCircuitBreaker.get_status`."""
+        statistics = await self.get_pool_statistics()
+        return {**statistics, "circuit_breaker": await self._pool.circuit_breaker.status()}
 
     async def stats(self) -> dict[str, Any]:
         """Counters since the workers started."""

@@ -440,5 +440,7 @@ async def _ask(
     finally:
         channel.open -= 1
     if kind == "error":
-        raise unpack_error(value)
+        error = unpack_error(value)
+        channel.refused_by(error)  # then the next message goes to another worker
+        raise error
     return value  # type: ignore[no-any-return]

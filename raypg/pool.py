@@ -10,6 +10,7 @@ import ray
 
 from raypg import dispatch, messages
 from raypg.checks import check_statement, check_timeout, checked_settings, rows_of
+from raypg.circuit_breaker import PoolCircuitBreaker
 from raypg.cluster import find
 from raypg.config import PoolConfig, from_kwargs
 from raypg.dispatch import Dispatcher
@@ -46,6 +47,7 @@ class WorkflowConnectionPool:
         self._known: Dispatcher | None = None
         self._closed: PoolClosedError | None = None
         self._operations = Operations(self)
+        self._breaker: PoolCircuitBreaker | None = None
 
     @classmethod
     def _attach(cls, name: str) -> WorkflowConnectionPool:
@@ -56,6 +58,7 @@ class WorkflowConnectionPool:
         handle._known = None
         handle._closed = None
         handle._operations = Operations(handle)
+        handle._breaker = None
         return handle
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -81,17 +84,26 @@ class WorkflowConnectionPool:
         """The same pool for callers without an event loop: plain Ray tasks and threads."""
         return SyncPool(self)
 
+    @property
+    def circuit_breaker(self) -> PoolCircuitBreaker:
+        """What protects the database, and callers from waiting for it: see, force, disable, listen."""
+        if self._breaker is None:
+            self._breaker = PoolCircuitBreaker(self)
+        return self._breaker
+
     # --- the guide's way in ---
 
     async def process(self, request: dict[str, Any]) -> Any:
         """Do one operation; ``request["operation"]`` names it.
 
-        Operations: initialize, acquire, release, execute, stats, get_status, get_pool_statistics, adjust_pool_size,
-        close. See :class:`raypg.operations.Operations` for what each takes and returns.
+        Operations: initialize, acquire, release, execute, stats, get_status, get_pool_statistics,
+        get_comprehensive_status, adjust_pool_size, close. See :class:`raypg.operations.Operations` for what each takes
+        and returns.
 
         Raises:
             ConfigError: unknown operation or key; names the nearest valid one.
-            UnavailableError: the database cannot be used now (PoolExhaustedError, ConnectError, PoolClosedError …).
+            UnavailableError: the database cannot be used now (CircuitBreakerError, PoolExhaustedError, ConnectError,
+                PoolClosedError …).
         """
         return await self._operations.run(request)
 
@@ -212,6 +224,8 @@ class WorkflowConnectionPool:
             return
         self._closed = PoolClosedError(f"this handle of pool {self._name!r} was closed")
         self._known = None
+        if self._breaker is not None:
+            self._breaker.stop_listening()
         await self._operations.release_all()
         if self._config is not None and self._started:
             await end(self._name, f"pool {self._name!r} was closed")

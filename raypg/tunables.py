@@ -66,6 +66,21 @@ class Tunables(BaseModel):
     circuit_breaker_error_rate: Annotated[float, Field(gt=0, le=1)] = _setting(
         0.5, "fraction 0–1", "share of failed calls above which the breaker opens"
     )
+    circuit_breaker_minimum_calls: _Count = _setting(10, "calls", "in the window below which no rate opens the breaker")
+    circuit_breaker_window: _Seconds = _setting(30.0, "s", "that the breaker's rates are taken over")
+    circuit_breaker_slow_call_duration: _Seconds | None = _setting(
+        None, "s", "from which a call counts as slow; None = none does"
+    )
+    circuit_breaker_slow_call_rate: Annotated[float, Field(gt=0, le=1)] = _setting(
+        0.8, "fraction 0–1", "share of slow calls above which the breaker opens"
+    )
+    circuit_breaker_max_recovery_timeout: _Seconds | None = _setting(
+        None, "s", "that the recovery timeout may grow to; None = ten times"
+    )
+    circuit_breaker_half_open_probes: _Count = _setting(3, "probes", "that must succeed to close the breaker")
+    circuit_breaker_ramp: Annotated[float, Field(ge=0, le=_DAY)] = _setting(
+        5.0, "s", "from the breaker's closing to full load"
+    )
     metrics_retention_minutes: Annotated[float, Field(gt=0, le=7 * 24 * 60)] = _setting(
         60, "minutes", "detailed metrics kept; at most 7 days"
     )
@@ -123,6 +138,11 @@ class Tunables(BaseModel):
             problems.append(
                 f"workers={self.workers} is more than max_connections={self.max_connections}: "
                 "each worker needs a connection"
+            )
+        most, first = self.circuit_breaker_max_recovery_timeout, self.circuit_breaker_recovery_timeout
+        if most is not None and most < first:
+            problems.append(
+                f"circuit_breaker_max_recovery_timeout={most:g} is less than circuit_breaker_recovery_timeout={first:g}"
             )
         named = self.server_settings.get("application_name")
         if named is not None and self.application_name is not None and named != self.application_name:

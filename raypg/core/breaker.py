@@ -212,8 +212,16 @@ class CircuitBreaker:
         elif token:
             self.late_calls += 1
 
-    def failed(self, token: int, seconds: float, now: float, cause: str) -> None:
-        """A call ended in a way that says the server is unwell; *cause* says how, for the transition it may cause."""
+    def failed(self, token: int, seconds: float, now: float, cause: str, absent: bool = False) -> None:
+        """A call ended in a way that says the server is unwell.
+
+        Args:
+            token: what :meth:`permit` gave.
+            seconds: how long it took.
+            cause: how it ended, for the transition it may cause.
+            absent: there was no server to be unwell: it was not reached, or said that it is only starting. A probe
+                costs such a server nothing, so the recovery timeout does not grow.
+        """
         if token == self.epoch:
             self.failed_calls += 1
             self.total_seconds += seconds
@@ -235,7 +243,7 @@ class CircuitBreaker:
             self.consecutive_failures += 1
             self.consecutive_successes = 0
             self.last_cause = cause
-            self._open(now, f"a probe failed: {cause}")
+            self._open(now, f"a probe failed: {cause}", grow=not absent)
         elif token:
             self.late_calls += 1
 
@@ -336,10 +344,10 @@ class CircuitBreaker:
         if retry_after is not None:
             self._retry_at = now + retry_after
 
-    def reopen(self, reason: str, now: float) -> None:
-        """Open again because somebody else's probes failed."""
+    def reopen(self, reason: str, now: float, absent: bool = False) -> None:
+        """Open again because somebody else's probes failed; *absent* as in :meth:`failed`."""
         if self.state == HALF_OPEN:
-            self._open(now, reason)
+            self._open(now, reason, grow=not absent)
 
     def probe(self, reason: str, now: float) -> None:
         """Turn half open now, because somebody else says that it is time."""
@@ -370,10 +378,10 @@ class CircuitBreaker:
         self.forced_reason = None
         self._until = math.inf
 
-    def _open(self, now: float, reason: str) -> None:
+    def _open(self, now: float, reason: str, grow: bool = True) -> None:
         # From half open, or before the last recovery was complete: it had not recovered. Wait longer.
         again = self.state == HALF_OPEN or (self.state == CLOSED and self.load(now) < 1.0)
-        if again:
+        if again and grow:
             self._recovery = min(self._recovery * GROWTH, max(self.config.max_recovery_timeout, self._recovery))
         elif self.state == CLOSED:
             self._recovery = self.config.recovery_timeout

@@ -21,6 +21,9 @@ __all__ = ["PROBE_PATIENCE", "STALE_AFTER", "Order", "Quorum", "Report"]
 STALE_AFTER = 4.0
 """Seconds without a report after which a worker has no vote: it is dead or cut off from us."""
 
+JOIN_PATIENCE = 3.0
+"""Seconds in which all workers must have joined."""
+
 PROBE_PATIENCE = 3.0
 """Seconds in which a worker must have probed; then the next one may."""
 
@@ -35,6 +38,7 @@ class Report(NamedTuple):
         seconds: that those calls took together.
         consecutive_failures: failures since its last success.
         cause: of the last failure, or of its own breaker's opening.
+        absent: whether that failure was that the server was not there; see :meth:`CircuitBreaker.failed`.
     """
 
     epoch: int
@@ -46,6 +50,7 @@ class Report(NamedTuple):
     seconds: float = 0.0
     consecutive_failures: int = 0
     cause: str = ""
+    absent: bool = False
 
 
 class Order(NamedTuple):
@@ -57,6 +62,7 @@ class Order(NamedTuple):
         reason: why.
         retry_after: seconds until the next probe, or until a forced state ends; None = not known.
         forced: whether it is held open by hand.
+        ramp: whether closed means to begin with little load, and grow.
     """
 
     epoch: int
@@ -64,6 +70,7 @@ class Order(NamedTuple):
     reason: str
     retry_after: float | None
     forced: bool
+    ramp: bool = False
 
 
 @dataclass
@@ -73,6 +80,8 @@ class _Member:
     state: State = CLOSED
     consecutive_failures: int = 0
     cause: str = ""
+    absent: bool = False
+    epoch: int = 0  # of its last report that counted
     tried: int = 0  # epoch in which it was asked to probe
 
 
@@ -83,13 +92,17 @@ class Quorum:
         config: thresholds and times.
         now: the time, in seconds of any monotonic clock.
         random_unit: gives numbers in [0, 1), for the jitter.
+        expected: workers that will join: before they have, or ``JOIN_PATIENCE`` is over, the few that are there do not
+            decide for the others.
 
     Attributes:
         machine: the state of the pool.
     """
 
-    def __init__(self, config: BreakerConfig, now: float, random_unit: Callable[[], float]) -> None:
+    def __init__(self, config: BreakerConfig, now: float, random_unit: Callable[[], float], expected: int = 1) -> None:
         self.machine = CircuitBreaker(config, now, random_unit)
+        self._expected = expected
+        self._complete_at = now + JOIN_PATIENCE
         self._members: dict[int, _Member] = {}
         self._prober: int | None = None
         self._probing_since = 0.0
@@ -132,10 +145,14 @@ class Quorum:
         machine.merge(report.successes, report.failures, report.slow, report.seconds, now, current=self._is_now(report))
         if not self._is_now(report):
             return
+        if member.epoch != report.epoch:
+            member.epoch = report.epoch
+            member.window.clear(now)
         member.window.add(now, report.failures, report.slow, report.successes + report.failures)
         member.state = report.state
         member.consecutive_failures = report.consecutive_failures
-        member.cause = report.cause or member.cause
+        if report.cause:
+            member.cause, member.absent = report.cause, report.absent
         if machine.state == HALF_OPEN:
             self._probed(worker, report, now)
         else:
@@ -151,6 +168,8 @@ class Quorum:
         machine.consecutive_failures = sum(m.consecutive_failures for m in sick) if len(sick) == len(voters) else 0
         if machine.state != CLOSED or not voters or len(sick) < len(voters):
             return
+        if len(self._members) < self._expected and now < self._complete_at:
+            return
         latest = max(sick, key=lambda member: member.seen)
         config = machine.config
         calls, failed = (sum(getattr(m.window, what) for m in sick) for what in ("calls", "failed"))
@@ -163,6 +182,8 @@ class Quorum:
             machine.trip(f"{failed} of {calls} calls within {config.window:g} s failed: {latest.cause}", now)
 
     def _is_sick(self, member: _Member, now: float) -> bool:
+        if member.epoch != self.machine.epoch:
+            return False  # what it said before the last transition says nothing about now
         window = member.window
         window.advance(now)
         return (
@@ -193,7 +214,8 @@ class Quorum:
             self._members[self._prober].tried = machine.epoch
         elif voters:
             cause = max(voters.values(), key=lambda member: member.seen).cause
-            machine.reopen(f"no worker reached the server: {cause}", now)
+            absent = all(member.absent for member in voters.values())
+            machine.reopen(f"no worker reached the server: {cause}", now, absent)
 
     def tick(self, now: float) -> None:
         """Let time do its work. To be called often, and before :meth:`order`."""
@@ -215,7 +237,8 @@ class Quorum:
         if state == HALF_OPEN and worker != self._prober:
             return Order(machine.epoch, OPEN, "another worker probes", PROBE_PATIENCE, False)
         retry_after = machine.time_until_recovery(now)
-        return Order(machine.epoch, state, machine.reason, retry_after, machine.forced)
+        ramp = machine.load(now) < 1.0
+        return Order(machine.epoch, state, machine.reason, retry_after, machine.forced, ramp)
 
     def workers(self, now: float) -> dict[int, dict[str, Any]]:
         """What each worker said last: its own state, its failures in a row, and the age of that in seconds."""

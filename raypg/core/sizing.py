@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["divide"]
+__all__ = ["divide", "share"]
 
 
 def divide(cap: int, workers: int, control_needs: int = 4) -> list[int]:
@@ -31,3 +31,9 @@ def divide(cap: int, workers: int, control_needs: int = 4) -> list[int]:
         raise ValueError(f"{workers} workers cannot share {cap} connections{kept}: each needs at least one")
     each, remainder = divmod(usable, workers)
     return [each + 1] * remainder + [each] * (workers - remainder)
+
+
+def share(total: int, part: int, whole: int) -> int:
+    """What one worker has to keep of *total*, by its *part* of the *whole* budget; rounded up, so that all of them
+    together keep no less. 0 without a budget."""
+    return -(-total * part // whole) if whole else 0

@@ -16,6 +16,7 @@ __all__ = [
     "Category",
     "Outcome",
     "bisection_kind",
+    "breaker_verdict",
     "error_category",
     "is_rerun_whole_group",
     "is_row_error",
@@ -223,3 +224,30 @@ def read_may_be_retried(
     if connection_lost:
         return severity == "FATAL" and sqlstate != _CRASH
     return is_rerun_whole_group(sqlstate)
+
+
+# The server says ERROR, and goes on: only these are its own trouble, and not the statement's.
+_TROUBLE: Final = frozenset({"53100", "53200", "58030", "XX001", "XX002"})
+# Somebody, or a limit that somebody set, has ended a statement or a session on purpose. A shutdown shows itself by the
+# connects that then fail.
+_ON_PURPOSE: Final = frozenset({"25P03", "57P05", "57014", "57P01"})
+
+
+def breaker_verdict(
+    sqlstate: str | None, *, severity: str | None, connection_alive: bool, connecting: bool = False
+) -> Literal["trip", "ignore"]:
+    """Whether an error says that the server is unwell, so that the breaker must count it.
+
+    Args:
+        sqlstate: the server's code, None if it said nothing.
+        severity: ``severity_en`` of the error, None without one.
+        connection_alive: whether the connection can still be used.
+        connecting: whether it happened before the connection could be used.
+    """
+    if connecting:
+        return "trip"
+    if sqlstate in _ON_PURPOSE:
+        return "ignore"
+    if connection_alive and severity not in ("FATAL", "PANIC"):
+        return "trip" if sqlstate in _TROUBLE else "ignore"
+    return "trip"

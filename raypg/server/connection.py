@@ -17,9 +17,11 @@ from typing import Any
 import asyncpg
 
 from raypg import messages, naming
+from raypg.core import health
 from raypg.core.backoff import jittered
 from raypg.server import _asyncpg, pooler, witness
 from raypg.server.begin import begin_with, quoted
+from raypg.server.guard import Guard
 from raypg.server.outcomes import ConnectionLost, last_words, outcome_of, timed_out
 from raypg.server.pipelining import Pipeline, Prepared, Told
 
@@ -69,6 +71,8 @@ class ServerConnection:
 
     ``pooled``: a transaction pooler is at the other end. Then only a transaction has one session for itself, and
     ``pid`` is no backend's but a number of the pooler.
+
+    ``guard``: whom to tell how statements end; ``None`` while it is opened.
     """
 
     __slots__ = (
@@ -82,6 +86,7 @@ class ServerConnection:
         "busy",
         "dirty",
         "expires_at",
+        "guard",
         "health",
         "last_used",
         "lease",
@@ -111,7 +116,8 @@ class ServerConnection:
         self.opened_at = now
         self.last_used = now
         self.expires_at = math.inf if lifetime is None else now + jittered(lifetime, LIFETIME_JITTER, random.random())
-        self.health = 100.0
+        self.health = health.FULL
+        self.guard: Guard | None = None
         self.used = 0
         self.dirty = False
         self.abandoned = False
@@ -183,6 +189,33 @@ class ServerConnection:
             ResultLostError: it took effect, but its rows could not be read; the connection is good.
             StatementNotAllowedError: a pooler is in front, and it needs a session; nothing was sent.
         """
+        guard = self.guard
+        if guard is None:
+            return await self._run(mode, sql, arguments, timeout, settings, simple, reads)
+        token, started = guard.token, time.monotonic()
+        try:
+            outcome = await self._run(mode, sql, arguments, timeout, settings, simple, reads)
+        except ConnectionLost as lost:
+            if lost.sent:
+                guard.lost(token, started, lost)
+            raise
+        except Exception as error:
+            if guard.answered(token, self.last_used - started, self.last_used, error):
+                self.health = health.after_error(self.health)
+            raise
+        guard.succeeded(token, self.last_used - started, self.last_used)
+        return outcome
+
+    async def _run(
+        self,
+        mode: int,
+        sql: str,
+        arguments: Any,
+        timeout: float | None,
+        settings: messages.Settings,
+        simple: bool,
+        reads: bool,
+    ) -> tuple[Any, tuple[str, ...] | None]:
         raw = self.raw
         if self.pooled:
             in_transaction = settings is not None or raw.is_in_transaction()
@@ -376,6 +409,7 @@ class ServerConnection:
         except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError):
             return False
         self.last_used = time.monotonic()
+        self.health = health.after_ping(self.health)
         return True
 
     async def close(self, timeout: float = 2.0) -> bool:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Coroutine, Iterator
 
 from raypg.config import PoolConfig
 from raypg.errors import ConnectError
 from raypg.server.connect import Connector
 from raypg.server.connection import ServerConnection
+from raypg.server.guard import Guard
 
 logger = logging.getLogger(__name__)
 
@@ -24,11 +26,17 @@ class ConnectionSet:
     Args:
         connector: opens connections.
         config: lifetimes, sizes and timeouts.
+        guard: told of connections that open, fail to, or do not answer.
         on_free: called when a connection or a slot may have become free.
+
+    Attributes:
+        budget: most slots.
+        least: connections to keep open, work or not.
     """
 
-    def __init__(self, connector: Connector, config: PoolConfig, on_free: Callable[[], None]) -> None:
+    def __init__(self, connector: Connector, config: PoolConfig, guard: Guard, on_free: Callable[[], None]) -> None:
         self._connector = connector
+        self._guard = guard
         self.config = config
         self._on_free = on_free
         self._idle: list[ServerConnection] = []
@@ -38,6 +46,7 @@ class ConnectionSet:
         self._unconfirmed: dict[int, float] = {}
         self._closers: set[asyncio.Task[None]] = set()
         self.budget = 0
+        self.least = 0
         self.created = 0
         self.recycled = 0
         self.failed = 0
@@ -113,14 +122,19 @@ class ConnectionSet:
         return self._open()
 
     async def _open(self) -> ServerConnection:
+        guard = self._guard
+        token, started = guard.token, time.monotonic()
         try:
             connection = await self._connector.open()
         except ConnectError as error:
             self.failed += 1
             self.last_error = error
+            guard.connect_failed(token, time.monotonic() - started, error)
             raise
         finally:
             self._opening -= 1
+        connection.guard = guard
+        guard.connected(token, time.monotonic() - started)
         self.created += 1
         self.last_error = None
         self._all.add(connection)
@@ -190,15 +204,31 @@ class ConnectionSet:
         if errors and not self._all:
             raise errors[0]
 
+    @property
+    def missing(self) -> int:
+        """Connections to open so that there are as many as are to be kept."""
+        if not self.config.pre_warm:
+            return 0  # they are kept once there was need of them
+        return self.least - len(self._all) - self._opening
+
+    def drop_dead(self) -> None:
+        """Forget idle connections that the server has ended. That alone is no failure: somebody may have ended them on
+        purpose; but they are replaced at once, and if that fails, it counts."""
+        for connection in [c for c in self._idle if c.raw.is_closed()]:
+            self._idle.remove(connection)
+            self.drop(connection)
+
     async def maintain(self, now: float) -> None:
         """Replace what is too old or unhealthy, close what is idle too long or over the budget, ping the rest."""
         config = self.config
         for connection in tuple(self._idle):
             idle = now - connection.last_used
-            too_idle = config.max_idle is not None and self.total > config.min_connections and idle > config.max_idle
+            too_idle = config.max_idle is not None and self.total > self.least and idle > config.max_idle
             if too_idle or self.is_unwanted(connection, now):
                 self._idle.remove(connection)
                 self.retire(connection)
+        if self._guard.refusing:
+            return  # no load on a server that is unwell; what is dead is found out when it is needed
         due = [c for c in self._idle if now - c.last_used > config.health_check_interval]
         for connection in due:
             if connection not in self._idle:
@@ -206,13 +236,22 @@ class ConnectionSet:
             self._idle.remove(connection)  # nobody else may use it meanwhile
             answered = False
             try:
-                answered = await connection.is_alive() and await connection.ping(PING_TIMEOUT)
+                answered = await connection.is_alive() and await self._ping(connection)
             finally:
                 if answered:
-                    connection.health = min(100.0, connection.health + 5.0)
                     self.put_back(connection)
                 else:
                     self.drop(connection)  # whatever went wrong, it must not stay in nobody's hands
+
+    async def _ping(self, connection: ServerConnection) -> bool:
+        token, started = self._guard.token, time.monotonic()
+        answered = await connection.ping(PING_TIMEOUT)
+        seconds = time.monotonic() - started
+        if answered:
+            self._guard.succeeded(token, seconds, connection.last_used)
+        elif seconds >= PING_TIMEOUT:
+            self._guard.ping_failed(token, seconds)  # else it was ended just now, which alone says nothing
+        return answered
 
     async def close(self) -> None:
         """Close all connections; returns when the server has confirmed, or after the close timeout."""

@@ -17,7 +17,7 @@ from typing import Any
 from raypg.config import PoolConfig
 from raypg.core.backoff import Backoff
 from raypg.core.fair_queue import FairQueue, QueueFull
-from raypg.core.sql import classify_under
+from raypg.core.sql import classify, classify_under
 from raypg.errors import ConnectError, PoolClosedError, PoolExhaustedError
 from raypg.messages import MANY, STATUS, Run
 from raypg.portable import PortableError, pack_error
@@ -26,9 +26,11 @@ from raypg.server.catalogue import Catalogue
 from raypg.server.connect import Connector
 from raypg.server.connection import ServerConnection
 from raypg.server.connection_set import ConnectionSet
-from raypg.server.figures import Figures
+from raypg.server.figures import Figures, status
+from raypg.server.guard import Guard
 from raypg.server.leases import LeaseTable
 from raypg.server.outcomes import ConnectionLost
+from raypg.server.probing import Prober
 from raypg.server.reads import Pace, gather
 from raypg.server.replies import BatchState, Client
 from raypg.server.streams import Streams
@@ -60,7 +62,9 @@ class Engine:
     def __init__(self, config: PoolConfig, connector: Connector) -> None:
         self.config = config
         self._connector = connector
-        self.connections = ConnectionSet(connector, config, self.pump)
+        self.guard = Guard(config.name, config.breaker(), self._breaker_moved)
+        self.connections = ConnectionSet(connector, config, self.guard, self.pump)
+        self._prober = Prober(self.connections, self.guard)
         self.leases = LeaseTable(self.take_back)
         self.acquisitions = Acquisitions(self)
         self.catalogue = Catalogue()
@@ -79,12 +83,19 @@ class Engine:
         self.figures = Figures()
         self._background(self._maintain())
 
+    @property
+    def pooler(self) -> str | None:
+        """What was found out about a pooler in front; ``None`` before the first connection."""
+        return self._connector.pooler
+
     def now(self) -> float:
         """The monotonic clock, in seconds. Not the event loop's, which uvloop keeps in whole milliseconds."""
         return time.monotonic()
 
     def use(self, config: PoolConfig) -> None:
         """Go on with another configuration of the same pool."""
+        if config.breaker() != self.config.breaker():
+            self.guard.machine.configure(config.breaker(), self.now())
         self.config = self.connections.config = self._connector.config = config
         self.queue.limit = config.max_waiting
 
@@ -140,6 +151,9 @@ class Engine:
         self, token: str, number: int, mode: int, sql: str, arguments: Any, timeout: float | None
     ) -> tuple[Any, tuple[str, ...] | None]:
         """Run one statement on a leased connection; see :meth:`LeaseTable.run`."""
+        if self.guard.refusing and classify(sql).kind != "transaction":
+            # What was begun may be ended; nothing new is asked of a server that is unwell.
+            raise self.guard.refusal()
         started = self.now()
         failed = True
         try:
@@ -203,7 +217,11 @@ class Engine:
     # --- queue and lanes ---
 
     def enqueue(self, job: str, work: Any, cost: float) -> None:
-        """Put work in the queue, or fail it at once if the queue is full. The caller pumps when all of it is in."""
+        """Put work in the queue, or fail it at once if the breaker is open or the queue full. The caller pumps when all
+        of it is in."""
+        if self.guard.refusing:
+            work.fail(pack_error(self.guard.refusal()))
+            return
         try:
             work.ticket = self.queue.push(job, work, cost=cost, deadline=work.deadline)
         except QueueFull as full:
@@ -216,6 +234,9 @@ class Engine:
 
     def put_first(self, work: Any) -> None:
         """Put work back that was taken out but not done: it keeps its turn, and waits no longer than its deadline."""
+        if self.guard.refusing:
+            work.fail(pack_error(self.guard.refusal()))
+            return
         work.ticket = self.queue.push_front(work, deadline=work.deadline)
         self.pump()
 
@@ -226,17 +247,24 @@ class Engine:
 
     def pump(self) -> None:
         """Bring waiting work and free connections together. Cheap, and called whenever either may have changed."""
-        if self._pumping:
+        connections = self.connections
+        if self._pumping or self.guard.refusing:
             return
         self._pumping = True
         try:
-            while len(self.queue) and (connection := self.connections.take_idle()) is not None:
+            room = self.guard.room(connections.budget, self.now())
+            while (
+                len(self.queue)
+                and connections.total - connections.idle < room
+                and (connection := connections.take_idle()) is not None
+            ):
                 work = self.queue.pop(self.now())
                 if work is None:
                     self.connections.put_back(connection)
                     break
                 self._background(self._lane(connection, work))
-            wanted = len(self.queue) - self.connections.opening
+            wanted = max(len(self.queue) - connections.opening, connections.missing)
+            wanted = min(wanted, room - connections.slots)
             if self._connect_failures:
                 # The last attempt failed: one at a time, and not at once.
                 wanted = min(wanted, 1) if self.connections.opening == 0 and self._may_connect() else 0
@@ -248,7 +276,7 @@ class Engine:
 
     def _may_connect(self) -> bool:
         # With no connection at all, a caller is owed an attempt: it must learn what is wrong now.
-        return self.now() >= self._connect_again_at or self.connections.total == 0
+        return self.now() >= self._connect_again_at or (self.connections.total == 0 and len(self.queue) > 0)
 
     async def _open_lane(self, opening: Awaitable[ServerConnection]) -> None:
         try:
@@ -259,8 +287,7 @@ class Engine:
             self._connect_again_at = self.now() + delay
             if self.connections.total == 0:
                 self._fail_waiting(pack_error(error))
-            else:
-                self._loop.call_later(delay, self.pump)
+            self._loop.call_later(delay, self.pump)
             return
         self._connect_failures = 0
         self._connect_backoff.reset()
@@ -296,9 +323,11 @@ class Engine:
         self.connections.put_back(connection)
 
     async def _cleaned(self, connection: ServerConnection) -> bool:
+        token, started = self.guard.token, self.now()
         try:
             await connection.reset()
-        except ConnectionLost:
+        except ConnectionLost as lost:
+            self.guard.lost(token, started, lost)
             self.connections.drop(connection)
         except Exception:
             logger.warning("pool %s: a session could not be reset, its connection is replaced", self.config.name)
@@ -325,41 +354,9 @@ class Engine:
         if clean:
             await self._lane(connection, self.queue.pop(self.now()))
 
-    # --- figures ---
-
     def status(self) -> dict[str, Any]:
-        """What there is and what was done. Times in milliseconds; a quantile of nothing is NaN."""
-        connections = tuple(self.connections)
-        leased = {lease.connection.identifier: lease for lease in self.leases}
-        now = self.now()
-        return {
-            "pooler": self._connector.pooler,
-            "budget": self.connections.budget,
-            "total": self.connections.total,
-            "idle": self.connections.idle,
-            "opening": self.connections.opening,
-            "active": self.connections.total - self.connections.idle,
-            "waiting": len(self.queue),
-            "created": self.connections.created,
-            "recycled": self.connections.recycled,
-            "failed": self.connections.failed,
-            **self.figures.as_dict(),
-            "last_error": str(self.connections.last_error) if self.connections.last_error else None,
-            "connections": {
-                c.identifier: {
-                    "health_score": c.health,
-                    "active_queries": int(c.busy),
-                    "last_used": now - c.last_used,
-                    "age": now - c.opened_at,
-                    "statements": c.used,
-                    "backend_pid": c.pid,
-                    "lease": None
-                    if (lease := leased.get(c.identifier)) is None
-                    else {**lease.owner, "age": now - lease.since},
-                }
-                for c in connections
-            },
-        }
+        """What there is and what was done; see :func:`raypg.server.figures.status`."""
+        return status(self)
 
     # --- housekeeping ---
 
@@ -379,7 +376,12 @@ class Engine:
             await asyncio.sleep(EXPIRY_TICK)
             now = self.now()
             self._expire(now)
+            self.guard.tick(now)
+            self._prober.look()
+            self.connections.drop_dead()
             if now < next_round:
+                if self.connections.missing > 0 or self.guard.machine.load(now) < 1.0:
+                    self.pump()
                 continue
             next_round = now + MAINTENANCE_TICK
             for identity, client in tuple(self._clients.items()):
@@ -389,6 +391,15 @@ class Engine:
                 await self.connections.maintain(now)
             except Exception:
                 logger.exception("pool %s: maintenance of connections failed", self.config.name)
+            self.pump()
+
+    def _breaker_moved(self) -> None:
+        if self.guard.refusing:
+            if len(self.queue):
+                self._fail_waiting(pack_error(self.guard.refusal()))
+        else:
+            self._connect_failures = 0
+            self._connect_backoff.reset()
             self.pump()
 
     def _expire(self, now: float) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ddsketch import DDSketch
+
+if TYPE_CHECKING:
+    from raypg.server.engine import Engine
 
 ACCURACY = 0.01
 """Relative error of quantiles (Masson, Rim and Lee, "DDSketch", 2019)."""
@@ -63,3 +66,39 @@ def _summary(sketch: DDSketch) -> dict[str, float]:
         return {"count": 0, "mean": math.nan, "p50": math.nan, "p95": math.nan, "p99": math.nan}
     quantiles = {f"p{round(q * 100)}": sketch.get_quantile_value(q) or math.nan for q in (0.5, 0.95, 0.99)}
     return {"count": count, "mean": sketch.avg, **quantiles}
+
+
+def status(engine: Engine) -> dict[str, Any]:
+    """What a worker has and has done. Times in milliseconds; a quantile of nothing is NaN."""
+    connections = tuple(engine.connections)
+    leased = {lease.connection.identifier: lease for lease in engine.leases}
+    now = engine.now()
+    return {
+        "pooler": engine.pooler,
+        "circuit_breaker": engine.guard.as_dict(),
+        "budget": engine.connections.budget,
+        "total": engine.connections.total,
+        "idle": engine.connections.idle,
+        "opening": engine.connections.opening,
+        "active": engine.connections.total - engine.connections.idle,
+        "waiting": len(engine.queue),
+        "created": engine.connections.created,
+        "recycled": engine.connections.recycled,
+        "failed": engine.connections.failed,
+        **engine.figures.as_dict(),
+        "last_error": str(engine.connections.last_error) if engine.connections.last_error else None,
+        "connections": {
+            c.identifier: {
+                "health_score": c.health,
+                "active_queries": int(c.busy),
+                "last_used": now - c.last_used,
+                "age": now - c.opened_at,
+                "statements": c.used,
+                "backend_pid": c.pid,
+                "lease": None
+                if (lease := leased.get(c.identifier)) is None
+                else {**lease.owner, "age": now - lease.since},
+            }
+            for c in connections
+        },
+    }

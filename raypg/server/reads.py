@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import asyncpg
 
 from raypg import messages
+from raypg.core import health
 from raypg.core.sql import Verdict
 from raypg.portable import PortableError, pack_error
 from raypg.server.connection import ServerConnection
@@ -102,6 +103,7 @@ class Reads:
         self._attached: list[Statement | None] = list(statements)
         self._first = 0  # the statement whose answer comes next
         self._since = 0.0  # when it began to run, as far as we can know
+        self._token = 0  # the breaker's
         self._lost: BaseException | None = None
 
     def fail(self, error: PortableError) -> None:
@@ -113,7 +115,8 @@ class Reads:
 
     async def serve(self, engine: Engine, connection: ServerConnection) -> ServerConnection | None:
         """Run them all; see :meth:`Work.serve` for what is returned."""
-        self._since = engine.now()
+        self._since = started = engine.now()
+        self._token = engine.guard.token
         engine.figures.together += len(self._attached)
         prepared: list[Prepared] = []
         for statement in self._attached:
@@ -132,6 +135,7 @@ class Reads:
             return connection
         engine.connections.drop(connection)
         lost = ConnectionLost(last_words(self._lost) if self._lost is not None else None)
+        engine.guard.lost(self._token, started, lost)
         # In the order of the queue, of which put_first makes the beginning.
         for index, statement in reversed(tuple(enumerate(self._attached))):
             if statement is None:
@@ -155,6 +159,10 @@ class Reads:
         now = engine.now()
         seconds, self._since = now - self._since, now
         self._first = index + 1
+        if error is None:
+            engine.guard.succeeded(self._token, seconds, now)
+        elif isinstance(error, Exception) and engine.guard.answered(self._token, seconds, now, error):
+            self._connection.health = health.after_error(self._connection.health)
         statement = self._attached[index]
         if statement is None:
             return
