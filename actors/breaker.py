@@ -132,6 +132,7 @@ class BreakerActor:
     def __init__(self) -> None:
         self._incarnation = secrets.token_hex(4)
         self._pools: dict[str, _Pool] = {}
+        self._forgotten = 0  # pools, so far
         self._joined = asyncio.Event()
         self._ticker = asyncio.get_running_loop().create_task(self._tick())
 
@@ -239,8 +240,10 @@ class BreakerActor:
         if known is not None:
             known.changed.set()
             _compat.kv_delete(known.key)
+        self._forgotten += 1
+        forgotten = self._forgotten
         await asyncio.sleep(LINGER)
-        if not self._pools:
+        if not self._pools and self._forgotten == forgotten:
             ray.actor.exit_actor()
 
     async def _find(self, pool: str) -> _Pool | None:

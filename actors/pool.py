@@ -13,6 +13,7 @@ process is new is granted nothing until the backends of its predecessor are gone
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import math
@@ -42,6 +43,9 @@ START_TIMEOUT = 60.0
 
 PING_EVERY = 1.0
 """Seconds between pings; also the longest a ping may take."""
+
+BREAKER_WITHIN = 5.0
+"""Seconds that a start waits for the Breaker to have heard of the workers."""
 
 LOST_AFTER = 4
 """Pings in a row that a worker may miss before it counts as lost."""
@@ -239,7 +243,7 @@ class PoolActor:
             shares = self._divide(self._config.max_connections, count)
         except RaypgError as error:
             return "error", pack_error(error)
-        cluster.find_or_start_breaker()  # its process starts beside those of the workers
+        breaker = cluster.find_or_start_breaker()  # its process starts beside those of the workers
         for index in range(count):
             self._members.append(self._start_worker(index, nodes[index % len(nodes)], shares[index]))
         here = await asyncio.gather(*(self._ping(member, timeout=START_TIMEOUT) for member in self._members))
@@ -259,6 +263,8 @@ class PoolActor:
         if all(kind == "error" for kind, _ in failures):
             return failures[0]
         self._keeper = asyncio.get_running_loop().create_task(self._keep())
+        with contextlib.suppress(RayActorError, TimeoutError):  # the pool works without it, but nobody could look at it
+            await asyncio.wait_for(breaker.status.remote(self._name), BREAKER_WITHIN)
         return "ok", None
 
     def _start_worker(self, index: int, node: str, budget: int) -> Member:
@@ -301,7 +307,9 @@ class PoolActor:
     async def _ping(self, member: Member, timeout: float = PING_EVERY) -> bool:
         gone, member.gone = member.gone, []
         try:
-            least = sizing.share(self._config.min_connections, member.granted, sum(m.budget for m in self._members))
+            # None before the first are opened: whether that works, `warm_up` is to find out.
+            kept = self._config.min_connections if self._keeper is not None else 0
+            least = sizing.share(kept, member.granted, sum(m.budget for m in self._members))
             ping = member.handle.ping.remote(self._epoch, member.granted, least, gone, len(self._members))
             state = await asyncio.wait_for(ping, timeout)
         except (RayActorError, TimeoutError):

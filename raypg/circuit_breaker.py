@@ -33,8 +33,11 @@ STATUS_WITHIN = 1.0
 COMMAND_WITHIN = 10.0
 """Seconds in which it must have carried out a command; workers have 2 s of them to acknowledge."""
 
-ATTEMPTS = 3
-"""How often it is looked for when it is just being restarted."""
+LISTEN_FOR = 30.0
+"""Seconds in which it must have answered that there is no news; it does so every 10 s."""
+
+AGAIN_AFTER = 0.1
+"""Seconds until it is looked for again, when it is just being restarted."""
 
 Listener = Callable[[State, State, dict[str, Any]], Awaitable[None] | None]
 """Called with the old state, the new one, and the metrics as they were at the change."""
@@ -216,7 +219,7 @@ class PoolCircuitBreaker:
         while self._listeners:
             try:
                 await self._pool._dispatcher()
-                answer = await self._ask("transitions", position, within=None)
+                answer = await self._ask("transitions", position, within=LISTEN_FOR)
             except PoolClosedError:
                 break
             except Exception as error:
@@ -243,27 +246,23 @@ class PoolCircuitBreaker:
 
     # --- inside ---
 
-    async def _ask(self, method: str, *arguments: Any, within: float | None) -> Any:
+    async def _ask(self, method: str, *arguments: Any, within: float) -> Any:
         """Ask the Breaker actor about this pool.
 
         Raises:
             UnavailableError: it does not answer in time.
         """
-        until = None if within is None else time.monotonic() + within
-        for _ in range(ATTEMPTS):
+        until = time.monotonic() + within
+        while (left := until - time.monotonic()) > 0:
             breaker = cluster.find_breaker()
             if breaker is not None:
-                reference = getattr(breaker, method).remote(self._pool.name, *arguments)
-                left = None if until is None else until - time.monotonic()
                 try:
-                    return await asyncio.wait_for(reference, left)
+                    return await asyncio.wait_for(getattr(breaker, method).remote(self._pool.name, *arguments), left)
                 except TimeoutError:
                     break
                 except RayActorError:
                     pass  # the next life of it, which workers start, has to be found anew
-            if until is not None and time.monotonic() > until:
-                break
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(AGAIN_AFTER)
         raise UnavailableError(
             f"the breaker of pool {self._pool.name!r} does not answer; workers decide without it, try again"
         )

@@ -20,6 +20,10 @@ from raypg.actors.worker import application_prefix
 from raypg.embedded import EmbeddedServer
 
 
+NO_BREAKER = {"circuit_breaker_failure_threshold": 1_000_000, "circuit_breaker_error_rate": 1.0}
+"""Settings of a pool whose breaker never opens by itself: for tests of what happens before it does."""
+
+
 def unique_name(prefix: str = "t") -> str:
     """A pool name that no other test uses."""
     return f"{prefix}-{secrets.token_hex(5)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 
@@ -19,7 +20,27 @@ class Proxy:
         """Lose what either side sends, and close nothing."""
         self.late = False
         """What the server sends arrives; that it has closed shows only when the client sends again."""
+        self.accepted = 0
+        """Connections that clients have made so far."""
+        self._refuses: Callable[[bytes], bool] = lambda _: False
+        self._clients: list[tuple[bytes, asyncio.StreamWriter]] = []
         self._tasks: set[asyncio.Task[Any]] = set()
+
+    def cut(self, whom: Callable[[bytes], bool] = lambda _: True) -> None:
+        """Close the connections of some clients, and close those that they make from now on at once.
+
+        Args:
+            whom: told the first bytes that a client sends: without TLS they hold its application_name.
+        """
+        self._refuses = whom
+        for first, writer in self._clients:
+            if whom(first):
+                writer.transport.abort()
+
+    def mend(self) -> None:
+        """Let everybody through again, and lose nothing."""
+        self._refuses = lambda _: False
+        self.frozen = False
 
     async def __aenter__(self) -> Proxy:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
@@ -33,7 +54,15 @@ class Proxy:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.accepted += 1
+        first = await reader.read(65536)
+        if self._refuses(first):
+            writer.close()
+            return
+        self._clients.append((first, writer))
         there, back = await asyncio.open_connection("127.0.0.1", self._target)
+        if not self.frozen:
+            back.write(first)
         spoken = asyncio.Event()
         for copying in (self._copy(reader, back, spoken), self._copy(there, writer, spoken, answers=True)):
             self._tasks.add(asyncio.create_task(copying))

@@ -174,8 +174,8 @@ class Quorum:
         config = machine.config
         calls, failed = (sum(getattr(m.window, what) for m in sick) for what in ("calls", "failed"))
         if all(member.state != CLOSED for member in sick):
-            every = "its worker" if len(sick) == 1 else f"all {len(sick)} workers"
-            machine.trip(f"{every} gave up: {latest.cause}", now)
+            all_of_them = "" if len(sick) == 1 else f"all {len(sick)} workers gave up, the last with "
+            machine.trip(f"{all_of_them}{latest.cause}", now)
         elif machine.consecutive_failures >= config.failure_threshold:
             machine.trip(f"{machine.consecutive_failures} failures in a row over all workers: {latest.cause}", now)
         elif calls >= config.minimum_calls and failed > config.error_rate * calls:

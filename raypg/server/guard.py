@@ -55,6 +55,7 @@ class Guard:
         self._moved = moved
         self._order: Order | None = None
         self._retry_at = math.inf  # what the last order said of it
+        self._probed_for = 0  # the epoch in which the Breaker asked for probes last
         self._lost_at = -math.inf
         self._connects_fail = False
         self._absent = False
@@ -182,8 +183,10 @@ class Guard:
             if held:
                 machine.force_close(order.reason, now)
             if order.state == HALF_OPEN:
-                machine.trip(order.reason, now)
-                machine.probe(order.reason, now)
+                if self._probed_for != order.epoch:  # it says so until it has heard what came of it
+                    self._probed_for = order.epoch
+                    machine.trip(order.reason, now)
+                    machine.probe(order.reason, now)
             else:
                 machine.trip(order.reason, now, (order.retry_after or 0.0) + SILENCE)
         self._note()
@@ -191,6 +194,7 @@ class Guard:
     def forget_order(self) -> None:
         """The Breaker is a new one: its epochs begin anew."""
         self._order = None
+        self._probed_for = 0
 
     def report(self) -> Report:
         """What there is to tell the Breaker since the last report."""
@@ -214,7 +218,7 @@ class Guard:
             int(rejected),
             seconds,
             machine.consecutive_failures,
-            machine.last_cause if failures else "",
+            "" if not failures else machine.reason if machine.state == OPEN else machine.last_cause,
             self._absent,
         )
 

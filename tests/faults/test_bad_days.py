@@ -378,7 +378,9 @@ async def test_the_server_restarted_under_load(ray_cluster: Any, how: str) -> No
         direct = await asyncpg.connect(**server.parameters)
         await direct.execute("create table ledger (id int)")
         await direct.close()
-        async with own_pool(server, max_connections=4, connect_timeout=3.0) as pool:
+        # The breaker opens, and must not keep out longer than it was told to.
+        settings = {"connect_timeout": 3.0, "circuit_breaker_recovery_timeout": 0.5, "circuit_breaker_ramp": 0.5}
+        async with own_pool(server, max_connections=4, **settings) as pool:
             running = True
             results: dict[int, Any] = {}
             numbers = iter(range(10**9))

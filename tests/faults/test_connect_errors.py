@@ -13,7 +13,7 @@ from typing import Any
 import asyncpg
 import pytest
 import ray
-from pools import own_pool, unique_name
+from pools import NO_BREAKER, own_pool, unique_name
 from proxy import Proxy
 from waiting import eventually
 
@@ -236,7 +236,7 @@ async def test_a_stopped_server_fails_calls_fast_and_a_started_one_serves_them(r
 
 
 async def _down_and_up(server: EmbeddedServer, mode: Any) -> None:
-    async with own_pool(server, max_connections=4, connect_timeout=CONNECT_TIMEOUT) as pool:
+    async with own_pool(server, max_connections=4, connect_timeout=CONNECT_TIMEOUT, **NO_BREAKER) as pool:
         assert await pool.fetchval("select 1") == 1
         await asyncio.to_thread(server.stop, mode)
         for _ in range(3):

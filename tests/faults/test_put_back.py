@@ -9,7 +9,7 @@ from typing import Any
 
 import asyncpg
 import pytest
-from pools import own_pool
+from pools import NO_BREAKER, own_pool
 from waiting import eventually
 
 from raypg import PoolExhaustedError, QueryPipelineNode, WorkflowConnectionPool
@@ -26,7 +26,7 @@ async def closable(
     """A pool of two connections on a database of its own, whose name is the schema's."""
     await direct.execute(f"create database {schema}")
     try:
-        settings = {"database": schema, "max_connections": 2, "acquire_timeout": 2.0}
+        settings = {"database": schema, "max_connections": 2, "acquire_timeout": 2.0, **NO_BREAKER}
         async with own_pool(pg, **settings) as pool:
             yield pool
     finally:

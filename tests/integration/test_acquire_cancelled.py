@@ -164,7 +164,7 @@ async def worker(pg: EmbeddedServer) -> AsyncIterator[PoolWorker]:
     """A worker of two connections."""
     config = from_kwargs(name="p", environ={}, **pg.parameters, acquire_timeout=5.0)
     worker = PoolWorker("p", 0, "cluster", config.to_dict())
-    await worker.ping(1, 2, [])
+    await worker.ping(1, 2, 0, [], 1)
     yield worker
     await worker.close("the test is over")
 

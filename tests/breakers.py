@@ -1,0 +1,60 @@
+"""Looking at a pool's circuit breaker in tests."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from waiting import eventually
+
+from raypg import UnavailableError, WorkflowConnectionPool
+
+
+async def becomes(pool: WorkflowConnectionPool, state: str, timeout: float = 15.0) -> float:
+    """Wait until the breaker of *pool* is in *state*; the seconds that took."""
+    started = time.monotonic()
+
+    async def is_so() -> bool:
+        try:
+            return bool((await pool.circuit_breaker.status())["state"] == state)
+        except UnavailableError:
+            return False  # the Breaker is just being restarted
+
+    await eventually(is_so, timeout=timeout, what=f"the breaker of {pool.name} becomes {state}")
+    return time.monotonic() - started
+
+
+async def transitions(pool: WorkflowConnectionPool) -> list[tuple[str, str]]:
+    """(from, to) of the last transitions."""
+    status = await pool.circuit_breaker.status()
+    return [(change["from"], change["to"]) for change in status["state_transitions"]]
+
+
+@contextlib.asynccontextmanager
+async def callers(
+    pool: WorkflowConnectionPool, count: int, sql: str = "select 1", **options: Any
+) -> AsyncIterator[list[tuple[float, float, BaseException | None]]]:
+    """*count* coroutines that run *sql* again and again; gives (begun, answered, error) of every call."""
+    calls: list[tuple[float, float, BaseException | None]] = []
+    running = True
+
+    async def call() -> None:
+        while running:
+            begun = time.monotonic()
+            error: BaseException | None = None
+            try:
+                await pool.fetchval(sql, **options)
+            except Exception as raised:
+                error = raised
+            calls.append((begun, time.monotonic(), error))
+            await asyncio.sleep(0.02)
+
+    tasks = [asyncio.create_task(call()) for _ in range(count)]
+    try:
+        yield calls
+    finally:
+        running = False
+        await asyncio.gather(*tasks)
