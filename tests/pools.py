@@ -19,7 +19,6 @@ from raypg._compat import cluster_id
 from raypg.actors.worker import application_prefix
 from raypg.embedded import EmbeddedServer
 
-
 NO_BREAKER = {"circuit_breaker_failure_threshold": 1_000_000, "circuit_breaker_error_rate": 1.0}
 """Settings of a pool whose breaker never opens by itself: for tests of what happens before it does."""
 
