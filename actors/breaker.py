@@ -28,8 +28,8 @@ from ray.actor import ActorHandle
 
 from raypg import _compat
 from raypg.actors.worker import Answer
+from raypg.breaker_status import describe, describe_transitions
 from raypg.core.breaker import DISABLED, BreakerConfig, Transition
-from raypg.core.breaker_status import describe, describe_transitions
 from raypg.core.quorum import Order, Quorum, Report
 from raypg.errors import UnavailableError
 from raypg.portable import pack_error

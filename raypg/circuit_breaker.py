@@ -15,9 +15,9 @@ import ray
 from ray.exceptions import RayActorError
 
 from raypg import background, cluster
+from raypg.breaker_status import describe
 from raypg.config import PoolConfig
 from raypg.core.breaker import State
-from raypg.core.breaker_status import describe
 from raypg.core.quorum import Quorum
 from raypg.errors import ConfigError, PoolClosedError, UnavailableError
 from raypg.portable import unpack_error

@@ -197,9 +197,7 @@ async def test_a_bad_request_says_what_is_wrong(pool: WorkflowConnectionPool, re
         assert word in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "operation", ["get_comprehensive_status", "export_metrics", "start_monitoring", "stop_monitoring"]
-)
+@pytest.mark.parametrize("operation", ["export_metrics", "start_monitoring", "stop_monitoring"])
 async def test_what_is_not_there_yet_does_not_pretend(pool: WorkflowConnectionPool, operation: str) -> None:
     with pytest.raises(NotImplementedError, match=operation):
         await pool.process({"operation": operation})

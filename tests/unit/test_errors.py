@@ -27,6 +27,7 @@ SAMPLES: dict[str, errors.RaypgError] = {
         errors.PoolVersionError("main", {"ray": ("2.60", "2.61")}),
         errors.UnavailableError("now"),
         errors.PoolClosedError("closed"),
+        errors.CircuitBreakerError("main", "open", "5 failures in a row", 12.5, True),
         errors.PoolExhaustedError("main", 1.5, 10, 20, 4, "full"),
         errors.ConnectError("refused", "authentication_failed", "28P01"),
         errors.ConnectionLostError("lost"),
@@ -76,7 +77,14 @@ def test_it_survives_pickle_copy_and_our_messages(name: str) -> None:
 @pytest.mark.parametrize("name", SAMPLES)
 def test_its_classes_say_how_to_handle_it(name: str) -> None:
     error = SAMPLES[name]
-    unavailable = {"UnavailableError", "PoolClosedError", "PoolExhaustedError", "ConnectError", "ConnectionLostError"}
+    unavailable = {
+        "UnavailableError",
+        "CircuitBreakerError",
+        "PoolClosedError",
+        "PoolExhaustedError",
+        "ConnectError",
+        "ConnectionLostError",
+    }
     assert isinstance(error, errors.UnavailableError) == (name in unavailable)
     assert isinstance(error, TimeoutError) == (name in {"PoolExhaustedError", "QueryTimeoutError"})
     assert isinstance(error, ConnectionError) == (name in {"ConnectError", "ConnectionLostError"})

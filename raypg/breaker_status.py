@@ -1,6 +1,6 @@
 """How a pool's breaker is shown to people: plain data, times as ISO 8601 in UTC.
 
-Pure: the wall clock is passed in beside the monotonic one that the breaker runs by.
+The wall clock is passed in beside the monotonic one that the breaker runs by.
 """
 
 from __future__ import annotations
