@@ -57,6 +57,7 @@ format: setup ## Bring the sources into the common format
 	$(VENV)/bin/ruff format .
 
 bench: setup ## Run the benchmarks
+	@PYTHONWARNINGS=ignore $(VENV)/bin/pip install --quiet --disable-pip-version-check --use-pep517 -e '.[bench]'
 	@shopt -s nullglob; files=(benchmarks/bench_*.py); \
 	if [ $${#files[@]} -eq 0 ]; then echo "benchmarks/ holds no bench_*.py"; exit 1; fi; \
 	for file in "$${files[@]}"; do echo "== $$file"; $(VENV)/bin/python "$$file" $(ARGS) || exit 1; done

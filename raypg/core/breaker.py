@@ -114,11 +114,11 @@ class CircuitBreaker:
         "_recovery",
         "_retry_at",
         "_slow",
+        "_successes_before",
         "_until",
         "_window",
         "config",
         "consecutive_failures",
-        "consecutive_successes",
         "epoch",
         "failed_calls",
         "forced",
@@ -150,7 +150,8 @@ class CircuitBreaker:
         self._ramp_from = -math.inf
         self._probes = self._probes_passed = 0
         self._slow = math.inf
-        self.consecutive_failures = self.consecutive_successes = 0
+        self.consecutive_failures = 0
+        self._successes_before = 0  # successful calls until the last failure or transition
         self.configure(config, now)
 
     def configure(self, config: BreakerConfig, now: float) -> None:
@@ -191,21 +192,20 @@ class CircuitBreaker:
             self.successful_calls += 1
             self.total_seconds += seconds
             self.consecutive_failures = 0
-            self.consecutive_successes += 1
-            if self.state == DISABLED:
-                return
             window = self._window
-            if seconds >= self._slow:
+            if seconds < self._slow:
+                if now < window.end:
+                    window.good += 1
+                else:
+                    window.add(now, 0, 0)
+            else:
                 self.slow_calls += 1
                 window.add(now, 0, 1)
-            else:
-                window.add(now, 0, 0)
-            if window.failed or window.slow:
+            if (window.failed or window.slow) and self.state != DISABLED:
                 self._judge(now)
         elif token == -self.epoch:
             self.successful_calls += 1
             self.total_seconds += seconds
-            self.consecutive_successes += 1
             self._probes_passed += 1
             if self._probes_passed >= self.config.half_open_probes:
                 self._close(now, f"{self._probes_passed} probes succeeded", ramp=True)
@@ -226,7 +226,7 @@ class CircuitBreaker:
             self.failed_calls += 1
             self.total_seconds += seconds
             self.consecutive_failures += 1
-            self.consecutive_successes = 0
+            self._successes_before = self.successful_calls
             self.last_cause = cause
             if self.state == DISABLED:
                 return
@@ -241,7 +241,7 @@ class CircuitBreaker:
             self.failed_calls += 1
             self.total_seconds += seconds
             self.consecutive_failures += 1
-            self.consecutive_successes = 0
+            self._successes_before = self.successful_calls
             self.last_cause = cause
             self._open(now, f"a probe failed: {cause}", grow=not absent)
         elif token:
@@ -274,6 +274,7 @@ class CircuitBreaker:
                 self._unforce()
                 self._close(now, "the time of force_open is over", ramp=True)
             return
+        self._window.advance(now)
         if self.state == OPEN and now >= self._retry_at:
             self._half_open(now, "the recovery timeout has passed: probing")
         elif self.state == CLOSED and self._recovery > self.config.recovery_timeout and self.load(now) >= 1.0:
@@ -332,6 +333,7 @@ class CircuitBreaker:
         """As new: closed, and the totals at 0. The transitions stay."""
         self.force_close("reset", now)
         self.successful_calls = self.failed_calls = self.rejected_calls = self.slow_calls = self.late_calls = 0
+        self._successes_before = 0
         self.total_seconds = 0.0
 
     def trip(self, reason: str, now: float, retry_after: float | None = None) -> None:
@@ -403,7 +405,7 @@ class CircuitBreaker:
         self.epoch += 1
         self._probes = self._probes_passed = 0
         self._window.clear(now)
-        self.consecutive_successes = 0
+        self._successes_before = self.successful_calls
 
     # --- what is known ---
 
@@ -427,7 +429,7 @@ class CircuitBreaker:
             "slow_call_rate": window.slow / calls if calls else 0.0,
             "avg_call_duration": self.total_seconds / done if done else math.nan,
             "consecutive_failures": self.consecutive_failures,
-            "consecutive_successes": self.consecutive_successes,
+            "consecutive_successes": self.successful_calls - self._successes_before,
             "window_calls": calls,
         }
 

@@ -21,10 +21,13 @@ class RateWindow:
         now: the time.
 
     Attributes:
-        calls, failed, slow: counts in the window, as of the last :meth:`add` or :meth:`advance`.
+        failed, slow: counts in the window, as of the last :meth:`add` or :meth:`advance`.
+        good: good calls that the caller has added itself, before ``end``: ``window.good += 1`` is the quickest way to
+            count the call that nearly all are.
+        end: the time from which :meth:`add` has to be called instead.
     """
 
-    __slots__ = ("_calls", "_end", "_failed", "_index", "_slow", "_width", "calls", "failed", "slow")
+    __slots__ = ("_calls", "_failed", "_index", "_known", "_slow", "_width", "end", "failed", "good", "slow")
 
     def __init__(self, seconds: float, now: float) -> None:
         self._width = seconds / BUCKETS
@@ -32,16 +35,21 @@ class RateWindow:
         self._failed = [0] * BUCKETS
         self._slow = [0] * BUCKETS
         self._index = 0
-        self._end = now + self._width
-        self.calls = self.failed = self.slow = 0
+        self.end = now + self._width
+        self._known = self.good = self.failed = self.slow = 0
+
+    @property
+    def calls(self) -> int:
+        """All calls in the window."""
+        return self._known + self.good
 
     def add(self, now: float, failed: int, slow: int, calls: int = 1) -> None:
         """Count *calls*, of which so many *failed* and so many were *slow*."""
-        if now >= self._end:
+        if now >= self.end:
             self.advance(now)
         index = self._index
         self._calls[index] += calls
-        self.calls += calls
+        self._known += calls
         if failed:
             self._failed[index] += failed
             self.failed += failed
@@ -51,15 +59,18 @@ class RateWindow:
 
     def advance(self, now: float) -> None:
         """Forget what is older than the window."""
-        if now < self._end:
+        if now < self.end:
             return
-        steps = math.floor((now - self._end) / self._width) + 1
-        self._end += steps * self._width
-        if self._end <= now:  # rounding
-            self._end = now + self._width
+        self._calls[self._index] += self.good
+        self._known += self.good
+        self.good = 0
+        steps = math.floor((now - self.end) / self._width) + 1
+        self.end += steps * self._width
+        if self.end <= now:  # rounding
+            self.end = now + self._width
         for _ in range(min(steps, BUCKETS)):
             self._index = index = (self._index + 1) % BUCKETS
-            self.calls -= self._calls[index]
+            self._known -= self._calls[index]
             self.failed -= self._failed[index]
             self.slow -= self._slow[index]
             self._calls[index] = self._failed[index] = self._slow[index] = 0
@@ -70,5 +81,5 @@ class RateWindow:
             self._calls = [0] * BUCKETS
             self._failed = [0] * BUCKETS
             self._slow = [0] * BUCKETS
-            self.calls = self.failed = self.slow = 0
-        self._end = now + self._width
+            self._known = self.good = self.failed = self.slow = 0
+        self.end = now + self._width
