@@ -159,13 +159,17 @@ class Reads:
         now = engine.now()
         seconds, self._since = now - self._since, now
         self._first = index + 1
+        statement = self._attached[index]
+        if statement is not None:
+            self._finish(statement, result, error, seconds)
         if error is None:
             engine.guard.succeeded(self._token, seconds, now)
         elif isinstance(error, Exception) and engine.guard.answered(self._token, seconds, now, error):
             self._connection.health = health.after_error(self._connection.health)
-        statement = self._attached[index]
-        if statement is None:
-            return
+
+    def _finish(self, statement: Statement, result: Any, error: BaseException | None, seconds: float) -> None:
+        """Tell the caller of *statement*."""
+        engine = self._engine
         engine.pace.note(statement.sql, seconds)
         self._detach(statement)
         if isinstance(error, _OUT_OF_DATE):

@@ -90,9 +90,10 @@ class Oracle:
         failures, slow_ones = sum(call[1] for call in window), sum(call[2] for call in window)
         if self.state == DISABLED:
             return
-        if (failed and self.in_a_row >= CONFIG.failure_threshold) or (len(window) >= CONFIG.minimum_calls and (
-            failures > CONFIG.error_rate * len(window) or slow_ones > CONFIG.slow_call_rate * len(window)
-        )):
+        if (failed and self.in_a_row >= CONFIG.failure_threshold) or (
+            len(window) >= CONFIG.minimum_calls
+            and (failures > CONFIG.error_rate * len(window) or slow_ones > CONFIG.slow_call_rate * len(window))
+        ):
             self.open(now)
 
 
