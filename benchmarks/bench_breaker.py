@@ -1,8 +1,8 @@
 """What the circuit breaker costs: a call that is permitted and succeeds, beside two others; and its part of a read.
 
 The others are asked in their own words and cheapest way: pybreaker by ``breaker.call`` of a function that does
-nothing, purgatory by ``async with`` of a breaker that was fetched once, around nothing. raypg's is what a worker does for
-each statement: read the token, take two times, say how it ended.
+nothing, purgatory by ``async with`` of a breaker that was fetched once, around nothing. raypg's is what a worker does
+for each statement: ask for a token, take two times, say how it ended.
 """
 
 from __future__ import annotations
