@@ -7,10 +7,14 @@ import pytest
 
 from raypg.core.sqlstate import (
     CLASSES,
+    CODES,
     bisection_kind,
+    breaker_verdict,
     error_category,
     is_rerun_whole_group,
     is_row_error,
+    is_transient,
+    meaning,
     outcome,
     read_may_be_retried,
     stops_bisection,
@@ -31,7 +35,10 @@ def test_every_code_that_asyncpg_knows_is_of_a_known_class() -> None:
 
 
 def test_the_table_is_of_classes() -> None:
-    assert all(len(name) == 2 and name == name.upper() and text for name, text in CLASSES.items())
+    assert all(len(code) == 2 and code == code.upper() and entry.name for code, entry in CLASSES.items())
+    assert all(len(code) == 5 and code[:2] in CLASSES for code in CODES)
+    # Where an entry would say the same as its class there is none.
+    assert [code for code, entry in CODES.items() if entry[1:] == CLASSES[code[:2]][1:]] == []
 
 
 @pytest.mark.parametrize("code", ASYNCPG_CODES)
@@ -175,3 +182,36 @@ def test_what_was_never_sent_did_nothing() -> None:
 def test_which_reads_may_be_sent_again(code: str | None, severity: str | None, lost: bool, retry: bool) -> None:
     assert read_may_be_retried(code, severity=severity, connection_lost=lost) is retry
     assert read_may_be_retried(code, severity=severity, connection_lost=lost, sent=False) is True
+
+
+# --- the breaker -----------------------------------------------------------------------------------------------------
+
+TROUBLE = {"53100", "53200", "58030", "XX001", "XX002"}
+ON_PURPOSE = {"25P03", "25P04", "57P05", "57014", "57P01"}
+
+
+@pytest.mark.parametrize("code", ASYNCPG_CODES)
+def test_what_each_code_is_to_the_breaker(code: str) -> None:
+    alive = breaker_verdict(code, severity="ERROR", connection_alive=True)
+    assert alive == ("trip" if code in TROUBLE else "ignore")
+    assert breaker_verdict(code, severity="FATAL", connection_alive=False, connecting=True) == "trip"
+    for severity in ("FATAL", "PANIC"):
+        ended = breaker_verdict(code, severity=severity, connection_alive=False)
+        assert ended == ("ignore" if code in ON_PURPOSE else "trip")
+    assert meaning(code).name
+
+
+def test_a_connection_that_ended_without_a_word_is_a_failure() -> None:
+    assert breaker_verdict(None, severity=None, connection_alive=False) == "trip"
+    assert breaker_verdict(None, severity=None, connection_alive=True) == "ignore"
+
+
+@pytest.mark.parametrize("code", ["08000", "08006", "08P01", "26000", "53400", "57P02", "P0001", "ZZ999"])
+def test_what_anybody_may_raise_says_nothing_of_the_server(code: str) -> None:
+    """RAISE, dblink and foreign data wrappers bring codes of connections that are not ours."""
+    assert breaker_verdict(code, severity="ERROR", connection_alive=True) == "ignore"
+
+
+def test_what_may_succeed_by_itself_a_little_later() -> None:
+    assert all(map(is_transient, ["40001", "40P01", "53100", "53300", "55P03", "57P01", "57P03", "08006", None]))
+    assert not any(map(is_transient, ["22012", "23505", "25006", "28P01", "3D000", "42601", "57014", "57P02", "XX001"]))
