@@ -84,6 +84,37 @@ async def test_strategies_of_the_breaker_are_settings_of_the_pool(name: str) -> 
     assert {key: getattr(pool._config, key) for key in settings} == settings
 
 
+async def test_manual_control_of_the_breaker(
+    main_pool: WorkflowConnectionPool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = await run("05_manual_control", pool=main_pool)
+    assert capsys.readouterr().out == "State: closed\nFailures: 0\n"
+    reasons = [change["reason"] for change in names["status"]["state_transitions"]]
+    assert reasons == ["Database maintenance", "Maintenance complete"]
+
+
+async def test_while_the_circuit_is_open_the_caller_of_the_guide_is_told(
+    main_pool: WorkflowConnectionPool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first block's `except CircuitBreakerError`, with the pool of that name held open."""
+    handle = WorkflowConnectionPool(
+        name="protected_pool",
+        circuit_breaker_failure_threshold=5,
+        circuit_breaker_recovery_timeout=60,
+        circuit_breaker_error_rate=0.5,
+    )
+    await handle.circuit_breaker.force_open("Database maintenance")
+    try:
+        with caplog.at_level(logging.ERROR):
+            supplied = {"logger": logging.getLogger("guide"), "CircuitBreakerError": raypg.CircuitBreakerError}
+            names = await run("01_circuit_breaker", **supplied)
+        assert "result" not in names
+        assert "Database unavailable" in caplog.text
+        assert "Database maintenance" in caplog.text
+    finally:
+        await handle.close()
+
+
 @dataclass
 class Record:
     timestamp: datetime
