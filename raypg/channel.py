@@ -135,7 +135,7 @@ class Channel:
 
     def send(self, call: Call) -> None:
         """Send *call* with the next message."""
-        call.channel = self
+        call.channel, call.number = self, -1  # what it was on another line must not be cancelled on this one
         self.open += 1
         self._pending.append(call)
         self._send_soon()

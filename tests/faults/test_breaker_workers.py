@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -103,6 +104,26 @@ async def test_both_cut_off_open_it_for_all(pair: tuple[WorkflowConnectionPool, 
             return all(worker["state"] == "closed" for worker in (await workers(pool)).values())
 
         await eventually(all_well)
+
+
+async def test_all_callers_fail_fast_when_the_server_dies_under_three_workers(ray_cluster: Any) -> None:
+    with wheel_server() as server:
+        async with own_pool(server, max_connections=10, workers=3, circuit_breaker_recovery_timeout=RECOVERY) as pool:
+            async with callers(pool, 600) as calls:
+                await eventually(lambda: len(calls) > 2000, timeout=20)
+                opened: list[float] = []
+                await pool.circuit_breaker.add_listener(lambda old, new, _: opened.append(time.monotonic()))
+                await asyncio.to_thread(server.kill)
+                await eventually(lambda: opened)
+                since = opened[0]
+                await eventually(lambda: sum(begun > since for begun, _, _ in calls) > 1200, timeout=20)
+            waits = sorted(end - max(begun, since) for begun, end, _ in calls if end > since)
+            late = waits[len(waits) * 99 // 100]
+            print(f"{len(waits)} calls that ended after the opening: p99 {late * 1000:.0f} ms after it")
+            assert late < 0.25
+            assert all(error is None or isinstance(error, UnavailableError) for _, _, error in calls)
+            await asyncio.to_thread(server.start)
+            assert await becomes(pool, "closed") <= RECOVERY + 1
 
 
 async def kill_breaker() -> None:
