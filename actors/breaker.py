@@ -5,7 +5,7 @@ Its messages:
 - ``join``, ``report``: a worker says that it is there, and what it has seen; the answer is what it must do.
 - ``command``: somebody forces the breaker open or closed, disables or enables it.
 - ``status``, ``transitions``: how things stand, and what has changed.
-- ``forget``: a pool has ended.
+- ``forget``, ``rest``: a pool has ended.
 
 Its decisions are made in :mod:`raypg.core.quorum`. Orders are pushed to the workers the moment they change. It keeps
 nothing that it cannot learn again from the workers, but for what was forced by hand, which is in Ray's key-value store.
@@ -35,6 +35,9 @@ from raypg.errors import UnavailableError
 from raypg.portable import pack_error
 
 logger = logging.getLogger(__name__)
+
+DEAD_AFTER = 60.0
+"""Seconds without a word from any worker after which a pool is forgotten."""
 
 TICK = 0.05
 """Seconds between two looks at the clock while a pool is not closed."""
@@ -235,12 +238,15 @@ class BreakerActor:
     # --- inside ---
 
     async def forget(self, pool: str) -> None:
-        """*pool* has ended. With the last one this actor ends, after a while."""
+        """*pool* has ended, and what was forced on it with it."""
         known = self._pools.pop(pool, None)
         if known is not None:
             known.changed.set()
             _compat.kv_delete(known.key)
         self._forgotten += 1
+
+    async def rest(self) -> None:
+        """A pool has ended: end too, if it was the last one, and no other begins soon."""
         forgotten = self._forgotten
         await asyncio.sleep(LINGER)
         if not self._pools and self._forgotten == forgotten:
@@ -265,6 +271,8 @@ class BreakerActor:
                     if forced and not pool.quorum.machine.forced:
                         pool.store(None)  # its time was over
                     pool.push()
+                    if pool.quorum.silence(now) > DEAD_AFTER:
+                        del self._pools[pool.name]  # its workers were ended without a word, or will join again
                 except Exception:
                     logger.exception("breaker of pool %s: internal error", pool.name)
 

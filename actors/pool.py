@@ -225,7 +225,9 @@ class PoolActor:
             for handle in handles:
                 ray.kill(handle)
             if (breaker := cluster.find_breaker()) is not None:
-                breaker.forget.remote(self._name)
+                with contextlib.suppress(RayActorError, TimeoutError):
+                    await asyncio.wait_for(breaker.forget.remote(self._name), PING_EVERY)
+                breaker.rest.remote()
             _compat.kv_delete(self._key)
 
     # --- starting ---

@@ -22,7 +22,7 @@ from raypg.config import PoolConfig
 from raypg.core.nearest import did_you_mean
 from raypg.errors import ConfigError, PoolNotFoundError, RaypgError, UnavailableError
 from raypg.naming import check_pool_name
-from raypg.pool import end
+from raypg.pool import end, get_pool
 from raypg.portable import unpack_error
 
 DEFAULT_POOL = "main_pool"
@@ -144,7 +144,12 @@ async def _figures(name: str) -> dict[str, Any]:
         return {"pool_name": name, "problem": f"its Pool actor did not answer within {ANSWER_WITHIN:g} s"}
     except (RaypgError, ray.exceptions.RayError) as error:
         return {"pool_name": name, "problem": str(error).splitlines()[0]}
-    return {**value, "database": str(PoolConfig.from_dict(greeting["config"]).target), "problem": None}
+    try:
+        breaker = await get_pool(name).circuit_breaker.status()
+    except RaypgError:
+        breaker = None  # it is just being restarted
+    database = str(PoolConfig.from_dict(greeting["config"]).target)
+    return {**value, "database": database, "circuit_breaker": breaker, "problem": None}
 
 
 def _show(console: Console, pool: dict[str, Any]) -> None:
@@ -180,10 +185,26 @@ def _show(console: Console, pool: dict[str, Any]) -> None:
             f"{figures['query_ms']['mean']:.2f}" if figures["query_ms"]["count"] else "-",
         )
     console.print(table)
+    _show_breaker(console, pool["circuit_breaker"])
     for figures in all_figures:
         if figures["last_error"]:
             console.print(f"  [red]last error:[/] {escape(figures['last_error'])}", highlight=False, soft_wrap=True)
     _show_leases(console, all_figures)
+
+
+def _show_breaker(console: Console, breaker: dict[str, Any] | None) -> None:
+    """What is wrong with the circuit breaker; nothing if nothing is."""
+    if breaker is None:
+        console.print("  [yellow]circuit breaker:[/] its actor does not answer", highlight=False)
+        return
+    left = breaker["time_until_recovery"]
+    if breaker["state"] != "closed":
+        until = f"; probes in {left:.0f} s" if left else "; until it is lifted" if breaker["forced"] else ""
+        text = f"{breaker['state'].replace('_', ' ')}{until}: {breaker['reason']}"
+        console.print(f"  [red]circuit breaker:[/] {escape(text)}", highlight=False, soft_wrap=True)
+    isolated = [str(worker) for worker, state in breaker["workers"].items() if state["isolated"]]
+    if isolated:
+        console.print(f"  [red]cut off from the database:[/] worker {', '.join(isolated)}", highlight=False)
 
 
 def _show_leases(console: Console, all_figures: list[dict[str, Any]]) -> None:

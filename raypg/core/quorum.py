@@ -228,6 +228,10 @@ class Quorum:
         elif machine.state == CLOSED:
             self._judge(now)
 
+    def silence(self, now: float) -> float:
+        """Seconds since a worker was last heard of."""
+        return now - max((member.seen for member in self._members.values()), default=now)
+
     # --- what follows ---
 
     def order(self, worker: int, now: float) -> Order:

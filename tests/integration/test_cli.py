@@ -143,6 +143,27 @@ def test_status_names_who_holds_a_lease(command: Command) -> None:
     command.good("down", name)
 
 
+FORCE = """
+import asyncio, sys, ray, raypg
+ray.init(logging_level="ERROR", log_to_driver=False)
+asyncio.run(raypg.get_pool(sys.argv[1]).circuit_breaker.force_open("maintenance until noon"))
+"""
+
+
+def test_status_says_that_the_breaker_is_open_and_why(command: Command) -> None:
+    name = unique_name("cli")
+    command.good("up", name)
+    assert "circuit breaker" not in command.good("status", name)  # nothing is wrong
+    forced = run(sys.executable, "-c", FORCE, name, environment=command.environment)
+    assert forced.returncode == 0, forced.stderr
+    shown = command.good("status", name)
+    (line,) = [line for line in shown.splitlines() if "circuit breaker" in line]
+    assert line.strip() == "circuit breaker: open; until it is lifted: maintenance until noon"
+    (told,) = json.loads(command.good("status", name, "--json"))
+    assert told["circuit_breaker"]["forced_reason"] == "maintenance until noon"
+    command.good("down", name)
+
+
 def test_what_is_wrong_is_said_before_a_cluster_is_looked_for(command: Command) -> None:
     command.environment["RAY_ADDRESS"] = "127.0.0.1:1"
     command.configure("[pools.a]\nmax_conections = 3")
