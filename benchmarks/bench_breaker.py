@@ -7,6 +7,8 @@ for each statement: ask for a token, take two times, say how it ended.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import random
 import statistics
 import time
@@ -18,8 +20,9 @@ import uvloop
 from measure import compare, rate, ratio, report, setting
 from purgatory import AsyncCircuitBreakerFactory
 
-from raypg import naming
-from raypg.core.breaker import BreakerConfig, CircuitBreaker
+from raypg import UnavailableError, WorkflowConnectionPool, naming
+from raypg.core.breaker import CLOSED, OPEN, BreakerConfig, CircuitBreaker
+from raypg.embedded import EmbeddedServer
 
 CALLS = 20_000
 LIMIT_US = 1.0
@@ -110,9 +113,81 @@ async def part_of_a_read() -> None:
         )
 
 
+async def changes_to(pool: WorkflowConnectionPool, state: str) -> asyncio.Future[float]:
+    """When the breaker is in *state* next."""
+    when: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+
+    def changed(_: str, new: str, __: object) -> None:
+        if new == state and not when.done():
+            when.set_result(time.monotonic())
+
+    await pool.circuit_breaker.add_listener(changed)
+    return when
+
+
+async def kill_and_start(server: EmbeddedServer, pool: WorkflowConnectionPool) -> tuple[list[float], float]:
+    """Kill and start *server* under load.
+
+    Returns:
+        (how long after the opening each call ended, sorted; from the server's return to closed), in seconds.
+    """
+    calls: list[tuple[float, float]] = []
+    over = asyncio.Event()
+
+    async def call() -> None:
+        while not over.is_set():
+            begun = time.monotonic()
+            with contextlib.suppress(UnavailableError):
+                await pool.fetchval("SELECT 1")
+            calls.append((begun, time.monotonic()))
+            await asyncio.sleep(0.05)
+
+    tasks = [asyncio.create_task(call()) for _ in range(600)]
+    await asyncio.sleep(1.0)
+    opening = await changes_to(pool, OPEN)
+    await asyncio.to_thread(server.kill)
+    opened = await opening
+    await asyncio.sleep(1.0)
+    over.set()
+    await asyncio.gather(*tasks)
+    closing = await changes_to(pool, CLOSED)
+    await asyncio.to_thread(server.start)
+    started = time.monotonic()
+    closed = await closing
+    pool.circuit_breaker.stop_listening()
+    return sorted(end - max(begun, opened) for begun, end in calls if end > opened), max(0.0, closed - started)
+
+
+async def outage() -> None:
+    """The server is killed under three workers with 200 coroutines each, and comes back."""
+    figures: dict[str, list[float]] = {"p99 of a call, from the opening": [], "closed, from the server's return": []}
+    async with setting() as here:
+        recovery = 2.0
+        pool = WorkflowConnectionPool(
+            name="outage",
+            max_connections=10,
+            workers=3,
+            circuit_breaker_recovery_timeout=recovery,
+            **here.server.parameters,
+        )
+        await pool.process({"operation": "initialize"})
+        for _ in range(5):
+            waits, back = await kill_and_start(here.server, pool)
+            figures["p99 of a call, from the opening"].append(waits[len(waits) * 99 // 100] * 1000)
+            figures["closed, from the server's return"].append(back * 1000)
+        await pool.close()
+    report(
+        "Circuit breaker: the server killed under 3 workers × 200 coroutines",
+        "ms",
+        figures,
+        [f"limits: 250 ms, and recovery_timeout ({recovery:g} s) + 1 s"],
+    )
+
+
 async def main() -> None:
     await permission_and_record()
     await part_of_a_read()
+    await outage()
 
 
 if __name__ == "__main__":

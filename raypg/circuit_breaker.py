@@ -127,13 +127,19 @@ class PoolCircuitBreaker:
         self._check()
         if not self._pool._started:
             return _never_started(self._pool._config)
-        # On another thread: the loop that may run here must not be needed for the answer.
-        future = asyncio.run_coroutine_threadsafe(self._status(), background.loop())
-        try:
-            return future.result(STATUS_WITHIN * 2)
-        except concurrent.futures.TimeoutError:
-            future.cancel()
-            return self._last_known()
+        # Without an event loop, so that any thread may ask, and without ray.get, of which Ray warns in async actors.
+        until = time.monotonic() + STATUS_WITHIN
+        while (left := until - time.monotonic()) > 0:
+            breaker = cluster.find_breaker()
+            if breaker is not None:
+                try:
+                    return self._take(breaker.status.remote(self._pool.name).future().result(left))
+                except concurrent.futures.TimeoutError:
+                    break
+                except RayActorError:
+                    pass  # its next life has to be found anew
+            time.sleep(AGAIN_AFTER)
+        return self._last_known()
 
     async def status(self) -> dict[str, Any]:
         """The same as :meth:`get_status`, for callers who would rather await it."""
@@ -142,9 +148,13 @@ class PoolCircuitBreaker:
 
     async def _status(self) -> dict[str, Any]:
         try:
-            kind, value = await self._ask("status", within=STATUS_WITHIN)
+            answer = await self._ask("status", within=STATUS_WITHIN)
         except UnavailableError:
             return self._last_known()
+        return self._take(answer)
+
+    def _take(self, answer: tuple[str, Any]) -> dict[str, Any]:
+        kind, value = answer
         if kind == "error":
             raise unpack_error(value)
         self._known = value

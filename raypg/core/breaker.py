@@ -234,9 +234,9 @@ class CircuitBreaker:
             self.slow_calls += slow
             self._window.add(now, 1, slow)
             if self.consecutive_failures >= self.config.failure_threshold:
-                self._open(now, f"{self.consecutive_failures} failures in a row, the last: {cause}")
+                self._open(now, f"{self.consecutive_failures} failures in a row, the last: {cause}", grow=not absent)
             else:
-                self._judge(now)
+                self._judge(now, absent)
         elif token == -self.epoch:
             self.failed_calls += 1
             self.total_seconds += seconds
@@ -253,14 +253,15 @@ class CircuitBreaker:
         if token == -self.epoch and self.state == HALF_OPEN:
             self._probes += 1
 
-    def _judge(self, now: float) -> None:
+    def _judge(self, now: float, absent: bool = False) -> None:
         """Open if a rate of the window says so."""
         window, config = self._window, self.config
         calls = window.calls
         if calls < config.minimum_calls:
             return
         if window.failed > config.error_rate * calls:
-            self._open(now, f"{window.failed} of {calls} calls within {config.window:g} s failed: {self.last_cause}")
+            reason = f"{window.failed} of {calls} calls within {config.window:g} s failed: {self.last_cause}"
+            self._open(now, reason, grow=not absent)
         elif window.slow > config.slow_call_rate * calls:
             duration = config.slow_call_duration or 0.0
             self._open(now, f"{window.slow} of {calls} calls within {config.window:g} s took {duration:g} s or longer")
@@ -336,13 +337,17 @@ class CircuitBreaker:
         self._successes_before = 0
         self.total_seconds = 0.0
 
-    def trip(self, reason: str, now: float, retry_after: float | None = None) -> None:
-        """Open because of what somebody else has seen; as if it had been seen here. *retry_after* replaces the
-        recovery timeout."""
+    def trip(self, reason: str, now: float, retry_after: float | None = None, absent: bool = False) -> None:
+        """Open because of what somebody else has seen; as if it had been seen here.
+
+        Args:
+            retry_after: replaces the recovery timeout.
+            absent: as in :meth:`failed`.
+        """
         if self.forced or self.state == DISABLED:
             return
         if self.state != OPEN:
-            self._open(now, reason)
+            self._open(now, reason, grow=not absent)
         if retry_after is not None:
             self._retry_at = now + retry_after
 

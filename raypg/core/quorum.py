@@ -171,15 +171,20 @@ class Quorum:
         if len(self._members) < self._expected and now < self._complete_at:
             return
         latest = max(sick, key=lambda member: member.seen)
+        absent = latest.absent
         config = machine.config
         calls, failed = (sum(getattr(m.window, what) for m in sick) for what in ("calls", "failed"))
         if all(member.state != CLOSED for member in sick):
             all_of_them = "" if len(sick) == 1 else f"all {len(sick)} workers gave up, the last with "
-            machine.trip(f"{all_of_them}{latest.cause}", now)
+            machine.trip(f"{all_of_them}{latest.cause}", now, absent=absent)
         elif machine.consecutive_failures >= config.failure_threshold:
-            machine.trip(f"{machine.consecutive_failures} failures in a row over all workers: {latest.cause}", now)
+            machine.trip(
+                f"{machine.consecutive_failures} failures in a row over all workers: {latest.cause}", now, absent=absent
+            )
         elif calls >= config.minimum_calls and failed > config.error_rate * calls:
-            machine.trip(f"{failed} of {calls} calls within {config.window:g} s failed: {latest.cause}", now)
+            machine.trip(
+                f"{failed} of {calls} calls within {config.window:g} s failed: {latest.cause}", now, absent=absent
+            )
 
     def _is_sick(self, member: _Member, now: float) -> bool:
         if member.epoch != self.machine.epoch:
@@ -213,9 +218,8 @@ class Quorum:
             self._probing_since = now
             self._members[self._prober].tried = machine.epoch
         elif voters:
-            cause = max(voters.values(), key=lambda member: member.seen).cause
-            absent = all(member.absent for member in voters.values())
-            machine.reopen(f"no worker reached the server: {cause}", now, absent)
+            latest = max(voters.values(), key=lambda member: member.seen)
+            machine.reopen(f"no worker reached the server: {latest.cause}", now, latest.absent)
 
     def tick(self, now: float) -> None:
         """Let time do its work. To be called often, and before :meth:`order`."""

@@ -212,6 +212,9 @@ def test_it_grows_with_every_failed_probe_up_to_its_bound_and_not_for_a_server_t
     for now in (4.0, 8.0, 12.0):
         fail(machine, now, absent=True)
         assert machine.time_until_recovery(now) == pytest.approx(4.0)
+    succeed(machine, 16.0, 2)
+    fail(machine, 16.5, 3, absent=True)  # a relapse of that kind does not count as one
+    assert machine.time_until_recovery(16.5) == pytest.approx(4.0)
 
 
 def test_jitter_only_shortens_it() -> None:

@@ -82,7 +82,7 @@ class Oracle:
         self.move(OPEN, now)
         self.retry_at = now + self.recovery
 
-    def count(self, now: float, *, failed: bool, slow: bool) -> None:
+    def count(self, now: float, *, failed: bool, slow: bool, absent: bool = False) -> None:
         self.calls.append((self.bucket(now), failed, slow))
         oldest = self.bucket(now) - 9
         window = [call for call in self.calls if call[0] >= oldest]
@@ -94,7 +94,7 @@ class Oracle:
             len(window) >= CONFIG.minimum_calls
             and (failures > CONFIG.error_rate * len(window) or slow_ones > CONFIG.slow_call_rate * len(window))
         ):
-            self.open(now)
+            self.open(now, grow=not absent)
 
 
 class Use(RuleBasedStateMachine):
@@ -143,7 +143,7 @@ class Use(RuleBasedStateMachine):
             self.oracle.in_a_row += 1
             self.oracle.open(self.now, grow=not absent)
         else:
-            self.oracle.count(self.now, failed=True, slow=False)
+            self.oracle.count(self.now, failed=True, slow=False, absent=absent)
 
     @rule(token=consumes(tokens))
     def release(self, token: tuple[int, int]) -> None:
