@@ -9,7 +9,6 @@ from dataclasses import asdict
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
 
 from raypg import _compat, cluster
 from raypg.core.breaker import BreakerConfig
@@ -62,7 +61,7 @@ class BreakerLine:
         while True:
             try:
                 await self._talk(cluster.find_or_start_breaker())
-            except (RayActorError, TimeoutError):
+            except (*_compat.ActorGone, TimeoutError):
                 pass  # it is being restarted: this worker decides alone meanwhile
             except Exception:
                 logger.exception("pool %s: internal error between a worker and the breaker", self._pool)

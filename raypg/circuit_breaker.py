@@ -12,9 +12,8 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import RayActorError
 
-from raypg import background, cluster
+from raypg import _compat, background, cluster
 from raypg.breaker_status import describe
 from raypg.config import PoolConfig
 from raypg.core.breaker import State
@@ -136,7 +135,7 @@ class PoolCircuitBreaker:
                     return self._take(breaker.status.remote(self._pool.name).future().result(left))
                 except concurrent.futures.TimeoutError:
                     break
-                except RayActorError:
+                except _compat.ActorGone:
                     pass  # its next life has to be found anew
             time.sleep(AGAIN_AFTER)
         return self._last_known()
@@ -270,7 +269,7 @@ class PoolCircuitBreaker:
                     return await asyncio.wait_for(getattr(breaker, method).remote(self._pool.name, *arguments), left)
                 except TimeoutError:
                     break
-                except RayActorError:
+                except _compat.ActorGone:
                     pass  # the next life of it, which workers start, has to be found anew
             await asyncio.sleep(AGAIN_AFTER)
         raise UnavailableError(

@@ -97,15 +97,28 @@ class CapWatch:
         """Looks per second."""
         return len(self.counts) / self.seconds
 
-    async def _watch(self, connection: asyncpg.Connection) -> None:
+    async def _watch(self) -> None:
         while True:
-            self.counts.append(len(await backends_of(connection, self._name)))
+            try:
+                self.counts.append(len(await backends_of(self._connection, self._name)))
+            except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+                if not self._connection.is_closed():
+                    raise
+                await self._connect_again()
             await asyncio.sleep(self._every)
+
+    async def _connect_again(self) -> None:
+        """The server was restarted; meanwhile there is nothing to count."""
+        while self._connection.is_closed():
+            try:
+                self._connection = await asyncpg.connect(**self._server.parameters)
+            except (OSError, asyncpg.PostgresError):
+                await asyncio.sleep(self._every)
 
     async def __aenter__(self) -> CapWatch:
         self._connection = await asyncpg.connect(**self._server.parameters)
         self._started = asyncio.get_running_loop().time()
-        self._task = asyncio.create_task(self._watch(self._connection))
+        self._task = asyncio.create_task(self._watch())
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -86,6 +86,7 @@ def status(engine: Engine) -> dict[str, Any]:
         "recycled": engine.connections.recycled,
         "failed": engine.connections.failed,
         **engine.figures.as_dict(),
+        "reclaimed_leases": dict(engine.leases.reclaimed),
         "last_error": str(engine.connections.last_error) if engine.connections.last_error else None,
         "connections": {
             c.identifier: {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections.abc import AsyncIterator
 from typing import Any
@@ -164,7 +165,7 @@ async def worker(pg: EmbeddedServer) -> AsyncIterator[PoolWorker]:
     """A worker of two connections."""
     config = from_kwargs(name="p", environ={}, **pg.parameters, acquire_timeout=5.0)
     worker = PoolWorker("p", 0, "cluster", config.to_dict())
-    await worker.ping(1, 2, 0, [], 1)
+    await worker.ping(1, 2, math.inf, 0, [], 1, 1)
     yield worker
     await worker.close("the test is over")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator
 
 import asyncpg
@@ -20,7 +21,7 @@ async def worker(pg: EmbeddedServer) -> AsyncIterator[PoolWorker]:
     """A worker, without Ray around it, with four connections, that pings in every round of maintenance."""
     config = from_kwargs(name="p", environ={}, **pg.parameters, health_check_interval=0.1)
     worker = PoolWorker("p", 0, "cluster", config.to_dict())
-    await worker.ping(1, 4, 2, [], 1)
+    await worker.ping(1, 4, math.inf, 2, [], 1, 1)
     assert await worker.warm_up(4) == ("ok", None)
     yield worker
     await worker.close("the test is over")
