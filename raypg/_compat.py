@@ -10,6 +10,9 @@ import ray
 from ray.exceptions import ActorDiedError, ActorUnschedulableError, RayActorError
 from ray.experimental import internal_kv
 
+HEAD = "node:__internal_head__"
+"""The resource of which every head node has 1, and no other node any; Ray Serve's controller asks for it too."""
+
 _KV_NAMESPACE = b"raypg"
 
 ActorGone = (RayActorError, ActorUnschedulableError)
