@@ -20,7 +20,7 @@ async def worker(pg: EmbeddedServer) -> AsyncIterator[PoolWorker]:
     """A worker, without Ray around it, with four connections, that pings in every round of maintenance."""
     config = from_kwargs(name="p", environ={}, **pg.parameters, health_check_interval=0.1)
     worker = PoolWorker("p", 0, "cluster", config.to_dict())
-    await worker.ping(1, 4, 0, [], 1)  # as the Pool does: were some to be kept already, they would open beside warm_up's
+    await worker.ping(1, 4, 0, [], 1)  # as the Pool does: any that are to be kept would open beside warm_up's
     assert await worker.warm_up(4) == ("ok", None)
     await worker.ping(1, 4, 2, [], 1)
     assert worker._engine.connections.total == worker._engine.connections.idle == 4
