@@ -84,11 +84,12 @@ class _Pool:
             if left is None or left > 0:
                 machine.force_open(kept["reason"], now, left)
 
-    def store(self, ttl: float | None) -> None:
+    def store(self) -> None:
         machine = self.quorum.machine
         if machine.forced or machine.state == DISABLED:
             what = "open" if machine.forced else "disable"
-            until = None if ttl is None else time.time() + ttl
+            left = machine.time_until_recovery(time.monotonic())
+            until = None if left is None else time.time() + left
             kept = {"what": what, "reason": machine.reason, "until": until}
             _compat.kv_put(self.key, json.dumps(kept).encode())
         else:
@@ -202,7 +203,7 @@ class BreakerActor:
                 "enable": machine.enable,
             }
             commands[what](reason, now)
-        known.store(ttl)
+        known.store()
         sent = known.push()
         done = await asyncio.gather(*(acknowledged for _, acknowledged in sent))
         unreached = [worker for (worker, _), reached in zip(sent, done, strict=True) if not reached]
@@ -269,7 +270,7 @@ class BreakerActor:
                     forced = pool.quorum.machine.forced
                     pool.quorum.tick(now)
                     if forced and not pool.quorum.machine.forced:
-                        pool.store(None)  # its time was over
+                        pool.store()  # its time was over
                     pool.push()
                     if pool.quorum.silence(now) > DEAD_AFTER:
                         del self._pools[pool.name]  # its workers were ended without a word, or will join again

@@ -81,6 +81,7 @@ class Engine:
         self._connect_failures = 0
         self._pumping = False
         self.figures = Figures()
+        self._background(self._keep_time())
         self._background(self._maintain())
 
     @property
@@ -370,20 +371,26 @@ class Engine:
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("pool %s: internal error in a worker", self.config.name, exc_info=error)
 
-    async def _maintain(self) -> None:
-        next_round = 0.0
+    async def _keep_time(self) -> None:
+        """What must happen in time, whatever else is slow or fails: callers who have waited too long are told so."""
         while self.closed is None:
             await asyncio.sleep(EXPIRY_TICK)
             now = self.now()
-            self._expire(now)
-            self.guard.tick(now)
-            self._prober.look()
-            self.connections.drop_dead()
-            if now < next_round:
+            try:
+                self._expire(now)
+                self.guard.tick(now)
+                self._prober.look()
+                self.connections.drop_dead()
                 if self.connections.missing > 0 or self.guard.machine.load(now) < 1.0:
                     self.pump()
-                continue
-            next_round = now + MAINTENANCE_TICK
+            except Exception:
+                logger.exception("pool %s: internal error in a worker", self.config.name)
+
+    async def _maintain(self) -> None:
+        """Look after the connections. A server that is silent holds this up, for as long as pings may take."""
+        while self.closed is None:
+            await asyncio.sleep(MAINTENANCE_TICK)
+            now = self.now()
             for identity, client in tuple(self._clients.items()):
                 if now - client.seen > CLIENT_FORGOTTEN_AFTER and not any(b.open for b in client.batches.values()):
                     del self._clients[identity]

@@ -196,7 +196,8 @@ async def test_what_was_forced_holds_though_the_breaker_and_a_worker_die(
     pair: tuple[WorkflowConnectionPool, Proxy],
 ) -> None:
     pool, _ = pair
-    await pool.circuit_breaker.force_open("maintenance")
+    await pool.circuit_breaker.force_open("maintenance", ttl=300)
+    await pool.circuit_breaker.enable()  # it is not disabled: this changes nothing
     await kill_breaker()
     worker = ray.get_actor(naming.worker_actor(pool.name, 0), namespace=naming.NAMESPACE)
     os.kill(await worker.__ray_call__.remote(lambda self: os.getpid()), signal.SIGKILL)
@@ -208,6 +209,7 @@ async def test_what_was_forced_holds_though_the_breaker_and_a_worker_die(
     await eventually(both_refuse, timeout=30)
     status = await pool.circuit_breaker.status()
     assert (status["state"], status["forced"], status["forced_reason"]) == ("open", True, "maintenance")
+    assert 200 < status["time_until_recovery"] < 300
     for _ in range(20):
         with pytest.raises(CircuitBreakerError, match="maintenance"):
             await pool.fetchval("select 1")
