@@ -302,9 +302,12 @@ class PoolActor:
     async def _keep(self) -> None:
         while True:
             await asyncio.sleep(PING_EVERY)
-            await asyncio.gather(*(self._ping(member) for member in self._members))
-            await self._confirm_gone()
-            await self._control.rest(time.monotonic())
+            try:
+                await asyncio.gather(*(self._ping(member) for member in self._members))
+                await self._confirm_gone()
+                await self._control.rest(time.monotonic())
+            except Exception:  # or workers that die would never have their share again
+                logger.exception("pool %s: internal error in a round of its Pool actor", self._name)
 
     async def _ping(self, member: Member, timeout: float = PING_EVERY) -> bool:
         gone, member.gone = member.gone, []
