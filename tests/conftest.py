@@ -20,13 +20,11 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 import asyncpg
 import pytest
 from hypothesis import settings as hypothesis_settings
-from pgserver import system_server, wheel_server
+from pgserver import main_server, system_server
 
 from raypg.embedded import EmbeddedServer
 
 TESTS = Path(__file__).parent
-OLDER = os.environ.get("RAYPG_TEST_POSTGRES") == "system"
-"""Whether the system's PostgreSQL takes the place of that of the wheel: the same tests on an older version."""
 SEED = int(os.environ.get("RAYPG_TEST_SEED") or secrets.randbits(32))
 
 hypothesis_settings.register_profile("raypg", print_blob=True, deadline=None)
@@ -47,8 +45,9 @@ def rng(request: pytest.FixtureRequest) -> random.Random:
 
 @pytest.fixture(scope="session")
 def pg18() -> Iterator[EmbeddedServer]:
-    """A running PostgreSQL 18, shared by the session: use your own `schema` in it."""
-    with system_server() if OLDER else wheel_server() as server:
+    """A running PostgreSQL 18, shared by the session: use your own `schema` in it. See `main_server` for when it is an
+    older one."""
+    with main_server() as server:
         yield server
 
 

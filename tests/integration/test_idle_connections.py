@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 
 import asyncpg
 import pytest
-from pools import unique_name
+from pools import NO_BREAKER, unique_name
 from proxy import Proxy
 from waiting import eventually
 
@@ -123,3 +123,21 @@ async def test_a_connection_that_gets_stuck_while_it_is_opened_is_closed(
         return await backends() == 0
 
     await eventually(gone)
+
+
+async def test_it_connects_again_ever_more_seldom(pg: EmbeddedServer) -> None:
+    """Though no breaker stands before it, and nobody waits."""
+    async with Proxy(pg.port) as proxy:
+        settings = {**pg.parameters, "port": proxy.port, "sslmode": "disable", **NO_BREAKER}
+        worker = PoolWorker("p", 0, "cluster", from_kwargs(name="p", environ={}, **settings).to_dict())
+        await worker.ping(1, 2, 2, [], 1)
+        await eventually(lambda: worker._engine.connections.idle == 2)
+        proxy.cut()
+        before, until = proxy.accepted, time.monotonic() + 2.0
+        await eventually(lambda: time.monotonic() > until)
+        tries = proxy.accepted - before
+        print(f"{tries} tries in 2 s")
+        assert 3 <= tries <= 12  # after up to 0.05 s, 0.1 s, 0.2 s …; at every look it would be 40
+        proxy.mend()
+        await eventually(lambda: worker._engine.connections.idle == 2)
+        await worker.close("the test is over")
