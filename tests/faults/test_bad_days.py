@@ -279,8 +279,15 @@ async def test_a_worker_killed_under_readers_and_writers(
         ]
         writes = [asyncio.create_task(pool.execute(write, n)) for n in range(300)]
         await asyncio.sleep(0.4)
+        victim = (await worker_pids(pool.name))[workers - 1]
+        lines = (await pool._dispatcher())._channels.items()
+        sent = [
+            call.future for index, line in lines if index != workers - 1 for b in line._batches.values() for call in b
+        ]
+        elsewhere = [future for future in sent if not future.done()]
+        assert bool(elsewhere) == (workers > 1)
         started = time.monotonic()
-        await kill_worker(pool.name, workers - 1)
+        os.kill(victim, signal.SIGKILL)
         read = await asyncio.wait_for(asyncio.gather(*reads, return_exceptions=True), 40)
         written = await asyncio.wait_for(asyncio.gather(*writes, return_exceptions=True), 40)
         print(f"all answered {time.monotonic() - started:.1f} s after the worker was killed")
@@ -288,6 +295,7 @@ async def test_a_worker_killed_under_readers_and_writers(
         took = time.monotonic() - started
         print(f"capacity back after {took:.1f} s")
         assert read == list(range(300))
+        assert [future.exception() for future in elsewhere if future.exception() is not None] == []
         await settled(direct, ledger)
         await check_ledger(direct, ledger, written, ())
         assert outcomes(written)["OutcomeUnknownError"] > 0
