@@ -21,7 +21,7 @@ from raypg.config import PoolConfig
 from raypg.core.quorum import Order
 from raypg.packing import packed
 from raypg.portable import pack_error
-from raypg.server import cursors
+from raypg.server import cursors, ending, figures
 from raypg.server.chunk import ChunkRequest, ChunkRun
 from raypg.server.connect import Connector
 from raypg.server.connection import STEP
@@ -133,7 +133,7 @@ class PoolWorker:
     async def drain(self, seconds: float) -> bool:
         """Take no more work; answers when what was begun is over, or was ended after *seconds*: whether it was in
         time."""
-        return await self._engine.drain(seconds)
+        return await ending.drain(self._engine, seconds)
 
     async def warm_up(self, least: int) -> Answer:
         """Open connections until *least* exist; the error of the first failure if none could be opened."""
@@ -145,7 +145,7 @@ class PoolWorker:
 
     async def status(self) -> dict[str, Any]:
         """Figures of this worker; times in milliseconds."""
-        return self._engine.status()
+        return figures.status(self._engine)
 
     async def close(self, reason: str) -> None:
         """Refuse new work, end leases, close connections."""

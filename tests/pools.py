@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import secrets
 from collections import Counter
@@ -16,7 +17,7 @@ from waiting import eventually
 
 from raypg import QueryPipelineNode, WorkflowConnectionPool, naming
 from raypg._compat import cluster_id
-from raypg.actors.worker import application_prefix
+from raypg.actors.worker import PoolWorker, application_prefix
 from raypg.embedded import EmbeddedServer
 
 NO_BREAKER = {"circuit_breaker_failure_threshold": 1_000_000, "circuit_breaker_error_rate": 1.0}
@@ -37,6 +38,11 @@ async def own_pool(server: EmbeddedServer, **settings: Any) -> AsyncIterator[Wor
         yield handle
     finally:
         await handle.close()
+
+
+async def grant(worker: PoolWorker, budget: int, least: int = 0) -> None:
+    """Give a worker that is not in Ray a budget for ever, of which it keeps *least* connections open."""
+    await worker.ping(worker._newest + 1, budget, math.inf, least, [], 1, 1)
 
 
 async def worker_pids(name: str) -> dict[int, int]:

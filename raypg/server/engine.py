@@ -26,7 +26,7 @@ from raypg.server.catalogue import Catalogue
 from raypg.server.connect import Connector
 from raypg.server.connection import ServerConnection
 from raypg.server.connection_set import ConnectionSet
-from raypg.server.figures import Figures, status
+from raypg.server.figures import Figures
 from raypg.server.guard import Guard
 from raypg.server.leases import LeaseTable
 from raypg.server.outcomes import ConnectionLost
@@ -79,6 +79,7 @@ class Engine:
         self._connect_failures = 0
         self._pumping = False
         self.figures = Figures()
+        self._background(self._keep_time())
         self._background(self._maintain())
 
     @property
@@ -364,10 +365,6 @@ class Engine:
         """Connections that there is work for now."""
         return self.connections.total - self.connections.idle + len(self.queue)
 
-    def status(self) -> dict[str, Any]:
-        """What there is and what was done; see :func:`raypg.server.figures.status`."""
-        return status(self)
-
     # --- housekeeping ---
 
     def _background(self, work: Coroutine[Any, Any, None]) -> None:
@@ -380,20 +377,26 @@ class Engine:
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("pool %s: internal error in a worker", self.config.name, exc_info=error)
 
-    async def _maintain(self) -> None:
-        next_round = 0.0
+    async def _keep_time(self) -> None:
+        """What must happen in time, whatever else is slow or fails: callers who have waited too long are told so."""
         while self.closed is None:
             await asyncio.sleep(EXPIRY_TICK)
             now = self.now()
-            self._expire(now)
-            self.guard.tick(now)
-            self._prober.look()
-            self.connections.drop_dead()
-            if now < next_round:
+            try:
+                self._expire(now)
+                self.guard.tick(now)
+                self._prober.look()
+                self.connections.drop_dead()
                 if self.connections.missing > 0 or self.guard.machine.load(now) < 1.0:
                     self.pump()
-                continue
-            next_round = now + MAINTENANCE_TICK
+            except Exception:
+                logger.exception("pool %s: internal error in a worker", self.config.name)
+
+    async def _maintain(self) -> None:
+        """Look after the connections. A server that is silent holds this up, for as long as pings may take."""
+        while self.closed is None:
+            await asyncio.sleep(MAINTENANCE_TICK)
+            now = self.now()
             for identity, client in tuple(self._clients.items()):
                 if now - client.seen > CLIENT_FORGOTTEN_AFTER and not any(b.open for b in client.batches.values()):
                     del self._clients[identity]
@@ -425,10 +428,6 @@ class Engine:
                 use=connections.use(),
             )
             work.fail(pack_error(error))
-
-    async def drain(self, seconds: float) -> bool:
-        """Take no more work; see :func:`raypg.server.ending.drain`."""
-        return await ending.drain(self, seconds)
 
     async def close(self, reason: str) -> None:
         """End all work and close the connections; see :func:`raypg.server.ending.close`."""
