@@ -127,6 +127,7 @@ class PoolWorker:
             "clock": self._engine.now(),
             "unconfirmed": connections.unconfirmed,
             "used": connections.slots,
+            "open": connections.total,
             "demand": self._engine.demand,
         }
 

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
-from raypg import dispatch
+from raypg import joining
 from raypg.channel import Channel, WorkerGone
 from raypg.checks import check_statement
 from raypg.core.nearest import did_you_mean
@@ -422,7 +422,7 @@ class QueryPipelineNode:
     async def _dispatcher(self) -> Dispatcher:
         if isinstance(self._pool, WorkflowConnectionPool):
             return await self._pool._dispatcher()
-        return (await dispatch.connect(self._pool, None))[0]
+        return (await joining.connect(self._pool, None))[0]
 
 
 async def _ask(

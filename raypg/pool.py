@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 
-from raypg import _compat, dispatch, messages
+from raypg import _compat, joining, messages
 from raypg.checks import check_statement, check_timeout, checked_settings, rows_of
 from raypg.circuit_breaker import PoolCircuitBreaker
 from raypg.cluster import find
@@ -297,7 +297,7 @@ class WorkflowConnectionPool:
     async def _initialize(self) -> tuple[Dispatcher, bool]:
         if self._closed is not None:
             raise self._closed
-        found = await dispatch.connect(self._name, None if self._started else self._config)
+        found = await joining.connect(self._name, None if self._started else self._config)
         self._started = True
         self._known = found[0]
         return found
@@ -330,7 +330,7 @@ async def end(name: str, reason: str) -> None:
     except (*_compat.ActorGone, TimeoutError):
         pass
     ray.kill(actor)
-    dispatch.forget(name, PoolClosedError(reason))
+    joining.forget(name, PoolClosedError(reason))
 
 
 async def restart(name: str) -> int:

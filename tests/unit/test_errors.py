@@ -27,6 +27,7 @@ SAMPLES: dict[str, errors.RaypgError] = {
         errors.PoolVersionError("main", {"ray": ("2.60", "2.61")}),
         errors.UnavailableError("now"),
         errors.PoolClosedError("closed"),
+        errors.WorkerDrainingError("draining"),
         errors.CircuitBreakerError("main", "open", "5 failures in a row", 12.5, True),
         errors.PoolExhaustedError("main", 1.5, 10, 20, 4, "full"),
         errors.ConnectError("refused", "authentication_failed", "28P01"),
