@@ -195,6 +195,8 @@ class Dispatcher:
             if index not in listed:
                 self._channels.pop(index).lose()  # its node is lost, or it has ended
         for index, name, node, budget, incarnation, draining in places:
+            if incarnation is None:
+                continue  # it has just been started; or the Pool actor has, and knows less than we do
             known = self._channels.get(index)
             if known is not None and known.node != node:
                 known.lose()  # another worker has its number now
@@ -202,7 +204,7 @@ class Dispatcher:
             if known is not None and not known.closed:
                 known.budget = budget  # we may know of a newer life of it than the Pool actor does
                 known.draining = draining
-            elif known is None and incarnation is not None:
+            elif known is None:
                 handle = self._handle(name)
                 if handle is not None:
                     known = self._channels[index] = Channel(self, handle, index, node, budget, incarnation)
