@@ -224,10 +224,12 @@ class PoolActor:
             await self._control.close()
             for handle in handles:
                 ray.kill(handle)
-            if (breaker := cluster.find_breaker()) is not None:
-                with contextlib.suppress(RayActorError, TimeoutError):
-                    await asyncio.wait_for(breaker.forget.remote(self._name), PING_EVERY)
-                breaker.rest.remote()
+            for serving_all in (cluster.find_breaker(), cluster.find_metrics()):
+                if serving_all is not None:
+                    with contextlib.suppress(RayActorError, TimeoutError):
+                        await asyncio.wait_for(serving_all.forget.remote(self._name), PING_EVERY)
+                    serving_all.rest.remote()
+            _compat.kv_delete(naming.metrics_key(self._name))
             _compat.kv_delete(self._key)
 
     # --- starting ---
@@ -246,6 +248,7 @@ class PoolActor:
         except RaypgError as error:
             return "error", pack_error(error)
         breaker = cluster.find_or_start_breaker()  # its process starts beside those of the workers
+        cluster.find_or_start_metrics()
         for index in range(count):
             self._members.append(self._start_worker(index, nodes[index % len(nodes)], shares[index]))
         here = await asyncio.gather(*(self._ping(member, timeout=START_TIMEOUT) for member in self._members))

@@ -16,7 +16,9 @@ from ray.exceptions import OwnerDiedError
 
 from raypg import messages
 from raypg.actors.breaker_line import BreakerLine
+from raypg.actors.metrics_line import MetricsLine
 from raypg.config import PoolConfig
+from raypg.core.pool_metrics import Delta
 from raypg.core.quorum import Order
 from raypg.packing import packed
 from raypg.portable import pack_error
@@ -68,6 +70,7 @@ class PoolWorker:
         # its predecessor are gone.
         self._engine = Engine(settings, self._connector)
         self._breaker = BreakerLine(pool, index, self._incarnation, self._engine.guard)
+        self._metrics = MetricsLine(pool, index, self._incarnation, self._engine)
         self._epoch = 0
         # What is alive now (Ray, asyncpg) stays alive: looking through it again and again took 8 % of a busy worker.
         gc.collect()
@@ -83,6 +86,7 @@ class PoolWorker:
         """Take the budget of *epoch* and how many connections are to be kept open, learn which abandoned backends are
         gone and how many workers there are, and say how things stand."""
         self._breaker.keep(workers)
+        self._metrics.open()
         connections = self._engine.connections
         connections.confirm_gone(set(gone))
         if epoch >= self._epoch:
@@ -114,6 +118,7 @@ class PoolWorker:
     async def close(self, reason: str) -> None:
         """Refuse new work, end leases, close connections."""
         self._breaker.close()
+        self._metrics.close()
         await self._engine.close(reason)
 
     # --- from the Breaker ---
@@ -121,6 +126,12 @@ class PoolWorker:
     async def follow(self, order: tuple[Any, ...]) -> None:
         """Do what the Breaker says."""
         self._engine.guard.follow(Order(*order), self._engine.now())
+
+    # --- from the Metrics ---
+
+    async def metrics(self, incarnation: str, known: int) -> list[Delta]:
+        """What happened since delta *known* of this life; nothing if it is another one."""
+        return self._metrics.deltas(known) if incarnation == self._incarnation else []
 
     # --- from handles ---
 

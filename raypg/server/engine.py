@@ -20,13 +20,13 @@ from raypg.core.fair_queue import FairQueue, QueueFull
 from raypg.core.sql import classify, classify_under
 from raypg.errors import ConnectError, PoolClosedError, PoolExhaustedError
 from raypg.messages import MANY, STATUS, Run
-from raypg.portable import PortableError, pack_error
+from raypg.portable import pack_error
 from raypg.server.acquisitions import Acquisitions
 from raypg.server.catalogue import Catalogue
 from raypg.server.connect import Connector
 from raypg.server.connection import ServerConnection
 from raypg.server.connection_set import ConnectionSet
-from raypg.server.figures import Figures, status
+from raypg.server.figures import Figures
 from raypg.server.guard import Guard
 from raypg.server.leases import LeaseTable
 from raypg.server.outcomes import ConnectionLost
@@ -35,6 +35,7 @@ from raypg.server.reads import Pace, gather
 from raypg.server.replies import BatchState, Client
 from raypg.server.streams import Streams
 from raypg.server.work import Servable, Statement, Work, refuse
+from raypg.server.worker_status import status
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,8 @@ class Engine:
     def __init__(self, config: PoolConfig, connector: Connector) -> None:
         self.config = config
         self._connector = connector
-        self.guard = Guard(config.name, config.breaker(), self._breaker_moved)
+        self.figures = Figures()
+        self.guard = Guard(config.name, config.breaker(), self._breaker_moved, self.figures)
         self.connections = ConnectionSet(connector, config, self.guard, self.pump)
         self._prober = Prober(self.connections, self.guard)
         self.leases = LeaseTable(self.take_back)
@@ -80,7 +82,6 @@ class Engine:
         self._connect_again_at = 0.0
         self._connect_failures = 0
         self._pumping = False
-        self.figures = Figures()
         self._background(self._maintain())
 
     @property
@@ -153,17 +154,19 @@ class Engine:
         """Run one statement on a leased connection; see :meth:`LeaseTable.run`."""
         if self.guard.refusing and classify(sql).kind != "transaction":
             # What was begun may be ended; nothing new is asked of a server that is unwell.
-            raise self.guard.refusal()
+            refusal = self.guard.refusal()
+            self.figures.refused(refusal)
+            raise refusal
         started = self.now()
-        failed = True
         try:
             outcome = await self.leases.run(
                 token, number, mode, sql, arguments, self.config.command_timeout if timeout is None else timeout
             )
-            failed = False
-            return outcome
-        finally:
-            self.figures.ran(self.now() - started, failed)
+        except BaseException as error:
+            self.figures.ran(self.now() - started, True, sql, error)
+            raise
+        self.figures.ran(self.now() - started, False, sql)
+        return outcome
 
     async def release(self, token: str, last: str | None) -> str | None:
         """End a lease; *last* (COMMIT, ROLLBACK) runs first, and its command tag is returned.
@@ -220,22 +223,18 @@ class Engine:
         """Put work in the queue, or fail it at once if the breaker is open or the queue full. The caller pumps when all
         of it is in."""
         if self.guard.refusing:
-            work.fail(pack_error(self.guard.refusal()))
+            self._refuse(work, self.guard.refusal())
             return
         try:
             work.ticket = self.queue.push(job, work, cost=cost, deadline=work.deadline)
         except QueueFull as full:
-            self.figures.exhausted += 1
-            work.fail(
-                pack_error(
-                    PoolExhaustedError(self.config.name, 0.0, full.depth, full.limit, self.connections.budget, "full")
-                )
-            )
+            budget = self.connections.budget
+            self._refuse(work, PoolExhaustedError(self.config.name, 0.0, full.depth, full.limit, budget, "full"))
 
     def put_first(self, work: Any) -> None:
         """Put work back that was taken out but not done: it keeps its turn, and waits no longer than its deadline."""
         if self.guard.refusing:
-            work.fail(pack_error(self.guard.refusal()))
+            self._refuse(work, self.guard.refusal())
             return
         work.ticket = self.queue.push_front(work, deadline=work.deadline)
         self.pump()
@@ -286,7 +285,7 @@ class Engine:
             delay = self._connect_backoff.next(random.random())
             self._connect_again_at = self.now() + delay
             if self.connections.total == 0:
-                self._fail_waiting(pack_error(error))
+                self._fail_waiting(error)
             self._loop.call_later(delay, self.pump)
             return
         self._connect_failures = 0
@@ -304,6 +303,7 @@ class Engine:
                 self.put_first(work)
                 return
             task: Servable = gather(self, connection, work) or work
+            connection.taken_at, connection.uses = self.now(), 0
             try:
                 kept = await task.serve(self, connection)
             except Exception as error:
@@ -312,6 +312,8 @@ class Engine:
                 task.fail(pack_error(error))
                 self.connections.retire(connection)
                 return
+            if kept is not None or connection.raw.is_closed():
+                self.figures.given_back(connection)
             if kept is None:
                 self.pump()
                 return
@@ -339,6 +341,7 @@ class Engine:
 
     def take_back(self, connection: ServerConnection, over: asyncio.Event) -> None:
         """A lease has ended: clean its connection, set *over*, and let it serve again."""
+        self.figures.given_back(connection)
         if connection.raw.is_closed():
             self.connections.drop(connection)
             over.set()
@@ -355,7 +358,7 @@ class Engine:
             await self._lane(connection, self.queue.pop(self.now()))
 
     def status(self) -> dict[str, Any]:
-        """What there is and what was done; see :func:`raypg.server.figures.status`."""
+        """What there is and what was done; see :func:`raypg.server.worker_status.status`."""
         return status(self)
 
     # --- housekeeping ---
@@ -396,7 +399,7 @@ class Engine:
     def _breaker_moved(self) -> None:
         if self.guard.refusing:
             if len(self.queue):
-                self._fail_waiting(pack_error(self.guard.refusal()))
+                self._fail_waiting(self.guard.refusal())
         else:
             self._connect_failures = 0
             self._connect_backoff.reset()
@@ -404,7 +407,6 @@ class Engine:
 
     def _expire(self, now: float) -> None:
         for work in self.queue.expire(now):
-            self.figures.exhausted += 1
             connections = self.connections
             error = PoolExhaustedError(
                 self.config.name,
@@ -414,18 +416,24 @@ class Engine:
                 connections.budget,
                 use=connections.use(),
             )
-            work.fail(pack_error(error))
+            self._refuse(work, error)
 
-    def _fail_waiting(self, error: PortableError) -> None:
+    def _refuse(self, work: Work, error: Exception) -> None:
+        self.figures.refused(error)
+        work.fail(pack_error(error))
+
+    def _fail_waiting(self, error: Exception) -> None:
+        packed = pack_error(error)
         for work in self.queue.drain():
-            work.fail(error)
+            self.figures.refused(error)
+            work.fail(packed)
 
     async def close(self, reason: str) -> None:
         """Refuse new work, fail what waits, end all leases, let what runs end (briefly), close the connections."""
         if self.closed is not None:
             return
         self.closed = PoolClosedError(reason)
-        self._fail_waiting(pack_error(self.closed))
+        self._fail_waiting(self.closed)
         self.leases.close()
         await self._until(lambda: self.connections.idle == self.connections.total, CLOSE_GRACE)
         with contextlib.suppress(Exception):
