@@ -35,7 +35,7 @@ def up(name: str | None, file: Path | None, address: str) -> None:
     """Start the pools that file and environment describe, and say of each what came of it."""
     # Settings first: what is wrong in a file is said even where no cluster is.
     pools = [WorkflowConnectionPool(**settings) for settings in wanted(name, file)]
-    _connect(address)
+    connect(address)
     console = Console()
     failures = []
     for pool in pools:
@@ -100,7 +100,7 @@ def _arguments(name: str, table: Mapping[str, Any]) -> dict[str, Any]:
 def down(name: str, address: str) -> None:
     """End pool *name*."""
     check_pool_name(name)
-    _connect(address)
+    connect(address)
     asyncio.run(end(name, f"pool {name!r} was ended by `raypg down`"))
     Console().print(f"{name}: ended", highlight=False)
 
@@ -109,7 +109,7 @@ def status(name: str | None, address: str, as_json: bool) -> None:
     """Show all pools, or one."""
     if name is not None:
         check_pool_name(name)
-    _connect(address)
+    connect(address)
     names = cluster.running_pools()
     if name is not None:
         if name not in names:
@@ -230,7 +230,7 @@ def _show_leases(console: Console, all_figures: list[dict[str, Any]]) -> None:
         console.print(table)
 
 
-def _connect(address: str) -> None:
+def connect(address: str) -> None:
     """Connect to a Ray cluster that runs.
 
     Raises:
