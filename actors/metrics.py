@@ -75,6 +75,7 @@ class MetricsActor(ServingAll[_Pool]):
         super().__init__()
         self._states: dict[str, dict[str, Any]] = {}
         self._breaker: ActorHandle[Any] | None = None
+        self._epoch = time.time() - time.monotonic()
         self._ray_metrics = RayMetrics()
         self._keeper = asyncio.get_running_loop().create_task(self._keep())
 
@@ -89,10 +90,10 @@ class MetricsActor(ServingAll[_Pool]):
         """A worker is there; the answer is the number of its last delta that is known."""
         known = self.pools.get(pool)
         if known is None:
-            known = self.pools[pool] = _restored(pool, minutes)
+            known = self.pools[pool] = _restored(pool, minutes, self._now())
         known.metrics.history.resize(minutes)
         known.workers[worker] = (incarnation, handle[0])
-        number = known.metrics.join(worker, incarnation, time.time())
+        number = known.metrics.join(worker, incarnation, self._now())
         self.joined()
         return number
 
@@ -100,7 +101,7 @@ class MetricsActor(ServingAll[_Pool]):
         """What a worker has seen; the answer is (last delta that is known, last that outlives this actor), or ``None``:
         join first."""
         known = self.pools.get(pool)
-        number = None if known is None else known.metrics.apply(worker, incarnation, deltas, time.time())
+        number = None if known is None else known.metrics.apply(worker, incarnation, deltas, self._now())
         if known is None or number is None:
             return None
         known.heard(worker)
@@ -118,7 +119,7 @@ class MetricsActor(ServingAll[_Pool]):
                 return "error", pack_error(_unknown(name))
         here = {name: known for name, known in found.items() if known is not None}
         await asyncio.gather(self._ask_breaker(), *(self._refresh(known) for known in here.values()))
-        now = time.time()
+        now = self._now()
         return "ok", {name: self._describe(name, known, now, statements) for name, known in here.items()}
 
     async def history(self, pool: str, series: str, seconds: float) -> Answer:
@@ -129,7 +130,7 @@ class MetricsActor(ServingAll[_Pool]):
         known = await self.find(pool)
         if known is None:
             return "error", pack_error(_unknown(pool))
-        return "ok", known.metrics.history.values(series, seconds, time.time())
+        return "ok", known.metrics.history.values(series, seconds, self._now())
 
     async def forget(self, pool: str) -> None:
         """*pool* has ended."""
@@ -138,6 +139,10 @@ class MetricsActor(ServingAll[_Pool]):
         _compat.kv_delete(naming.metrics_key(pool))
 
     # --- inside ---
+
+    def _now(self) -> float:
+        """Seconds since the epoch, by a clock that nobody sets: set was it when this actor began."""
+        return self._epoch + time.monotonic()
 
     def _describe(self, name: str, known: _Pool, now: float, statements: int) -> dict[str, Any]:
         unknown = {"state": None, "forced": False}
@@ -156,7 +161,7 @@ class MetricsActor(ServingAll[_Pool]):
         number = known.metrics.known().get((worker, incarnation), 0)
         with contextlib.suppress(Exception):  # it is busy, dead or cut off: what it told last is what there is
             deltas = await asyncio.wait_for(handle.metrics.remote(incarnation, number), FRESH_WITHIN)
-            known.metrics.apply(worker, incarnation, deltas, time.time())
+            known.metrics.apply(worker, incarnation, deltas, self._now())
 
     async def _ask_breaker(self) -> None:
         try:
@@ -175,12 +180,12 @@ class MetricsActor(ServingAll[_Pool]):
                 if now >= export_at:
                     export_at = now + EXPORT_EVERY
                     await self._ask_breaker()
-                    wall = time.time()
+                    wall = self._now()
                     known = {name: self._describe(name, pool, wall, 20) for name, pool in self.pools.items()}
                     self._ray_metrics.export(known)
                 if now >= durable_at:
                     durable_at = now + DURABLE_EVERY
-                    self._make_durable(time.time())
+                    self._make_durable(self._now())
             except Exception:
                 logger.exception("metrics: internal error")
 
@@ -195,7 +200,7 @@ class MetricsActor(ServingAll[_Pool]):
             pool.durable = known
 
 
-def _restored(pool: str, minutes: float) -> _Pool:
+def _restored(pool: str, minutes: float, now: float) -> _Pool:
     """What the last life of this actor knew of *pool*, or an empty page."""
     stored = _compat.kv_get(naming.metrics_key(pool))
     if stored is not None:
@@ -204,8 +209,8 @@ def _restored(pool: str, minutes: float) -> _Pool:
         except Exception:
             logger.warning("pool %s: its metrics were kept by another version of raypg; they begin anew", pool)
         else:
-            return _Pool(metrics, metrics.present(time.time()))
-    return _Pool(PoolMetrics(minutes, time.time()), set())
+            return _Pool(metrics, metrics.present(now))
+    return _Pool(PoolMetrics(minutes, now), set())
 
 
 def _unknown(pool: str) -> UnavailableError:

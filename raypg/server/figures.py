@@ -106,7 +106,7 @@ class Figures:
         self._taken_seconds = {"execution": 0.0, "wait": 0.0}
         self._taken_at = time.monotonic()
 
-    # --- while statements run ---
+    # --- while statements run: what Sketch.add does is written out, as a call takes as long as all of it ---
 
     def waited(self, seconds: float, connection: ServerConnection) -> None:
         """A caller waited this long for *connection*."""

@@ -6,6 +6,7 @@ import asyncio
 import math
 import os
 import signal
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -70,8 +71,11 @@ async def test_a_killed_metrics_actor_comes_back_with_all_it_knew_and_a_gap(pool
     assert await queries(pool) == 150
     metrics = cluster.find_metrics()
     assert metrics is not None
-    os.kill(await metrics.__ray_call__.remote(lambda self: os.getpid()), signal.SIGKILL)
+    pid = await metrics.__ray_call__.remote(lambda self: os.getpid())
+    os.kill(pid, signal.SIGSTOP)
     await run(pool, 25)  # while nobody adds up
+    await eventually(lambda: untold(pool, 4.0), timeout=20)
+    os.kill(pid, signal.SIGKILL)
     assert await queries(pool) == 175
     assert await queries(pool) == 175
     points: list[tuple[int, float]] = []
@@ -88,6 +92,16 @@ async def test_a_killed_metrics_actor_comes_back_with_all_it_knew_and_a_gap(pool
     assert any(there[first + gap :])  # … and somebody has again
     await run(pool, 5)
     assert await queries(pool) == 180
+
+
+async def untold(pool: WorkflowConnectionPool, seconds: float) -> bool:
+    """Whether every worker has told nobody of anything for so long."""
+    handles = [ray.get_actor(naming.worker_actor(pool.name, index), namespace=naming.NAMESPACE) for index in range(2)]
+    since = [
+        await handle.__ray_call__.remote(lambda self: time.monotonic() - self._engine.figures._taken_at)
+        for handle in handles
+    ]
+    return min(since) > seconds
 
 
 async def test_without_a_metrics_actor_statements_run(pool: WorkflowConnectionPool) -> None:

@@ -15,7 +15,7 @@ import ray
 from pools import NO_BREAKER, backends_of, own_pool, unique_name
 from waiting import eventually
 
-from raypg import PoolExhaustedError, QueryPipelineNode, WorkflowConnectionPool, naming
+from raypg import CircuitBreakerError, PoolExhaustedError, QueryPipelineNode, WorkflowConnectionPool, naming
 from raypg.embedded import EmbeddedServer
 from raypg.errors import ConfigError
 from raypg.metrics_access import history
@@ -31,7 +31,7 @@ async def status(pool: WorkflowConnectionPool) -> dict[str, Any]:
 @pytest.fixture
 async def three(ray_cluster: Any, pg: EmbeddedServer) -> AsyncIterator[WorkflowConnectionPool]:
     """A pool of three workers of two connections each."""
-    async with own_pool(pg, workers=WORKERS, max_connections=7, acquire_timeout=1.0, **NO_BREAKER) as pool:
+    async with own_pool(pg, workers=WORKERS, max_connections=7, **NO_BREAKER) as pool:
         yield pool
 
 
@@ -138,6 +138,61 @@ async def test_every_figure_against_a_counted_workload(
     assert stats["queries"]["errors"] == details["counters"]["query_errors"]
     text = (await three.process({"operation": "export_metrics"}))["prometheus_metrics"]
     assert f'connection_pool_queries_total{{pool="{three.name}",type="INSERT"}} 25.0' in text
+
+
+async def test_connections_and_those_who_wait_against_the_server(
+    three: WorkflowConnectionPool, direct: asyncpg.Connection
+) -> None:
+    before = await status(three)
+    counts = before["detailed_metrics"]["counters"]
+    assert counts["connections_acquired"] == counts["queries_total"] == 0
+    for _ in range(40):
+        await three.fetch("select 1")
+    known = await status(three)
+    assert 0 < known["queries_per_second"] <= 40
+    assert known["query_time_samples"] == known["detailed_metrics"]["counters"]["connections_acquired"] == 40
+    assert known["detailed_metrics"]["histograms"]["connection_acquisition_ms"]["count"] == 40
+    assert 0 < known["avg_query_time_ms"] < 100
+    assert known["avg_health_score"] == 100
+
+    async with contextlib.AsyncExitStack() as stack:
+        for _ in range(6):
+            await stack.enter_async_context(three.acquire())
+        waiting = [asyncio.create_task(three.fetch("select 1")) for _ in range(5)]
+
+        async def all_wait() -> bool:
+            return bool((await status(three))["queue_depth"] == 5)
+
+        await eventually(all_wait, timeout=0.9)
+    await asyncio.gather(*waiting)
+    assert (await status(three))["queue_depth"] == 0
+
+    ended = await direct.fetchval(
+        "select count(pg_terminate_backend(pid, 5000)) from pg_stat_activity where pid = any($1::int[])",
+        [row["pid"] for row in (await backends_of(direct, three.name, control=False))[:2]],
+    )
+    assert ended == 2
+
+    async def replaced() -> bool:
+        details = (await status(three))["detailed_metrics"]
+        return bool(details["counters"]["connections_recycled"] >= counts["connections_recycled"] + 2)
+
+    await eventually(replaced)
+    details = (await status(three))["detailed_metrics"]
+    created = details["counters"]["connections_created"]
+    assert created - details["counters"]["connections_recycled"] == details["gauges"]["pool_connections_total"]
+    assert details["histograms"]["connection_creation_ms"]["count"] == created
+
+    await three.circuit_breaker.force_open("a test")
+    for _ in range(4):
+        with pytest.raises(CircuitBreakerError):
+            await three.fetch("select 1")
+    await three.circuit_breaker.force_close("over")
+    known = await status(three)
+    rejected = known["detailed_metrics"]["counters"]["calls_rejected"]
+    assert rejected == known["circuit_breaker"]["metrics"]["rejected_calls"] == 4
+    assert known["detailed_metrics"]["errors"]["total_errors"] == 0
+    assert known["error_rate"] == pytest.approx(4 / 49)
 
 
 async def test_chunks_of_a_pipeline_count_each_statement(three: WorkflowConnectionPool, table: str) -> None:

@@ -17,7 +17,7 @@ import asyncpg
 import pytest
 import ray
 from pgserver import system_server, wheel_server
-from pools import NO_BREAKER, own_pool
+from pools import own_pool
 from prometheus import require_prometheus
 from prometheus_client.parser import text_string_to_metric_families
 from waiting import eventually
@@ -212,7 +212,7 @@ async def test_postgresql_has_counted_the_same(ray_cluster: Any) -> None:
     """pg_stat_statements knows calls, rows and times of the server's side."""
     with system_server({"shared_preload_libraries": "pg_stat_statements"}) as server:
         direct = await asyncpg.connect(**server.parameters)
-        async with own_pool(server, workers=2, max_connections=5, **NO_BREAKER) as pool:
+        async with own_pool(server, workers=2, max_connections=5, health_check_interval=0.2) as pool:
             await direct.execute("create extension pg_stat_statements; create table t (a int primary key)")
             await direct.execute("select pg_stat_statements_reset()")
             for number in range(40):
@@ -223,7 +223,18 @@ async def test_postgresql_has_counted_the_same(ray_cluster: Any) -> None:
                 "select query, calls, total_exec_time as ms, rows from pg_stat_statements "
                 "where query ~ 't where a <|into t|sleep'"
             )
+
+            async def pings() -> int:
+                """What asyncpg connections of ours have sent as a ping, as the server has counted it."""
+                query = "select coalesce(sum(calls), 0)::int from pg_stat_statements where query = 'SELECT $1'"
+                return int(await direct.fetchval(query))
+
+            await eventually(pings, timeout=20)
+            earlier = await pings()
             known = await pool.process({"operation": "get_comprehensive_status"})
+            counts = known["detailed_metrics"]["counters"]
+            assert earlier <= counts["health_checks_total"] <= await pings()
+            assert counts["health_checks_failed"] == 0
         await direct.close()
     servers = {row["query"].split()[0].upper() + row["query"].split()[1][:3]: row for row in rows}
     ours = {
