@@ -2,7 +2,8 @@
 
 Its messages:
 
-- ``join``, ``report``: a worker says that it is there, and what has happened since it last said so.
+- ``join``, ``report``, ``leave``: a worker says that it is there, what has happened since it last said so, that it
+  ends.
 - ``snapshot``, ``history``: what is known. Workers are asked for what happened since their last report.
 - ``forget``, ``rest``: a pool has ended.
 
@@ -37,11 +38,14 @@ logger = logging.getLogger(__name__)
 FRESH_WITHIN = 0.5
 """Seconds in which a worker must answer for its figures; else they are as old as its last report."""
 
+BREAKER_EVERY = 1.0
+"""Seconds between two looks at the breakers' states."""
+
 DURABLE_EVERY = 5.0
 """Seconds between two copies to the key-value store."""
 
 EXPORT_EVERY = 2.0
-"""Seconds between two exports to Ray's own metrics."""
+"""Seconds between two exports to Ray's own metrics, which sends them on every ten seconds unless told otherwise."""
 
 SETTLED_WITHIN = 3.0
 """Seconds in which a new life hears again what was told to the last one, before it says anything."""
@@ -107,18 +111,27 @@ class MetricsActor(ServingAll[_Pool]):
         known.heard(worker)
         return number, known.durable.get((worker, incarnation), 0)
 
+    async def leave(self, pool: str, worker: int, incarnation: str, deltas: list[Delta]) -> None:
+        """A worker ends, and will not come back: these are its last figures."""
+        known = self.pools.get(pool)
+        if known is not None:
+            known.metrics.apply(worker, incarnation, deltas, self._now())
+            known.metrics.leave(worker)
+            known.workers.pop(worker, None)
+            known.heard(worker)
+
     # --- from those who look ---
 
     async def snapshot(self, pools: list[str] | None = None, statements: int = 20) -> Answer:
         """Of each of *pools* (all if ``None``) what :meth:`PoolMetrics.snapshot` says, and under ``circuit_breaker``
-        the breaker's ``state`` and whether it was ``forced``."""
+        the breaker's ``state``, and whether it was ``forced``, a second ago."""
         names = sorted(self.pools) if pools is None else pools
         found = {name: await self.find(name) for name in names}
         for name, known in found.items():
             if known is None and pools is not None:
                 return "error", pack_error(_unknown(name))
         here = {name: known for name, known in found.items() if known is not None}
-        await asyncio.gather(self._ask_breaker(), *(self._refresh(known) for known in here.values()))
+        await asyncio.gather(*(self._refresh(known) for known in here.values()))
         now = self._now()
         return "ok", {name: self._describe(name, known, now, statements) for name, known in here.items()}
 
@@ -174,12 +187,12 @@ class MetricsActor(ServingAll[_Pool]):
     async def _keep(self) -> None:
         durable_at = export_at = time.monotonic()
         while True:
-            await asyncio.sleep(0.5)
-            now = time.monotonic()
+            await asyncio.sleep(BREAKER_EVERY)
             try:
+                await self._ask_breaker()
+                now = time.monotonic()
                 if now >= export_at:
                     export_at = now + EXPORT_EVERY
-                    await self._ask_breaker()
                     wall = self._now()
                     known = {name: self._describe(name, pool, wall, 20) for name, pool in self.pools.items()}
                     self._ray_metrics.export(known)

@@ -118,8 +118,8 @@ class PoolWorker:
     async def close(self, reason: str) -> None:
         """Refuse new work, end leases, close connections."""
         self._breaker.close()
-        self._metrics.close()
         await self._engine.close(reason)
+        await self._metrics.leave()
 
     # --- from the Breaker ---
 

@@ -192,6 +192,10 @@ class PoolMetrics:
                 self._add(delta, now)
         return known.known[incarnation]
 
+    def leave(self, worker: int) -> None:
+        """This worker has ended, and is missed by nobody: what it has counted stays."""
+        self._workers.pop(worker, None)
+
     def known(self) -> dict[tuple[int, str], int]:
         """(worker, its life) → the number of its last delta that is known."""
         return {

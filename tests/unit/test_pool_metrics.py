@@ -101,6 +101,18 @@ def test_counts_of_a_dead_worker_stay_and_its_levels_go() -> None:
     assert metrics.snapshot(later)["workers"][0]["up"]
 
 
+def test_a_worker_that_has_left_is_missed_by_nobody() -> None:
+    metrics = joined(0, 1)
+    metrics.apply(0, "life", [delta(1, 5)], START)
+    metrics.apply(1, "life", [delta(1, 7)], START)
+    metrics.leave(0)
+    known = metrics.snapshot(START)
+    assert known["counters"]["queries"] == 12
+    assert list(known["workers"]) == [1]
+    assert known["gauges"]["total"] == 1
+    assert metrics.apply(0, "life", [delta(2, 5)], START) is None
+
+
 def test_a_worker_that_has_lived_before_is_not_counted_again() -> None:
     metrics = joined()
     metrics.apply(0, "life", [delta(1, 5)], START)
