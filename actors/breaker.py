@@ -122,8 +122,10 @@ async def _acknowledged(handle: ActorHandle[Any], order: Order) -> bool:
     return False
 
 
-class BreakerActor(ServingAll[_Pool]):
+class BreakerActor(ServingAll):
     """The breakers of all pools of this cluster."""
+
+    pools: dict[str, _Pool]
 
     def __init__(self) -> None:
         super().__init__()
@@ -175,7 +177,7 @@ class BreakerActor(ServingAll[_Pool]):
 
     async def command(self, pool: str, what: str, reason: str, ttl: float | None) -> Answer:
         """Force a state. Answers when every worker has acknowledged or failed to."""
-        known = await self.find(pool)
+        known: _Pool | None = await self.find(pool)
         if known is None:
             return "error", pack_error(_unknown(pool))
         now = time.monotonic()
@@ -199,7 +201,7 @@ class BreakerActor(ServingAll[_Pool]):
 
     async def status(self, pool: str) -> Answer:
         """How the breaker of *pool* stands."""
-        known = await self.find(pool)
+        known: _Pool | None = await self.find(pool)
         if known is None:
             return "error", pack_error(_unknown(pool))
         now = time.monotonic()
@@ -218,7 +220,7 @@ class BreakerActor(ServingAll[_Pool]):
         Args:
             after: the first part of the last answer; ``None`` asks only for it, and does not wait.
         """
-        known = await self.find(pool)
+        known: _Pool | None = await self.find(pool)
         if known is None:
             return None
         if after is None:

@@ -72,8 +72,10 @@ class _Pool:
             self.settled.set()
 
 
-class MetricsActor(ServingAll[_Pool]):
+class MetricsActor(ServingAll):
     """The figures of all pools of this cluster."""
+
+    pools: dict[str, _Pool]
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,7 +128,7 @@ class MetricsActor(ServingAll[_Pool]):
         """Of each of *pools* (all if ``None``) what :meth:`PoolMetrics.snapshot` says, and under ``circuit_breaker``
         the breaker's ``state``, and whether it was ``forced``, a second ago."""
         names = sorted(self.pools) if pools is None else pools
-        found = {name: await self.find(name) for name in names}
+        found: dict[str, _Pool | None] = {name: await self.find(name) for name in names}
         for name, known in found.items():
             if known is None and pools is not None:
                 return "error", pack_error(_unknown(name))
@@ -140,7 +142,7 @@ class MetricsActor(ServingAll[_Pool]):
         where nobody has looked. *series* is one of :data:`raypg.core.history.SERIES`."""
         if series not in SERIES:
             return "error", pack_error(ConfigError(f"unknown series {series!r}{did_you_mean(series, SERIES)}"))
-        known = await self.find(pool)
+        known: _Pool | None = await self.find(pool)
         if known is None:
             return "error", pack_error(_unknown(pool))
         return "ok", known.metrics.history.values(series, seconds, self._now())

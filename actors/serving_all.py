@@ -6,11 +6,9 @@ import asyncio
 import contextlib
 import secrets
 import time
-from typing import Generic, TypeVar
+from typing import Any
 
 import ray
-
-Known = TypeVar("Known")
 
 KNOWN_WITHIN = 3.0
 """Seconds in which the workers of a running pool join an actor that is new."""
@@ -19,12 +17,15 @@ LINGER = 10.0
 """Seconds after the end of the last pool in which another one may begin before the actor ends."""
 
 
-class ServingAll(Generic[Known]):
-    """Knows each pool whose workers have joined."""
+class ServingAll:
+    """Knows each pool whose workers have joined.
+
+    (Not generic: what ``Generic`` adds to a class Ray would take for methods of the actor.)
+    """
 
     def __init__(self) -> None:
         self.incarnation = secrets.token_hex(4)
-        self.pools: dict[str, Known] = {}
+        self.pools: dict[str, Any] = {}
         self._forgotten = 0  # pools, so far
         self._joined = asyncio.Event()
 
@@ -33,7 +34,7 @@ class ServingAll(Generic[Known]):
         self._joined.set()
         self._joined = asyncio.Event()
 
-    async def find(self, pool: str) -> Known | None:
+    async def find(self, pool: str) -> Any:
         """What is known of *pool*, as soon as its first worker has joined; ``None`` if none does."""
         until = time.monotonic() + KNOWN_WITHIN
         while (known := self.pools.get(pool)) is None and (left := until - time.monotonic()) > 0:
