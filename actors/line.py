@@ -38,9 +38,10 @@ class Line:
             self._task = asyncio.get_running_loop().create_task(self._run())
 
     def close(self) -> None:
-        """Talk no more."""
-        if self._task is not None:
-            self._task.cancel()
+        """Talk no more, unless it is opened again."""
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
 
     async def talk(self) -> None:
         """Find the other side, and talk to it until it dies."""

@@ -8,7 +8,9 @@ relative-error guarantees", 2019) with its logarithmic mapping: the same values 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any, Final
 
 __all__ = ["ACCURACY", "LEAST", "LOWEST", "MOST", "SCALE", "Sketch"]
@@ -69,30 +71,18 @@ class Sketch:
         return sum(self.buckets.values())
 
     def quantiles(self, wanted: Sequence[float]) -> list[float]:
-        """The values below which these fractions (0–1, ascending) of all lie; NaN if nothing was seen."""
-        count = self.count
-        if not count:
+        """The values below which these fractions (0–1) of all lie; NaN if nothing was seen."""
+        order = sorted(self.buckets)
+        seen = list(accumulate(map(self.buckets.__getitem__, order)))
+        if not seen:
             return [math.nan] * len(wanted)
-        found: list[float] = []
-        seen = 0
-        for bucket in sorted(self.buckets):
-            seen += self.buckets[bucket]
-            while len(found) < len(wanted) and seen > wanted[len(found)] * (count - 1):
-                found.append(_value(bucket))
-        return found
+        return [_value(order[bisect_right(seen, fraction * (seen[-1] - 1))]) for fraction in wanted]
 
     def at_most(self, limits: Iterable[float]) -> list[int]:
-        """How many values are at most each of *limits* (ascending), within the accuracy of a bucket."""
+        """How many values are at most each of *limits*, within the accuracy of a bucket."""
         order = sorted(self.buckets)
-        counts: list[int] = []
-        seen = position = 0
-        for limit in limits:
-            highest = math.floor(math.log(limit) * SCALE + 1e-9)
-            while position < len(order) and order[position] <= highest:
-                seen += self.buckets[order[position]]
-                position += 1
-            counts.append(seen)
-        return counts
+        seen = [0, *accumulate(map(self.buckets.__getitem__, order))]
+        return [seen[bisect_right(order, math.floor(math.log(limit) * SCALE + 1e-9))] for limit in limits]
 
     def summary(self, unit: float = 1.0) -> dict[str, float]:
         """Count, sum, mean, least, most and quantiles, the values multiplied by *unit*; NaN where nothing was seen."""

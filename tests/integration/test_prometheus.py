@@ -100,6 +100,7 @@ def scraped(ray_cluster: Any) -> Iterator[str]:
     yield f"127.0.0.1:{server.server_port}"
     server.shutdown()
     thread.join()
+    server.server_close()
 
 
 @pytest.fixture

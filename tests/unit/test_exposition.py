@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 from prometheus import promtool, require_prometheus
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
 
 from raypg.alert_rules import RULES
 from raypg.core.pool_metrics import GAUGES, PoolMetrics
 from raypg.core.sketch import Sketch
-from raypg.exposition import render
+from raypg.exposition import families, render
 from raypg.grafana_board import board, expressions
 
 NOT_AS_PROMETHEUS_WOULD_NAME_THEM = {
@@ -110,6 +113,32 @@ def test_several_pools_share_each_family() -> None:
 def test_labels_are_escaped() -> None:
     text = render({"p": snapshot(command=STRANGE)})
     assert value(text, "connection_pool_queries_total", pool="p", type=STRANGE) == 100
+
+
+def test_prometheus_client_writes_the_same() -> None:
+    known = {
+        "a": snapshot(),
+        "b": snapshot(command=STRANGE),
+        "c": {**snapshot(), "gauges": dict.fromkeys(GAUGES, 1e15)},
+    }
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(Collected(families(known)))
+    theirs, ours = generate_latest(registry).decode(), render(known)
+    of_ours, of_theirs = ({key: repr(value) for key, value in samples(text).items()} for text in (ours, theirs))
+    assert of_ours == of_theirs  # by repr, as NaN is not equal to itself
+    comments = [[line for line in text.splitlines() if line.startswith("#")] for text in (ours, theirs)]
+    assert comments[0] == comments[1]
+
+
+class Collected(Collector):
+    def __init__(self, metrics: list[Metric]) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> list[Metric]:
+        return self._metrics
+
+    def describe(self) -> list[Metric]:
+        return []
 
 
 def test_a_pool_that_has_done_nothing() -> None:
