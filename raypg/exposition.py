@@ -66,7 +66,7 @@ def render(snapshots: Snapshots) -> str:
 
 
 def text(metrics: Iterable[Metric]) -> str:
-    """Metrics in Prometheus' text format: what prometheus_client's ``generate_latest`` writes, in a fifth of the time."""
+    """Metrics in Prometheus' format: what prometheus_client's ``generate_latest`` writes, in a fifth of the time."""
     lines: list[str] = []
     for metric in metrics:
         name = f"{metric.name}_total" if metric.type == "counter" else metric.name
