@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench clean system-packages
+.PHONY: help setup demo test test-system lint format bench clean system-packages
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +46,14 @@ system-packages: ## What some tests need of the system: PostgreSQL with TLS and 
 
 test: setup system-packages ## Run all tests on real PostgreSQL and real Ray
 	$(VENV)/bin/pytest -q --durations=15 $(ARGS)
+
+# What depends on the server most: sessions, leases, transactions, statements after DDL, and its death.
+ON_SYSTEM := $(addprefix tests/integration/test_,$(addsuffix .py,leases transactions session_state settings cursors \
+	prepared schema_changes pool pipeline_rows)) tests/faults/test_lease_owner.py tests/faults/test_cancellation.py \
+	tests/faults/test_breaker_outages.py
+
+test-system: setup system-packages ## Run the tests that depend on the server most on the system's PostgreSQL
+	RAYPG_TEST_POSTGRES=system $(VENV)/bin/pytest -q --durations=5 $(ON_SYSTEM) $(ARGS)
 
 lint: setup ## Check format, lint and types
 	$(VENV)/bin/ruff format --check .

@@ -54,6 +54,7 @@ class _Pool:
     def __init__(self, name: str, config: BreakerConfig, expected: int) -> None:
         self.name = name
         self.quorum = Quorum(config, time.monotonic(), random.random, expected)
+        self.expected = expected
         self.lives: dict[int, tuple[str, ActorHandle[Any]]] = {}
         self.told: dict[int, Order] = {}
         self.changed = asyncio.Event()
@@ -77,11 +78,12 @@ class _Pool:
             if left is None or left > 0:
                 machine.force_open(kept["reason"], now, left)
 
-    def store(self, ttl: float | None) -> None:
+    def store(self) -> None:
         machine = self.quorum.machine
         if machine.forced or machine.state == DISABLED:
             what = "open" if machine.forced else "disable"
-            until = None if ttl is None else time.time() + ttl
+            left = machine.time_until_recovery(time.monotonic())
+            until = None if left is None else time.time() + left
             kept = {"what": what, "reason": machine.reason, "until": until}
             _compat.kv_put(self.key, json.dumps(kept).encode())
         else:
@@ -154,6 +156,7 @@ class BreakerActor(ServingAll):
         now = time.monotonic()
         if known.quorum.machine.config != settings:
             known.quorum.configure(settings, now)
+        known.expected = expected
         if known.lives.get(worker, ("",))[0] != incarnation:
             known.quorum.join(worker, now)
         known.lives[worker] = (incarnation, handle[0])
@@ -180,6 +183,7 @@ class BreakerActor(ServingAll):
         known: _Pool | None = await self.find(pool)
         if known is None:
             return "error", pack_error(_unknown(pool))
+        missing = await self._missing(known)
         now = time.monotonic()
         machine = known.quorum.machine
         if what == "force_open":
@@ -193,11 +197,15 @@ class BreakerActor(ServingAll):
                 "enable": machine.enable,
             }
             commands[what](reason, now)
-        known.store(ttl)
+        known.store()
         sent = known.push()
         done = await asyncio.gather(*(acknowledged for _, acknowledged in sent))
         unreached = [worker for (worker, _), reached in zip(sent, done, strict=True) if not reached]
-        return "ok", {"state": machine.state, "acknowledged": len(sent) - len(unreached), "unreached": unreached}
+        return "ok", {
+            "state": machine.state,
+            "acknowledged": len(sent) - len(unreached),
+            "unreached": sorted({*unreached, *missing}),
+        }
 
     async def status(self, pool: str) -> Answer:
         """How the breaker of *pool* stands."""
@@ -241,6 +249,14 @@ class BreakerActor(ServingAll):
             _compat.kv_delete(known.key)
         await super().forget(pool)
 
+    async def _missing(self, pool: _Pool) -> set[int]:
+        """The workers of *pool* that have not joined. Of a new Breaker, or a new pool, they may just be about to."""
+        until = time.monotonic() + ACKNOWLEDGED_WITHIN
+        while (missing := set(range(pool.expected)) - pool.lives.keys()) and (left := until - time.monotonic()) > 0:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._joined.wait(), left)
+        return missing
+
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK)
@@ -250,7 +266,7 @@ class BreakerActor(ServingAll):
                     forced = pool.quorum.machine.forced
                     pool.quorum.tick(now)
                     if forced and not pool.quorum.machine.forced:
-                        pool.store(None)  # its time was over
+                        pool.store()  # its time was over
                     pool.push()
                     if pool.quorum.silence(now) > DEAD_AFTER:
                         del self.pools[pool.name]  # its workers were ended without a word, or will join again

@@ -54,10 +54,10 @@ class BreakerLine(Line):
                 guard.follow(Order(*answer), time.monotonic())
             report = guard.report()
             answer = await asyncio.wait_for(breaker.report.remote(*where, tuple(report)), ANSWER_WITHIN)
-            guard.told()
             if answer is None:
                 joined = None
                 continue
+            guard.told()
             guard.follow(Order(*answer), time.monotonic())
             try:
                 await asyncio.wait_for(guard.news.wait(), REPORT_EVERY)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from ray.exceptions import RayActorError
-
 from raypg import _compat
 
 logger = logging.getLogger(__name__)
@@ -51,7 +49,7 @@ class Line:
         while True:
             try:
                 await self.talk()
-            except (RayActorError, TimeoutError):
+            except (*_compat.ActorGone, TimeoutError):
                 pass  # it is being restarted: this worker goes on alone meanwhile
             except Exception:
                 logger.exception("pool %s: internal error in %s", self.pool, type(self).__name__)

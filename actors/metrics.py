@@ -51,7 +51,7 @@ SETTLED_WITHIN = 3.0
 """Seconds in which a new life hears again what was told to the last one, before it says anything."""
 
 DEAD_AFTER = 600.0
-"""Seconds without a word from any worker after which a pool is forgotten."""
+"""Seconds without a word after which a worker is missed no more, and a pool of such workers is forgotten."""
 
 
 class _Pool:
@@ -210,6 +210,7 @@ class MetricsActor(ServingAll):
                 del self.pools[name]  # its workers were ended without a word, or will join again
                 _compat.kv_delete(naming.metrics_key(name))
                 continue
+            pool.metrics.leave_silent(wall, DEAD_AFTER)
             known = pool.metrics.known()
             _compat.kv_put(naming.metrics_key(name), zlib.compress(pickle.dumps(pool.metrics), 1))
             pool.durable = known

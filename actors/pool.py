@@ -3,11 +3,10 @@
 Its messages:
 
 - ``hello``: a handle says who it is and what it wants; the answer is the pool's membership, or why not.
-- ``membership``: where the workers are now.
-- ``status``, ``reconfigure``, ``close``.
+- ``membership``: where the workers are now; ``verify``: whether one of them lives.
+- ``status``, ``reconfigure``, ``replace_workers``, ``close``.
 
-Once a second it pings its workers. A ping grants the worker its budget and brings back how it stands; a worker whose
-process is new is granted nothing until the backends of its predecessor are gone.
+Once a second it pings its workers, see :mod:`raypg.actors.membership`.
 """
 
 from __future__ import annotations
@@ -16,20 +15,18 @@ import asyncio
 import contextlib
 import json
 import logging
-import math
 import secrets
 import time
-from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.actor import ActorHandle
-from ray.exceptions import RayActorError
 
 from raypg import _compat, cluster, naming
-from raypg.actors.worker import Answer, PoolWorker, application_name
+from raypg.actors.membership import START_TIMEOUT, Member, Membership
+from raypg.actors.reaper import Reaper
+from raypg.actors.worker import Answer, application_name, application_prefix
 from raypg.config import PoolConfig
-from raypg.core import sizing
+from raypg.core import limits, sizing
 from raypg.errors import ConfigError, PoolClosedError, PoolConflictError, PoolVersionError, RaypgError, UnavailableError
 from raypg.messages import hello
 from raypg.portable import pack_error
@@ -38,51 +35,35 @@ from raypg.server.control import Control
 
 logger = logging.getLogger(__name__)
 
-START_TIMEOUT = 60.0
-"""Seconds in which a worker's process must have started."""
-
 PING_EVERY = 1.0
-"""Seconds between pings; also the longest a ping may take."""
+"""Seconds between two rounds of pings."""
+
+LEAST_PAUSE = 0.05
+"""Seconds between two rounds of pings, at least."""
+
+ARRANGE_EVERY = 2.0
+"""Seconds between two looks at the nodes of the cluster."""
+
+LIMITS_EVERY = 30.0
+"""Seconds between two questions for the limits of a server that has less room than the pool was to have."""
 
 BREAKER_WITHIN = 5.0
 """Seconds that a start waits for the Breaker to have heard of the workers."""
 
-LOST_AFTER = 4
-"""Pings in a row that a worker may miss before it counts as lost."""
+CONFIGURED_WITHIN = 4.0
+"""Seconds in which a worker must have taken a new configuration."""
 
-FIXED = frozenset({"workers", "pooler", "codecs", "statement_cache_size", "server_settings", "application_name"})
-"""Settings that connections are opened with, or that decide how many workers there are."""
+STARTED_WITHIN = 20.0
+"""Seconds that a change waits for workers that it brings."""
 
-CONTROL_NEEDS = 4
-"""From this cap on, one connection of it is kept for control; below, control borrows one when it needs it."""
+STATUS_WITHIN = 2.0
+"""Seconds in which a worker must have told its figures."""
 
-REAP_TIMEOUT = 10.0
-"""Seconds to wait for the backends of a dead worker to disappear before trying again."""
+CLOSED_WITHIN = 10.0
+"""Seconds that a closing pool gives to its workers."""
 
-SELF_REAPING = 2.0
-"""Seconds after which the backends of a dead process have noticed its death by themselves, where control has no
-connection of its own to look: four times ``client_connection_check_interval``."""
-
-
-@dataclass
-class Member:
-    """A worker, as the Pool actor knows it."""
-
-    index: int
-    name: str
-    node: str
-    handle: ActorHandle[Any]
-    budget: int = 0
-    incarnation: str | None = None
-    missed: int = 0
-    reaping: asyncio.Task[None] | None = None
-    unconfirmed: list[int] = field(default_factory=list)
-    gone: list[int] = field(default_factory=list)
-
-    @property
-    def granted(self) -> int:
-        """The budget this worker may use now."""
-        return 0 if self.incarnation is None or self.reaping is not None else self.budget
+FIXED = frozenset({"pooler", "codecs", "statement_cache_size", "server_settings", "application_name"})
+"""Settings that connections are opened with."""
 
 
 class PoolActor:
@@ -97,18 +78,19 @@ class PoolActor:
         self._name = name
         self._config = PoolConfig.from_dict(config)
         self._cluster = _compat.cluster_id()
-        self._epoch = 1
-        self._members: list[Member] = []
         self._opening: asyncio.Task[Answer] | None = None
         self._closed: PoolClosedError | None = None
-        self._keeper: asyncio.Task[None] | None = None
-        self._doubtful_since = math.inf
+        self._keepers: list[asyncio.Task[None]] = []
+        self._nodes = _compat.Nodes(frozenset(), ())
+        self._arranged_at = self._asked_at = 0.0
         changed = _compat.kv_get(self._key)
         if changed is not None and _compat.was_restarted():
             self._config = self._config.changed(**json.loads(changed))
         control = application_name(self._cluster, name, "control", secrets.token_hex(4))
         self._connector = Connector(self._config, control)
-        self._control = Control(self._connector)
+        self._prefix = application_prefix(self._cluster, name)
+        self._reaper = Reaper(name, Control(self._connector), self._prefix, lambda: self._workers.cap)
+        self._workers = Membership(name, lambda: self._config, self._reaper, self._next_life())
         self._warn_of_runtime_env()
         if _compat.was_restarted():
             self._begin()  # the workers have outlived us: find them again, without being asked
@@ -119,6 +101,12 @@ class PoolActor:
     @property
     def _key(self) -> str:
         return f"pool/{self._name}"
+
+    def _next_life(self) -> int:
+        """Number of this life of the pool's actor: what an earlier life still has under way is out of date."""
+        life = int(_compat.kv_get(f"{self._key}/life") or 0) + 1
+        _compat.kv_put(f"{self._key}/life", str(life).encode())
+        return life
 
     def _warn_of_runtime_env(self) -> None:
         environment = dict(ray.get_runtime_context().runtime_env)
@@ -160,73 +148,103 @@ class PoolActor:
         """The workers that can be used, and the epoch of this list."""
         return self._membership()
 
+    async def verify(self, index: int, incarnation: str) -> bool:
+        """Whether that life of worker *index* goes on; answers when it is known, within some seconds."""
+        return await self._workers.verify(index, incarnation)
+
     async def status(self) -> Answer:
         """Figures of all workers."""
         if self._closed is not None:
             return "error", pack_error(self._closed)
-        answers = await asyncio.gather(
-            *(asyncio.wait_for(member.handle.status.remote(), 2.0) for member in self._members),
-            return_exceptions=True,
-        )
+        members = list(self._workers.members.values())
+        answers = await self._workers.tell(lambda handle: handle.status.remote(), STATUS_WITHIN)
         return "ok", {
             "pool_name": self._name,
-            "max_connections": self._config.max_connections,
+            "max_connections": self._workers.cap,
+            "configured_max_connections": self._config.max_connections,
             "min_connections": self._config.min_connections,
             "workers": [
                 {
                     "index": member.index,
                     "node": member.node,
-                    "budget": member.granted,
+                    "budget": self._workers.share(member),
+                    "state": member.state,
+                    "silent": time.monotonic() - member.answered_at,
                     "reachable": not isinstance(answer, BaseException),
                     "figures": None if isinstance(answer, BaseException) else answer,
                 }
-                for member, answer in zip(self._members, answers, strict=True)
+                for member, answer in zip(members, answers, strict=True)
             ],
         }
 
     async def reconfigure(self, changes: dict[str, Any]) -> Answer:
-        """Change settings of the running pool: a smaller cap as connections come back, a larger one at once."""
+        """Change settings of the running pool: a smaller cap as connections come back, a larger one at once; more
+        workers as they start, fewer as they have nothing left to do."""
         if self._closed is not None:
             return "error", pack_error(self._closed)
-        previous = self._config.max_connections
+        previous = self._workers.cap
         try:
             for key in changes:
                 if key in FIXED:
                     raise ConfigError(f"{key} cannot be changed in a running pool: end it and start it anew")
             config = self._config.changed(**changes)
-            shares = self._divide(config.max_connections, len(self._members))
+            _check_workers(config)
         except RaypgError as error:
             return "error", pack_error(error)
         self._config = self._connector.config = config
         stored = json.loads(_compat.kv_get(self._key) or b"{}")
         _compat.kv_put(self._key, json.dumps({**stored, **changes}).encode())  # tunables only: no secret among them
+        if "max_connections" in changes:
+            await self._ask_limits()
         await self._push_config()
-        await self._assign(shares)
-        return "ok", {"previous_size": previous, "new_size": config.max_connections}
+        started = await self._arrange()
+        await self._workers.round()
+        if started:
+            await self._workers.appear(started, STARTED_WITHIN)
+            await self._workers.round()
+        return "ok", {
+            "previous_size": previous,
+            "new_size": self._workers.cap,
+            "workers": sum(not member.draining for member in self._workers.members.values()),
+            "draining": [member.index for member in self._workers.members.values() if member.draining],
+        }
+
+    async def replace_workers(self) -> Answer:
+        """Put a new process in the place of each worker, one after the other; no call fails for it. Answers when the
+        last one has ended."""
+        if self._closed is not None:
+            return "error", pack_error(self._closed)
+        if self._workers.replacing:
+            return "error", pack_error(
+                UnavailableError(f"the workers of pool {self._name!r} are being replaced already")
+            )
+        members = [member for member in self._workers.members.values() if not member.draining]
+        self._workers.replacing = True
+        try:
+            for member in members:
+                await self._workers.replace(member)
+        finally:
+            self._workers.replacing = False
+        return "ok", len(members)
 
     async def _push_config(self) -> None:
         config = self._config.to_dict()
-        await asyncio.gather(
-            *(asyncio.wait_for(m.handle.use.remote(config), PING_EVERY * LOST_AFTER) for m in self._members),
-            return_exceptions=True,
-        )
+        await self._workers.tell(lambda handle: handle.use.remote(config), CONFIGURED_WITHIN)
 
     async def close(self, reason: str) -> None:
         """End the pool: callers get :class:`PoolClosedError` with *reason*; connections are closed, actors end."""
         if self._closed is None:
             self._closed = PoolClosedError(reason)
-            if self._keeper is not None:
-                self._keeper.cancel()
-            handles = [member.handle for member in self._members]
-            await asyncio.gather(
-                *(asyncio.wait_for(handle.close.remote(reason), 10.0) for handle in handles), return_exceptions=True
-            )
-            await self._control.close()
-            for handle in handles:
+            for keeper in self._keepers:
+                keeper.cancel()
+            self._workers.close()
+            await self._workers.tell(lambda handle: handle.close.remote(reason), CLOSED_WITHIN)
+            await self._reaper.close()
+            for handle in self._workers.handles():
                 ray.kill(handle)
             for serving_all in (cluster.find_breaker(), cluster.find_metrics()):
                 if serving_all is not None:
-                    with contextlib.suppress(RayActorError, TimeoutError):
+                    with contextlib.suppress(*_compat.ActorGone, TimeoutError):
                         await asyncio.wait_for(serving_all.forget.remote(self._name), PING_EVERY)
                     serving_all.rest.remote()
             _compat.kv_delete(naming.metrics_key(self._name))
@@ -241,156 +259,134 @@ class PoolActor:
 
     async def _open(self) -> Answer:
         try:
-            nodes = _compat.worker_nodes()
-            count = len(nodes) if self._config.workers == "per_node" else int(self._config.workers)
-            count = min(count, self._usable(self._config.max_connections))
-            shares = self._divide(self._config.max_connections, count)
+            _check_workers(self._config)
         except RaypgError as error:
             return "error", pack_error(error)
+        workers = self._workers
+        workers.find()
         breaker = cluster.find_or_start_breaker()  # its process starts beside those of the workers
         cluster.find_or_start_metrics()
-        for index in range(count):
-            self._members.append(self._start_worker(index, nodes[index % len(nodes)], shares[index]))
-        here = await asyncio.gather(*(self._ping(member, timeout=START_TIMEOUT) for member in self._members))
-        if not any(here):
+        asking = asyncio.ensure_future(self._ask_limits())
+        await self._arrange()
+        again = _compat.was_restarted()
+        if (
+            not await workers.appear(tuple(workers.members.values()), PING_EVERY if again else START_TIMEOUT)
+            and not again
+        ):
+            asking.cancel()
             return "error", pack_error(
                 UnavailableError(
                     f"no worker of pool {self._name!r} started within {START_TIMEOUT:g} s; see `ray list actors`"
                 )
             )
-        await asyncio.gather(*(self._ping(member) for member in self._members))  # grants the budgets
-        least = self._config.min_connections if self._config.pre_warm else 1
-        warm = await asyncio.gather(
-            *(m.handle.warm_up.remote(max(1, sizing.share(least, m.budget, sum(shares)))) for m in self._members),
-            return_exceptions=True,
-        )
-        failures = [("error", pack_error(a)) if isinstance(a, BaseException) else a for a in warm]
-        if all(kind == "error" for kind, _ in failures):
-            return failures[0]
-        self._keeper = asyncio.get_running_loop().create_task(self._keep())
-        with contextlib.suppress(RayActorError, TimeoutError):  # the pool works without it, but nobody could look at it
+        asked = await asking
+        await self._unfreeze(final=not again and not asked)
+        await workers.round()
+        if not again and (failure := await self._warm_up()) is not None:
+            return failure
+        workers.keeps = True
+        loop = asyncio.get_running_loop()
+        self._keepers = [loop.create_task(self._keep()), loop.create_task(self._look_after_connections())]
+        with contextlib.suppress(
+            *_compat.ActorGone, TimeoutError
+        ):  # the pool works without it, but nobody could look at it
             await asyncio.wait_for(breaker.status.remote(self._name), BREAKER_WITHIN)
         return "ok", None
 
-    def _start_worker(self, index: int, node: str, budget: int) -> Member:
-        name = naming.worker_actor(self._name, index)
-        handle = (
-            ray.remote(PoolWorker)
-            .options(
-                name=name,
-                namespace=naming.NAMESPACE,
-                lifetime="detached",
-                get_if_exists=True,
-                num_cpus=0,  # a pool must start even while tasks hold every CPU and wait for it
-                label_selector={"ray.io/node-id": node},
-                max_restarts=-1,
-                max_task_retries=0,  # a statement must not run twice
-                max_concurrency=10_000,  # a caller waits for its answer in a call
-            )
-            .remote(self._name, index, self._cluster, self._config.to_dict())
-        )
-        return Member(index, name, node, handle, budget)
+    async def _warm_up(self) -> Answer | None:
+        """Open the first connections; the error if no worker can open any."""
+        least = self._config.min_connections if self._config.pre_warm else 1
+        shares = [self._workers.share(member) for member in self._workers.members.values()]
+        part = {
+            member.handle: max(1, sizing.share(least, self._workers.share(member), sum(shares)))
+            for member in self._workers.members.values()
+        }
+        warm = await self._workers.tell(lambda handle: handle.warm_up.remote(part[handle]), START_TIMEOUT)
+        failures = [("error", pack_error(a)) if isinstance(a, BaseException) else a for a in warm]
+        return failures[0] if all(kind == "error" for kind, _ in failures) else None
 
-    def _usable(self, cap: int) -> int:
-        return cap - 1 if cap >= CONTROL_NEEDS else cap
-
-    def _divide(self, cap: int, workers: int) -> list[int]:
+    async def _ask_limits(self) -> bool:
+        """Ask the server what it has room for, and lower the cap to it; whether it could be asked."""
+        self._asked_at = time.monotonic()
         try:
-            return sizing.divide(cap, workers, CONTROL_NEEDS)
-        except ValueError as error:
-            raise ConfigError(f"max_connections={cap}: {error}") from error
+            found = await self._reaper.limits()
+        except Exception as error:
+            logger.warning("pool %s: the server cannot be asked for its limits: %s", self._name, error)
+            return False
+        if found is None:
+            return True  # a pooler has limits of its own
+        wanted, before = self._config.max_connections, self._workers.limit
+        room = limits.room(found)
+        self._workers.limit = room.connections if room.connections < wanted else None
+        if self._workers.limit is not None and self._workers.limit != before:
+            logger.warning(
+                "pool %s: max_connections=%d is more than the server has room for: %s = %d. The pool goes on with %d",
+                self._name, wanted, room.why, room.connections, self._workers.cap,
+            )  # fmt: skip
+        return True
+
+    async def _unfreeze(self, final: bool = False) -> None:
+        """Grant shares from now on, if it is known what connections there are: every worker of before has answered, and
+        those of workers that nobody knows of have ended.
+
+        Args:
+            final: do so even if the server cannot be asked.
+        """
+        workers = self._workers
+        if not workers.frozen or any(not member.node for member in workers.members.values()):
+            return
+        try:
+            await self._reaper.sweep(workers.living)
+        except Exception as error:
+            logger.warning("pool %s: cannot look for connections of workers of before: %s", self._name, error)
+            if not final:
+                return
+        workers.frozen = False
+        workers.changed()
+
+    async def _arrange(self) -> list[Member]:
+        """Bring workers and nodes together; those that were started."""
+        self._arranged_at = time.monotonic()
+        here = ray.get_runtime_context().get_node_id()
+        self._nodes = await asyncio.to_thread(_compat.nodes, here, self._config.node_labels)
+        return self._workers.arrange(self._nodes)
 
     # --- keeping ---
 
     async def _keep(self) -> None:
         while True:
-            await asyncio.sleep(PING_EVERY)
-            await asyncio.gather(*(self._ping(member) for member in self._members))
-            await self._confirm_gone()
-            await self._control.rest(time.monotonic())
-
-    async def _ping(self, member: Member, timeout: float = PING_EVERY) -> bool:
-        gone, member.gone = member.gone, []
-        try:
-            # None before the first are opened: whether that works, `warm_up` is to find out.
-            kept = self._config.min_connections if self._keeper is not None else 0
-            least = sizing.share(kept, member.granted, sum(m.budget for m in self._members))
-            ping = member.handle.ping.remote(self._epoch, member.granted, least, gone, len(self._members))
-            state = await asyncio.wait_for(ping, timeout)
-        except (RayActorError, TimeoutError):
-            member.gone += gone
-            member.missed += 1
-            if member.missed == LOST_AFTER:
-                logger.warning("pool %s: worker %d does not answer", self._name, member.index)
-                self._epoch += 1
-            return False
-        if member.missed >= LOST_AFTER:
-            self._epoch += 1
-        member.missed = 0
-        member.unconfirmed = state["unconfirmed"]
-        if state["incarnation"] != member.incarnation:
-            self._replaced(member, state["incarnation"])
-        return True
-
-    def _replaced(self, member: Member, incarnation: str) -> None:
-        """The worker's process is a new one. Its share is free only when its predecessor's backends are gone."""
-        predecessor, member.incarnation = member.incarnation, incarnation
-        self._epoch += 1
-        if predecessor is not None:
-            name = application_name(self._cluster, self._name, str(member.index), predecessor)
-            member.reaping = asyncio.get_running_loop().create_task(self._reap(member, name))
-
-    async def _reap(self, member: Member, name: str) -> None:
-        loop = asyncio.get_running_loop()
-        if self._config.max_connections < CONTROL_NEEDS:
-            # No slot is kept for us: let the backends notice by themselves before one more connection is opened.
-            await asyncio.sleep(SELF_REAPING)
-        failed_at: float | None = None
-        while True:
+            started = time.monotonic()
+            self._workers.news.clear()
             try:
-                left = await self._control.end_backends(name, REAP_TIMEOUT)
-            except Exception as error:
-                # The database cannot be asked. If it is down, the backends are gone with it; look again soon.
-                if failed_at is None:
-                    failed_at = loop.time()
-                    logger.warning("pool %s: cannot look for backends of a dead worker: %s", self._name, error)
-                await asyncio.sleep(0.5)
-                continue
-            if left == 0:
-                break
-        if self._config.max_connections < CONTROL_NEEDS:
-            await self._control.close()
-        member.reaping = None
-        await self._ping(member)
+                if started - self._arranged_at >= ARRANGE_EVERY:
+                    await self._arrange()
+                await self._workers.round()
+            except Exception:
+                logger.exception("pool %s: internal error", self._name)
+            await asyncio.sleep(LEAST_PAUSE)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._workers.news.wait(), max(0.0, started + PING_EVERY - time.monotonic()))
+
+    async def _look_after_connections(self) -> None:
+        """What takes the server's answer, which may take long: never in the way of the pings."""
+        while True:
+            await asyncio.sleep(PING_EVERY)
+            try:
+                await self._unfreeze()
+                await self._confirm_gone()
+                lowered = self._workers.limit is not None
+                if lowered and time.monotonic() - self._asked_at > LIMITS_EVERY:
+                    await self._ask_limits()
+                await self._reaper.rest()
+            except Exception:
+                logger.exception("pool %s: internal error", self._name)
 
     async def _confirm_gone(self) -> None:
-        doubtful = [pid for member in self._members for pid in member.unconfirmed]
-        now = time.monotonic()
-        self._doubtful_since = min(self._doubtful_since, now) if doubtful else math.inf
-        # Below CONTROL_NEEDS a look takes one connection more: only when those given up have had time to go.
-        borrowed = self._config.max_connections < CONTROL_NEEDS
-        if not doubtful or (borrowed and now - self._doubtful_since < SELF_REAPING):
-            return
-        try:
-            gone = set(await self._control.gone(doubtful))
-        except Exception as error:
-            logger.debug("pool %s: control connection failed: %s", self._name, error)
-            return
-        if borrowed:
-            await self._control.close()
-        for member in self._members:
-            member.gone = [pid for pid in member.unconfirmed if pid in gone]
-
-    async def _assign(self, shares: list[int]) -> None:
-        """Give the workers their new shares: first to those who shrink, then to those who grow."""
-        self._epoch += 1
-        growing = [(m, share) for m, share in zip(self._members, shares, strict=True) if share > m.budget]
-        for member, share in zip(self._members, shares, strict=True):
-            member.budget = min(member.budget, share)
-        await asyncio.gather(*(self._ping(member) for member in self._members))
-        for member, share in growing:
-            member.budget = share
-        await asyncio.gather(*(self._ping(member) for member, _ in growing))
+        members = tuple(self._workers.members.values())
+        if doubtful := [pid for member in members for pid in member.unconfirmed]:
+            gone = await self._reaper.gone(doubtful)
+            for member in members:
+                member.gone = [pid for pid in member.unconfirmed if pid in gone]
 
     # --- small things ---
 
@@ -408,11 +404,19 @@ class PoolActor:
 
     def _membership(self) -> dict[str, Any]:
         return {
-            "epoch": self._epoch,
+            "epoch": self._workers.epoch,
             "closed": self._closed.args[0] if self._closed else None,
-            "workers": [
-                (member.index, member.name, member.node, member.budget, member.incarnation)
-                for member in self._members
-                if member.missed < LOST_AFTER
-            ],
+            "workers": self._workers.places(),
         }
+
+
+def _check_workers(config: PoolConfig) -> None:
+    """Whether there is a connection for each worker.
+
+    Raises:
+        ConfigError: there is not.
+    """
+    try:
+        sizing.check(config.max_connections, 1 if config.workers == "per_node" else int(config.workers))
+    except ValueError as error:
+        raise ConfigError(f"max_connections={config.max_connections}: {error}") from error

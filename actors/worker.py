@@ -12,6 +12,7 @@ import secrets
 from collections.abc import Awaitable
 from typing import Any
 
+import ray
 from ray.exceptions import OwnerDiedError
 
 from raypg import messages
@@ -22,10 +23,11 @@ from raypg.core.pool_metrics import Delta
 from raypg.core.quorum import Order
 from raypg.packing import packed
 from raypg.portable import pack_error
-from raypg.server import cursors
+from raypg.server import cursors, ending, worker_status
 from raypg.server.chunk import ChunkRequest, ChunkRun
 from raypg.server.connect import Connector
 from raypg.server.connection import STEP
+from raypg.server.connection_set import VALID
 from raypg.server.describe import describe
 from raypg.server.engine import Engine
 from raypg.server.work import Refused
@@ -71,6 +73,8 @@ class PoolWorker:
         self._engine = Engine(settings, self._connector)
         self._breaker = BreakerLine(pool, index, self._incarnation, self._engine.guard)
         self._metrics = MetricsLine(pool, index, self._incarnation, self._engine)
+        self._node: str = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
+        self._newest = 0  # number of the newest ping
         self._epoch = 0
         # What is alive now (Ray, asyncpg) stays alive: looking through it again and again took 8 % of a busy worker.
         gc.collect()
@@ -82,26 +86,60 @@ class PoolWorker:
 
     # --- from the Pool actor ---
 
-    async def ping(self, epoch: int, budget: int, least: int, gone: list[int], workers: int) -> dict[str, Any]:
-        """Take the budget of *epoch* and how many connections are to be kept open, learn which abandoned backends are
-        gone and how many workers there are, and say how things stand."""
+    async def ping(
+        self,
+        number: int,
+        grant: int | None,
+        heard: float | None,
+        least: int,
+        gone: list[int],
+        workers: int,
+        epoch: int,
+        lost: bool = False,
+    ) -> dict[str, Any]:
+        """Take a share of the budget, and say how things stand.
+
+        Args:
+            number: of this ping; what was sent before one that has arrived already is out of date.
+            grant: the share; ``None`` leaves it as it is.
+            heard: ``clock`` of our answer that the Pool actor has heard last. The share holds for some seconds from
+                then: however late this message comes, it permits nothing that others may have been given meanwhile.
+            least: connections to keep open.
+            gone: process ids of given-up backends that the server does not show any more.
+            workers: how many there are.
+            epoch: of the membership.
+            lost: we were not heard for so long that everybody was told to go elsewhere: nobody knows of our leases.
+        """
+        if lost:
+            for lease in self._engine.leases:
+                self._engine.leases.end(lease.token, "its worker could not be heard for some seconds")
         self._breaker.keep(workers)
         self._metrics.open()
         connections = self._engine.connections
         connections.confirm_gone(set(gone))
-        if epoch >= self._epoch:
-            self._epoch = epoch
+        if number > self._newest:
+            self._newest, self._epoch = number, epoch
             connections.least = least
-            if connections.budget != budget:
-                connections.budget = budget
+            if grant is not None:
+                connections.grant(grant, 0.0 if heard is None else heard + VALID)
                 self._engine.pump()
         return {
             "incarnation": self._incarnation,
-            "epoch": self._epoch,
-            "application_name": self._connector.application_name,
+            "node": self._node,
+            "newest": self._newest,
+            "budget": connections.budget,
+            "clock": self._engine.now(),
             "unconfirmed": connections.unconfirmed,
-            "slots": connections.slots,
+            "used": connections.slots,
+            "demand": self._engine.demand,
         }
+
+    async def drain(self, seconds: float) -> bool:
+        """Take no more work; answers when what was begun is over, or was ended after *seconds*: whether it was in
+        time."""
+        in_time = await ending.drain(self._engine, seconds)
+        await self._metrics.leave()
+        return in_time
 
     async def warm_up(self, least: int) -> Answer:
         """Open connections until *least* exist; the error of the first failure if none could be opened."""
@@ -113,7 +151,7 @@ class PoolWorker:
 
     async def status(self) -> dict[str, Any]:
         """Figures of this worker; times in milliseconds."""
-        return self._engine.status()
+        return worker_status.status(self._engine)
 
     async def close(self, reason: str) -> None:
         """Refuse new work, end leases, close connections."""
@@ -144,13 +182,14 @@ class PoolWorker:
         """Run a batch of independent statements; see :mod:`raypg.messages`."""
         known = self._engine.client(client, job)
         batch = self._engine.submit(known, number, runs)
-        return await known.first_reply(batch, len(self._engine.queue))
+        unfinished, parts = await known.first_reply(batch)
+        return len(self._engine.queue), unfinished, parts, self._epoch
 
     @packed
     async def collect(self, client: str, job: str) -> messages.Reply:
         """What finished since the last answer to this client, of batches answered before their end."""
-        left, parts = await self._engine.client(client, job).next_reply()
-        return len(self._engine.queue), left, parts
+        unfinished, parts = await self._engine.client(client, job).next_reply()
+        return len(self._engine.queue), unfinished, parts, self._epoch
 
     async def cancel(self, client: str, job: str, number: int, position: int) -> None:
         """One caller of a batch has left."""
@@ -235,9 +274,9 @@ class PoolWorker:
         self._engine.leases.cancel(token, number)
 
     @packed
-    async def release(self, token: str, last: str | None = None) -> Answer:
+    async def release(self, token: str, last: str | None = None, forgotten: bool = False) -> Answer:
         """End a lease, after running *last* on it (COMMIT or ROLLBACK), whatever comes of that."""
-        return await _answer(self._engine.release(token, last))
+        return await _answer(self._engine.release(token, last, forgotten))
 
     @packed
     async def chunk(

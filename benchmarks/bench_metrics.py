@@ -47,7 +47,7 @@ def switch(worker: Any, on: bool) -> None:
     from raypg.server.outcomes import outcome_of
 
     if not hasattr(worker, "recording"):
-        names = ("ran", "ran_together", "waited", "given_back", "fetched")
+        names = ("ran", "ran_together", "waited", "waited_together", "given_back", "fetched")
         worker.recording = {name: getattr(Figures, name) for name in names}
 
     def nothing(*_: Any) -> None:

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import ray
+from ray.exceptions import ActorDiedError, ActorUnschedulableError, RayActorError
 from ray.experimental import internal_kv
 
+HEAD = "node:__internal_head__"
+"""The resource of which every head node has 1, and no other node any; Ray Serve's controller asks for it too."""
+
 _KV_NAMESPACE = b"raypg"
+
+ActorGone = (RayActorError, ActorUnschedulableError)
+"""What a call to an actor raises that is dead, is being restarted, or cannot run where it must; to be caught."""
+
+ActorEnded = (ActorDiedError, ActorUnschedulableError)
+"""What it raises if the actor will never run again."""
 
 
 def kv_put(key: str, value: bytes) -> None:
@@ -45,13 +56,34 @@ def was_restarted() -> bool:
         return bool(ray.get_runtime_context().was_current_actor_reconstructed)
 
 
-def worker_nodes() -> list[str]:
-    """Ids of the nodes that are alive and may run work, the one we are on first.
+class Nodes(NamedTuple):
+    """The nodes of the cluster, by their ids.
 
-    A node with 0 CPUs is one that its operator keeps free of work (usually the head); it is taken only if there is no
-    other.
+    Attributes:
+        alive: all that are.
+        eligible: those that may have workers, our own first.
     """
-    here = ray.get_runtime_context().get_node_id()
+
+    alive: frozenset[str]
+    eligible: tuple[str, ...]
+
+
+def nodes(here: str, labels: Mapping[str, str]) -> Nodes:
+    """Which nodes there are. Asks Ray, which takes some milliseconds, and for ever if its head is gone.
+
+    Args:
+        here: id of our own node.
+        labels: what a node must have to get a worker.
+
+    A node with 0 CPUs is one that its operator keeps free of work (usually the head); it gets a worker only if there is
+    no other, or if it has the *labels* that were asked for.
+    """
     alive = [node for node in ray.nodes() if node["Alive"]]
-    chosen = [node for node in alive if node["Resources"].get("CPU", 0) > 0] or alive
-    return sorted((str(node["NodeID"]) for node in chosen), key=lambda node: (node != here, node))
+    if labels:
+        chosen = [node for node in alive if labels.items() <= node.get("Labels", {}).items()]
+    else:
+        chosen = [node for node in alive if node["Resources"].get("CPU", 0) > 0] or alive
+    return Nodes(
+        frozenset(str(node["NodeID"]) for node in alive),
+        tuple(sorted((str(node["NodeID"]) for node in chosen), key=lambda node: (node != here, node))),
+    )

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError
 
 from raypg import _compat
 from raypg.errors import UnavailableError
@@ -42,7 +41,7 @@ async def ask(
                 return await asyncio.wait_for(getattr(actor, method).remote(*arguments), left)
             except TimeoutError:
                 break
-            except RayActorError:
+            except _compat.ActorGone:
                 _found.pop(key, None)  # the next life of it, which workers start, has to be found anew
         await asyncio.sleep(AGAIN_AFTER)
     raise UnavailableError(otherwise)

@@ -11,10 +11,8 @@ import itertools
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from ray.exceptions import RayActorError
-
-from raypg import messages
-from raypg.errors import CircuitBreakerError
+from raypg import _compat, messages
+from raypg.errors import CircuitBreakerError, WorkerDrainingError
 from raypg.messages import Arguments, Part, Reply, Run, Settings
 from raypg.packing import pack, unpack
 from raypg.portable import unpack_error
@@ -36,8 +34,11 @@ with 250 it waits 8.5 ms, and both together get more done."""
 ISOLATION = 0.5
 """Seconds, at least, in which a worker is passed over that said that it cannot reach the database."""
 
-PATIENCE = 5.0
-"""Seconds without an answer after which the Pool actor is asked whether the worker still lives."""
+PATIENCE = 1.5
+"""Seconds without an answer after which it is found out whether the worker lives. Longer than ``collect`` waits."""
+
+FRESH_LOAD = 1.0
+"""Seconds for which what a worker said of its load is believed when it was not asked since."""
 
 
 class Call:
@@ -101,8 +102,8 @@ class Channel:
         self.node = node
         self.budget = budget
         self.incarnation = incarnation
-        self.load = 0
         self.closed = False
+        self.draining = False
         self._dispatcher = dispatcher
         self._pending: deque[Call] = deque()
         self._batches: dict[int, list[Call]] = {}
@@ -117,7 +118,34 @@ class Channel:
         self._tasks: set[asyncio.Task[None]] = set()
         self._owned: Any = None
         self.open = 0
+        self._load = 0
+        self._heard_at = 0.0
         self._isolated_until = 0.0
+
+    @property
+    def usable(self) -> bool:
+        """Whether new work may be sent to it."""
+        return not (self.closed or self.draining)
+
+    @property
+    def load(self) -> int:
+        """Callers that wait there, as far as is known."""
+        if self._load and not self.open and self._loop.time() - self._heard_at > FRESH_LOAD:
+            self._load = 0
+        return self._load
+
+    @property
+    def has_room(self) -> bool:
+        """Whether nobody has to wait there, as far as is known."""
+        return self.open < self.budget and not self.load
+
+    def heard_from(self) -> None:
+        """The worker has given a sign of life."""
+        self._heard_at = self._loop.time()
+
+    def is_quiet(self) -> bool:
+        """Whether nothing was heard of it lately."""
+        return self._loop.time() - self._heard_at >= PATIENCE
 
     @property
     def isolated(self) -> bool:
@@ -125,7 +153,12 @@ class Channel:
         return self._loop.time() < self._isolated_until
 
     def refused_by(self, error: BaseException) -> bool:
-        """Whether *error* says so now; then others are asked for a while. Nothing was run."""
+        """Whether *error* says that this worker will not do, and another one may: it is isolated, which passes, or it
+        drains, and is to end. Nothing was run."""
+        if isinstance(error, WorkerDrainingError):
+            self.draining = True
+            self._dispatcher.refresh_soon()
+            return True
         if not isinstance(error, CircuitBreakerError) or not error.isolated:
             return False
         self._isolated_until = self._loop.time() + max(ISOLATION, error.retry_after or 0.0)
@@ -164,8 +197,8 @@ class Channel:
                 answer.add_done_callback(self._answered)
                 if self._patience is None:
                     self._patience = self._loop.call_later(PATIENCE, self._lose_patience)
-        except RayActorError:
-            self._lost()
+        except _compat.ActorGone:
+            self.lose()
         except Exception as error:
             self._broken(error)
 
@@ -173,8 +206,8 @@ class Channel:
         self._under_way.pop(answer, None)
         try:
             self._settle(unpack(answer.result()))
-        except RayActorError:
-            self._lost()
+        except _compat.ActorGone:
+            self.lose()
         except asyncio.CancelledError:
             return  # the loop ends
         except Exception as error:
@@ -195,7 +228,7 @@ class Channel:
     async def _ask_after(self) -> None:
         try:
             if not await self._dispatcher.is_current(self):
-                self._lost()
+                self.lose()
         except Exception as error:
             self._broken(error)
         finally:
@@ -249,33 +282,42 @@ class Channel:
             while True:
                 done, _ = await asyncio.wait((future,), timeout=PATIENCE)
                 if done:
-                    return unpack(future.result())
+                    answer = unpack(future.result())
+                    self.heard_from()
+                    return answer
                 if not await self._dispatcher.is_current(self):
                     future.cancel()
-                    self._lost()
+                    self.lose()
                     raise WorkerGone
-        except RayActorError as error:
-            self._lost()
+        except _compat.ActorGone as error:
+            self.lose()
             raise WorkerGone from error
 
     # --- receiving ---
 
     def _settle(self, reply: Reply) -> None:
-        self.load, unfinished, parts = reply
+        unfinished, parts = self._heard(reply)
         for part in parts:
             self._tell(part)
         if unfinished and self._collector is None:
             self._collector = self._start(self._collect())
 
+    def _heard(self, reply: Reply) -> tuple[int, list[Part]]:
+        self._load, unfinished, parts, epoch = reply
+        self.heard_from()
+        self._dispatcher.heard_of(epoch)
+        return unfinished, parts
+
     async def _collect(self) -> None:
         try:
             unfinished = 1
             while unfinished and not self.closed:
-                self.load, unfinished, parts = await self.ask("collect", self._dispatcher.client, self._dispatcher.job)
+                reply = await self.ask("collect", self._dispatcher.client, self._dispatcher.job)
+                unfinished, parts = self._heard(reply)
                 for part in parts:
                     self._tell(part)
         except WorkerGone:
-            self._lost()
+            self.lose()
         except Exception as error:
             self._broken(error)
         finally:
@@ -295,7 +337,7 @@ class Channel:
                 future.set_result((payload, names))
                 continue
             problem = unpack_error(error)
-            if not self.refused_by(problem) or not self._dispatcher.send_elsewhere(calls[position]):
+            if not self.refused_by(problem) or not self._dispatcher.send_elsewhere(calls[position], problem):
                 future.set_exception(problem)
         # Not "all futures are done": those who left are done at once, but count as load until the worker says so.
         self._untold[number] -= len(part[1])
@@ -309,7 +351,7 @@ class Channel:
         if call.number in self._batches and not self.closed:
             self.handle.cancel.remote(self._dispatcher.client, self._dispatcher.job, call.number, call.position)
 
-    def _lost(self) -> None:
+    def lose(self) -> None:
         """The worker is gone: what waits goes elsewhere, what was sent is for the dispatcher to judge."""
         if not self.closed:
             self.closed = True

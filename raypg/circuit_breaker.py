@@ -12,9 +12,8 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import RayActorError
 
-from raypg import background, cluster
+from raypg import _compat, background, cluster
 from raypg.asking import AGAIN_AFTER, ask
 from raypg.breaker_status import describe
 from raypg.config import PoolConfig
@@ -134,7 +133,7 @@ class PoolCircuitBreaker:
                     return self._take(breaker.status.remote(self._pool.name).future().result(left))
                 except concurrent.futures.TimeoutError:
                     break
-                except RayActorError:
+                except _compat.ActorGone:
                     pass  # its next life has to be found anew
             time.sleep(AGAIN_AFTER)
         return self._last_known()

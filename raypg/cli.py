@@ -1,4 +1,5 @@
-"""The command ``raypg``: demo, up, status, down, metrics. What a command needs is imported when it runs."""
+"""The command ``raypg``: demo, up, status, restart, scale, down, metrics. What a command needs is imported when it
+runs."""
 
 from __future__ import annotations
 
@@ -87,6 +88,33 @@ def status(
     from raypg import cli_pools
 
     cli_pools.status(name, address, json)
+
+
+@app.command()
+def restart(
+    name: Annotated[str | None, typer.Argument(help="Pool to restart.", metavar="NAME")] = None,
+    pool: Annotated[str | None, typer.Option("--pool", metavar="NAME", help="The same.")] = None,
+    address: Address = "auto",
+) -> None:
+    """Replace a pool's processes one after the other, for a new version of raypg say; no query fails for it."""
+    from raypg import cli_pools
+
+    if (name is None) == (pool is None):
+        raise typer.BadParameter("give the name of one pool")
+    cli_pools.restart(str(name or pool), address)
+
+
+@app.command()
+def scale(
+    name: Annotated[str, typer.Argument(help="Pool to scale.")],
+    workers: Annotated[str | None, typer.Option(help="How many workers in all, or 'per_node'.")] = None,
+    max_connections: Annotated[int | None, typer.Option(help="Hard cap for the whole cluster.")] = None,
+    address: Address = "auto",
+) -> None:
+    """Give a running pool another size, for everybody; no query fails for it."""
+    from raypg import cli_pools
+
+    cli_pools.scale(name, workers, max_connections, address)
 
 
 @app.command()

@@ -23,6 +23,7 @@ from raypg.core.nearest import did_you_mean
 from raypg.errors import ConfigError, PoolNotFoundError, RaypgError, UnavailableError
 from raypg.naming import check_pool_name
 from raypg.pool import end, get_pool
+from raypg.pool import restart as restart_pool
 from raypg.portable import unpack_error
 
 DEFAULT_POOL = "main_pool"
@@ -105,6 +106,26 @@ def down(name: str, address: str) -> None:
     Console().print(f"{name}: ended", highlight=False)
 
 
+def restart(name: str, address: str) -> None:
+    """Replace the processes of pool *name*."""
+    check_pool_name(name)
+    connect(address)
+    workers = asyncio.run(restart_pool(name))
+    Console().print(f"{name}: {workers} workers replaced, and the pool's own actor", highlight=False)
+
+
+def scale(name: str, workers: str | None, max_connections: int | None, address: str) -> None:
+    """Give pool *name* another size."""
+    check_pool_name(name)
+    wanted: int | str | None = int(workers) if workers is not None and workers.isdigit() else workers
+    connect(address)
+    done = asyncio.run(get_pool(name).scale(workers=wanted, max_connections=max_connections))
+    ending = f", {len(done['draining'])} more end when they are not used any more" if done["draining"] else ""
+    Console().print(
+        f"{name}: at most {done['new_size']} connections, {done['workers']} workers{ending}", highlight=False
+    )
+
+
 def status(name: str | None, address: str, as_json: bool) -> None:
     """Show all pools, or one."""
     if name is not None:
@@ -160,12 +181,12 @@ def _show(console: Console, pool: dict[str, Any]) -> None:
     total = sum(figures["total"] for figures in all_figures)
     console.print(
         f"[bold]{escape(pool['pool_name'])}[/]  {escape(pool['database'])}  "
-        f"{total} of {pool['max_connections']} connections, "
+        f"{total} of {pool['max_connections']} connections{_lowered(pool)}, "
         f"{sum(figures['waiting'] for figures in all_figures)} waiting",
         highlight=False,
     )
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for heading in ("worker", "node"):
+    for heading in ("worker", "node", "state"):
         table.add_column(heading)
     for heading in ("connections", "busy", "waiting", "statements", "errors", "mean ms"):
         table.add_column(heading, justify="right")
@@ -173,10 +194,11 @@ def _show(console: Console, pool: dict[str, Any]) -> None:
         figures = worker["figures"]
         place = (str(worker["index"]), worker["node"][:12])
         if figures is None:
-            table.add_row(*place, "[red]does not answer[/]")
+            table.add_row(*place, worker["state"], f"[red]silent for {worker['silent']:.0f} s[/]")
             continue
         table.add_row(
             *place,
+            worker["state"],
             f"{figures['total']} of {worker['budget']}",
             str(figures["active"]),
             str(figures["waiting"]),
@@ -190,6 +212,21 @@ def _show(console: Console, pool: dict[str, Any]) -> None:
         if figures["last_error"]:
             console.print(f"  [red]last error:[/] {escape(figures['last_error'])}", highlight=False, soft_wrap=True)
     _show_leases(console, all_figures)
+    _show_reclaimed(console, all_figures)
+
+
+def _lowered(pool: dict[str, Any]) -> str:
+    wanted = pool["configured_max_connections"]
+    return f" (the server has no room for {wanted})" if wanted > pool["max_connections"] else ""
+
+
+def _show_reclaimed(console: Console, all_figures: list[dict[str, Any]]) -> None:
+    """How many leases were taken back because nobody gave them back; nothing if none."""
+    words = {"process died": "of dead processes", "forgotten": "forgotten", "deadline": "held for too long"}
+    counts = {why: sum(figures["reclaimed_leases"][why] for figures in all_figures) for why in words}
+    if any(counts.values()):
+        told = ", ".join(f"{count} {words[why]}" for why, count in counts.items() if count)
+        console.print(f"  leases taken back: {told}", highlight=False)
 
 
 def _show_breaker(console: Console, breaker: dict[str, Any] | None) -> None:

@@ -8,7 +8,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.util import list_named_actors
 
-from raypg import naming
+from raypg import _compat, naming
 from raypg.config import PoolConfig
 from raypg.errors import PoolNotFoundError
 
@@ -83,6 +83,8 @@ def _start(kind: type, name: str, *arguments: Any) -> ActorHandle[Any]:
             lifetime="detached",
             get_if_exists=True,
             num_cpus=0,
+            # On the head, where Ray's own state is: without it nothing goes on anyway, and any other node may be lost.
+            resources={_compat.HEAD: 0.001},
             max_restarts=-1,
             max_task_retries=0,
             max_concurrency=10_000,

@@ -11,9 +11,8 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError
 
-from raypg import cluster, messages, naming, owner
+from raypg import _compat, cluster, messages, naming, owner
 from raypg.channel import Call, Channel
 from raypg.config import PoolConfig
 from raypg.core.sql import classify_under, shorten
@@ -24,6 +23,7 @@ from raypg.errors import (
     PoolClosedError,
     PoolNotFoundError,
     UnavailableError,
+    WorkerDrainingError,
 )
 from raypg.portable import unpack_error
 
@@ -33,13 +33,16 @@ ANSWER_WITHIN = 5.0
 STARTED_WITHIN = 90.0
 """Seconds in which a pool must have started: its actors, and its first connections."""
 
-RECONFIGURED_WITHIN = 15.0
-"""Seconds in which all workers must have taken a new configuration."""
+VERIFIED_WITHIN = 10.0
+"""Seconds in which the Pool actor must have found out whether a worker lives."""
+
+RECONFIGURED_WITHIN = 30.0
+"""Seconds in which all workers must have taken a new configuration, and new ones have started."""
 
 MOST_ATTEMPTS = 100
 """How often a pool that ends is waited for, ``RETRY_EVERY`` seconds each, before its name is used again."""
 
-LIFE_SIGN_WITHIN = 2.0
+LIFE_SIGN_WITHIN = 1.0
 """Seconds in which a worker must say that it is there."""
 
 RETRY_EVERY = 0.1
@@ -64,6 +67,7 @@ class Dispatcher:
         self.closed: Exception | None = None
         self._parked: list[Call] = []
         self._finding: asyncio.Task[None] | None = None
+        self._refreshing: asyncio.Task[None] | None = None
         self._take(greeting)
 
     def is_here(self) -> bool:
@@ -115,22 +119,24 @@ class Dispatcher:
         best: Channel | None = None
         best_load = 0.0
         for channel in self._channels.values():
-            if channel.closed or (channel.isolated and not any_will_do):
+            if not channel.usable or (channel.isolated and not any_will_do):
                 continue
-            if channel.node == self.node and channel.open < channel.budget:
+            if channel.node == self.node and channel.has_room:
                 return channel
             load = (channel.open + channel.load) / max(channel.budget, 0.1)
             if best is None or load < best_load:
                 best, best_load = channel, load
         return best if best is not None or any_will_do else self.choose(any_will_do=True)
 
-    def all_isolated(self) -> bool:
-        """Whether no worker is known that may reach the database."""
-        return all(channel.isolated or channel.closed for channel in self._channels.values())
+    def is_final(self, refusal: BaseException) -> bool:
+        """Whether what one worker refused no other one would do: it is cut off from the database, and so are all."""
+        if isinstance(refusal, WorkerDrainingError):
+            return False
+        return all(channel.isolated or not channel.usable for channel in self._channels.values())
 
-    def send_elsewhere(self, call: Call) -> bool:
+    def send_elsewhere(self, call: Call, refusal: BaseException) -> bool:
         """Send a call to another worker than the one that refused it; False if all would refuse."""
-        if self.all_isolated():
+        if self.is_final(refusal):
             return False
         self._send(call)
         return True
@@ -173,7 +179,7 @@ class Dispatcher:
         """
         try:
             kind, value = await asyncio.wait_for(getattr(self.pool, method).remote(*arguments), within)
-        except (TimeoutError, RayActorError):
+        except (*_compat.ActorGone, TimeoutError):
             await self.refresh()
             raise self.closed or UnavailableError(
                 f"the actor of pool {self.name!r} does not answer; statements go on without it, try again"
@@ -191,14 +197,24 @@ class Dispatcher:
         if membership["epoch"] < self._epoch:
             return
         self._epoch = membership["epoch"]
-        for index, name, node, budget, incarnation in membership["workers"]:
+        places: list[messages.Place] = membership["workers"]
+        listed = {index for index, *_ in places}
+        for index in tuple(self._channels):
+            if index not in listed:
+                self._channels.pop(index).lose()  # its node is lost, or it has ended
+        for index, name, node, budget, incarnation, draining in places:
             known = self._channels.get(index)
+            if known is not None and known.node != node:
+                known.lose()  # another worker has its number now
+                known = None
             if known is not None and not known.closed:
                 known.budget = budget  # we may know of a newer life of it than the Pool actor does
+                known.draining = draining
             elif known is None and incarnation is not None:
                 handle = self._handle(name)
                 if handle is not None:
-                    self._channels[index] = Channel(self, handle, index, node, budget, incarnation)
+                    known = self._channels[index] = Channel(self, handle, index, node, budget, incarnation)
+                    known.draining = draining
 
     @staticmethod
     def _handle(name: str) -> ActorHandle[Any] | None:
@@ -214,28 +230,44 @@ class Dispatcher:
             self._take(await asyncio.wait_for(reference, ANSWER_WITHIN))
         except TimeoutError:
             pass
-        except RayActorError:
+        except _compat.ActorGone:
             # Restarting, or ended: a closed pool leaves no actor of that name.
             try:
                 self.pool = cluster.find(self.name)
             except PoolNotFoundError:
                 self.close(PoolClosedError(f"pool {self.name!r} was closed"))
 
+    def heard_of(self, epoch: int) -> None:
+        """A worker knows of the membership of *epoch*."""
+        if epoch > self._epoch:
+            self.refresh_soon()
+
+    def refresh_soon(self) -> None:
+        """Ask the Pool actor where the workers are, and go on meanwhile."""
+        if self._refreshing is None or self._refreshing.done():
+            self._refreshing = self._loop.create_task(self.refresh())
+
     async def is_current(self, channel: Channel) -> bool:
-        """Whether the life of the worker that *channel* leads to goes on: it says so, or the Pool actor does."""
+        """Whether the life of the worker that *channel* leads to goes on: it says so, or the Pool actor does, which
+        knows within seconds."""
         if channel.closed or self.closed is not None:
             return False
+        if not channel.is_quiet():
+            return True
         incarnation = await self._life_of(channel)
         if incarnation is not None:
+            channel.heard_from()
             return incarnation == channel.incarnation
         try:
-            membership = await asyncio.wait_for(self.pool.membership.remote(), ANSWER_WITHIN)
+            lives: bool = await asyncio.wait_for(
+                self.pool.verify.remote(channel.index, channel.incarnation), VERIFIED_WITHIN
+            )
         except TimeoutError:
             return True
-        except RayActorError:
+        except _compat.ActorGone:
             await self.refresh()
             return self.closed is None
-        return any(index == channel.index for index, *_ in membership["workers"])
+        return lives
 
     def worker_gone(self, channel: Channel, sent: list[Call], unsent: list[Call]) -> None:
         """A worker died. Reads that were on their way are sent once more; of writes nobody knows; the rest goes on."""
@@ -283,7 +315,7 @@ class Dispatcher:
                 else:
                     waiting.append(call)
             self._parked = waiting
-            if not any(channel.closed for channel in self._channels.values()):
+            if not self._parked and not any(channel.closed for channel in self._channels.values()):
                 return
             await asyncio.sleep(RETRY_EVERY)
 
@@ -298,7 +330,7 @@ class Dispatcher:
     async def _life_of(channel: Channel) -> str | None:
         try:
             incarnation: str = await asyncio.wait_for(channel.handle.here.remote(), LIFE_SIGN_WITHIN)
-        except (RayActorError, TimeoutError):
+        except (*_compat.ActorGone, TimeoutError):
             return None
         return incarnation
 
@@ -387,7 +419,7 @@ async def _greet(name: str, config: PoolConfig | None) -> tuple[ActorHandle[Any]
             raise UnavailableError(
                 f"pool {name!r} did not start within {STARTED_WITHIN:g} s; see `ray list actors` and `raypg status`"
             ) from None
-        except RayActorError as error:
+        except _compat.ActorGone as error:
             # It ended between our look and our word: a pool that could not start, or was just closed. Once more.
             attempts += 1
             if attempts > MOST_ATTEMPTS:

@@ -33,6 +33,7 @@ __all__ = [
     "StatementNotRunError",
     "TransactionRolledBackError",
     "UnavailableError",
+    "WorkerDrainingError",
 ]
 
 
@@ -122,6 +123,11 @@ class PoolVersionError(RaypgError):
 
 class UnavailableError(RaypgError):
     """The database cannot be used now. What was asked for did not run. ``args``: (message, …)."""
+
+
+class WorkerDrainingError(UnavailableError):
+    """A worker takes no more work, as it is to end. Nothing was run, and another worker is asked: callers see this only
+    if there is none. ``args``: (message,)."""
 
 
 class PoolClosedError(UnavailableError):

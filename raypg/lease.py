@@ -68,7 +68,7 @@ class LeasedConnection:
         # Forgotten, not released. Only the background loop may talk to Ray from here: this may run anywhere.
         if getattr(self, "_ended", "") is None:
             handle, token = self._channel.handle, self._token
-            background.soon(lambda: handle.release.remote(pack((token, None))))
+            background.soon(lambda: handle.release.remote(pack((token, None, True))))
             self._dispatcher.soon(self._channel.lease_forgotten)
 
     @property
@@ -333,7 +333,7 @@ async def acquire(
             channel.open -= 1
         if kind == "error":
             error = unpack_error(value)
-            if channel.refused_by(error) and not dispatcher.all_isolated():
+            if channel.refused_by(error) and not dispatcher.is_final(error):
                 continue  # another worker may have one
             raise error
         return LeasedConnection(dispatcher, channel, value)

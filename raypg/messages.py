@@ -8,7 +8,8 @@ Caller → worker::
 
 Worker → caller::
 
-    Reply = (load, open, [Part, …])    load = callers waiting, open = batches of this client not finished yet
+    Reply = (load, open, [Part, …], epoch)    load = callers waiting, open = batches of this client not finished yet,
+                                              epoch = that of the membership, as far as the worker knows
 
 A statement of a batch is known by its *position*: its index, counted through the runs of the batch in order.
 """
@@ -41,7 +42,10 @@ Run: TypeAlias = "tuple[int, str, list[Arguments], float | None, Settings]"
 Part: TypeAlias = "tuple[int, list[int] | range, tuple[str, ...] | None, list[Any], dict[int, PortableError] | None]"
 """(batch number, positions, column names, one payload per position, errors by index into positions)."""
 
-Reply: TypeAlias = "tuple[int, int, list[Part]]"
+Reply: TypeAlias = "tuple[int, int, list[Part], int]"
+
+Place: TypeAlias = "tuple[int, str, str, int, str | None, bool]"
+"""A worker in the membership: (number, name of its actor, node, share of the budget, its life, whether it drains)."""
 
 
 class Finished(NamedTuple):

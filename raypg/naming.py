@@ -9,7 +9,7 @@ from raypg.errors import ConfigError
 NAMESPACE = "raypg"
 """Ray namespace of every raypg actor: fixed, because the default one is anonymous per job."""
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Version of the messages between handles and actors; a handle of another version is refused."""
 
 _APPLICATION_NAME_BYTES = 63  # NAMEDATALEN − 1
@@ -59,6 +59,12 @@ def application_name(ours: str, own: str | None) -> str:
     """
     full = f"{ours}:{own}" if own else ours
     return "".join(character if " " <= character <= "~" else "?" for character in full)[:_APPLICATION_NAME_BYTES]
+
+
+def worker_index(pool: str, actor_name: str) -> int | None:
+    """The number of the worker of *pool* that is called *actor_name*; ``None`` for any other actor."""
+    prefix, _, number = actor_name.rpartition(":")
+    return int(number) if prefix == f"raypg:{pool}:worker" and number.isdigit() else None
 
 
 def pool_of(actor_name: str) -> str | None:

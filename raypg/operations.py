@@ -163,7 +163,8 @@ class Operations:
             raise ConfigError(f"new_size={new_size!r}: must be a whole number of connections, at least 1")
         dispatcher = await self._pool._dispatcher()
         try:
-            return {"success": True, **await dispatcher.reconfigure({"max_connections": new_size})}
+            done = await dispatcher.reconfigure({"max_connections": new_size})
+            return {"success": True, "previous_size": done["previous_size"], "new_size": done["new_size"]}
         except ConfigError as error:
             return {"success": False, "reason": str(error)}
 
@@ -199,8 +200,16 @@ class Operations:
             "waiting_count": _sum(status, "waiting"),
             "max_connections": status["max_connections"],
             "workers": [
-                {key: worker[key] for key in ("index", "node", "budget", "reachable")} for worker in status["workers"]
+                {
+                    **{key: worker[key] for key in ("index", "node", "budget", "state", "reachable")},
+                    "isolated": _isolated(worker),
+                }
+                for worker in status["workers"]
             ],
+            "reclaimed_leases": {
+                why: sum(figures["reclaimed_leases"][why] for figures in _figures_of(status))
+                for why in ("process died", "forgotten", "deadline")
+            },
         }
 
     async def get_pool_statistics(self) -> dict[str, Any]:
@@ -285,6 +294,11 @@ def _failure(error: Exception) -> dict[str, Any]:
 
 def _figures_of(status: dict[str, Any]) -> list[dict[str, Any]]:
     return [worker["figures"] for worker in status["workers"] if worker["figures"]]
+
+
+def _isolated(worker: dict[str, Any]) -> bool:
+    """Whether it knows that it cannot reach the database."""
+    return worker["figures"] is not None and worker["figures"]["circuit_breaker"]["state"] in ("open", "half_open")
 
 
 def _sum(status: dict[str, Any], key: str) -> int:

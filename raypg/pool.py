@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import ray
 
-from raypg import dispatch, messages
+from raypg import _compat, dispatch, messages
 from raypg.checks import check_statement, check_timeout, checked_settings, rows_of
 from raypg.circuit_breaker import PoolCircuitBreaker
 from raypg.cluster import find
 from raypg.config import PoolConfig, from_kwargs
 from raypg.dispatch import Dispatcher
-from raypg.errors import PoolClosedError, PoolNotInitializedError
+from raypg.errors import ConfigError, PoolClosedError, PoolNotInitializedError, UnavailableError
 from raypg.lease import AcquireContext, Isolation, LeasedConnection, PoolTransaction, begin_text
 from raypg.naming import check_pool_name
 from raypg.operations import Operations
+from raypg.portable import unpack_error
 from raypg.row import Row, row_type
 from raypg.sync import SyncPool
 
 __all__ = ["WorkflowConnectionPool", "get_pool"]
+
+RESTARTED_WITHIN = 60.0
+"""Seconds in which the Pool actor must be back."""
+
+RETRY_EVERY = 0.1
+"""Seconds between two looks for it."""
 
 
 class WorkflowConnectionPool:
@@ -215,6 +224,27 @@ class WorkflowConnectionPool:
         """
         await (await self._dispatcher()).reconfigure(changes)
 
+    async def scale(self, *, workers: int | str | None = None, max_connections: int | None = None) -> dict[str, Any]:
+        """Give the running pool another size, for everybody: more workers start, others end when nobody uses them any
+        more, a smaller cap is reached as connections come back. No call fails for it.
+
+        Args:
+            workers: how many in all, or ``"per_node"``.
+            max_connections: the hard cap for the cluster.
+
+        Returns:
+            ``{previous_size, new_size, workers, draining}``: the caps, how many workers there are, and the numbers of
+            those that are to end; they have ``drain_timeout`` seconds to finish what they have begun.
+
+        Raises:
+            ConfigError: a wrong value, or more workers than connections.
+        """
+        changes = {"workers": workers, "max_connections": max_connections}
+        changes = {key: value for key, value in changes.items() if value is not None}
+        if not changes:
+            raise ConfigError("scale: give workers, max_connections or both")
+        return await (await self._dispatcher()).reconfigure(changes)
+
     async def close(self) -> None:
         """End the pool, if this handle was constructed; a handle from :func:`get_pool` is only detached.
 
@@ -297,7 +327,37 @@ async def end(name: str, reason: str) -> None:
     actor = find(name)
     try:
         await asyncio.wait_for(actor.close.remote(reason), 30.0)
-    except (ray.exceptions.RayActorError, TimeoutError):
+    except (*_compat.ActorGone, TimeoutError):
         pass
     ray.kill(actor)
     dispatch.forget(name, PoolClosedError(reason))
+
+
+async def restart(name: str) -> int:
+    """Put new processes in the place of all actors of pool *name*, one after the other: for another version of raypg on
+    its nodes, say. No call fails for it.
+
+    Returns:
+        How many workers were replaced.
+
+    Raises:
+        PoolNotFoundError: it does not run.
+        UnavailableError: it is being restarted already, or did not come back.
+    """
+    actor = find(name)
+    try:
+        kind, value = await actor.replace_workers.remote()
+    except _compat.ActorGone as error:
+        raise UnavailableError(f"the actor of pool {name!r} died while its workers were replaced: {error}") from None
+    if kind == "error":
+        raise unpack_error(value)
+    before = (await actor.membership.remote())["epoch"]
+    ray.kill(actor, no_restart=False)
+    until = time.monotonic() + RESTARTED_WITHIN
+    while time.monotonic() < until:
+        await asyncio.sleep(RETRY_EVERY)
+        with contextlib.suppress(*_compat.ActorGone, TimeoutError):
+            membership = await asyncio.wait_for(find(name).membership.remote(), 1.0)
+            if membership["epoch"] > before and len(membership["workers"]) >= value:
+                return int(value)
+    raise UnavailableError(f"the actor of pool {name!r} did not come back within {RESTARTED_WITHIN:g} s")

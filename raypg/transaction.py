@@ -137,7 +137,8 @@ class Transaction:
         if self._state == _ENDED_AROUND:
             return  # rolled back or committed with what was around it; what matters is the error on its way
         with contextlib.suppress(LeaseLostError):  # the server has rolled back already
-            await self._rollback()
+            # A second cancellation must not leave the connection inside a transaction that nobody knows of.
+            await asyncio.shield(self._rollback())
 
     # --- misuse ---
 

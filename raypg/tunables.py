@@ -37,6 +37,7 @@ class Tunables(BaseModel):
     min_connections: Annotated[int, Field(ge=0)] = _setting(2, "connections", "kept open when idle, in the cluster")
     max_connections: _Count = _setting(10, "connections", "hard cap for the whole cluster, replicas included")
     workers: Literal["per_node"] | _Count = _setting("per_node", "worker actors", "'per_node', or how many in all")
+    node_labels: dict[str, str] = _setting({}, "label → value", "only nodes with these Ray labels get workers")
     pre_warm: bool = _setting(True, "switch", "open min_connections before the first caller waits")
     adaptive_sizing: bool = _setting(False, "switch", "size between min and max by load")
     enable_query_routing: bool = _setting(False, "switch", "let reads go to replicas")
@@ -44,6 +45,7 @@ class Tunables(BaseModel):
     connect_timeout: _Seconds = _setting(10.0, "s", "longest time to make one connection")
     acquire_timeout: _Seconds = _setting(30.0, "s", "longest wait for a connection to become free")
     command_timeout: _Seconds | None = _setting(None, "s", "default limit of a statement; None = no limit")
+    drain_timeout: _Seconds = _setting(60.0, "s", "that work on a worker which is taken away may take to end")
     lease_timeout: _Seconds = _setting(300.0, "s", "longest time a lease may be held")
     max_waiting: _Count = _setting(10_000, "callers", "most that may wait at one worker")
 

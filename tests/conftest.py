@@ -20,7 +20,7 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 import asyncpg
 import pytest
 from hypothesis import settings as hypothesis_settings
-from pgserver import system_server, wheel_server
+from pgserver import main_server, system_server
 
 from raypg.embedded import EmbeddedServer
 
@@ -45,8 +45,9 @@ def rng(request: pytest.FixtureRequest) -> random.Random:
 
 @pytest.fixture(scope="session")
 def pg18() -> Iterator[EmbeddedServer]:
-    """A running PostgreSQL 18, shared by the session: use your own `schema` in it."""
-    with wheel_server() as server:
+    """A running PostgreSQL 18, shared by the session: use your own `schema` in it. See `main_server` for when it is an
+    older one."""
+    with main_server() as server:
         yield server
 
 

@@ -24,8 +24,11 @@ def in_ci() -> bool:
     return os.environ.get("CI", "").lower() not in ("", "0", "false")
 
 
-def wheel_server(settings: Mapping[str, str] | None = None) -> EmbeddedServer:
-    """A server of the wheel (PostgreSQL 18), not started yet."""
+def main_server(settings: Mapping[str, str] | None = None) -> EmbeddedServer:
+    """A server as most tests use it, not started yet: PostgreSQL 18 of the wheel, or with
+    ``RAYPG_TEST_POSTGRES=system`` in the environment that of the system, so that the same tests run on both."""
+    if os.environ.get("RAYPG_TEST_POSTGRES") == "system":
+        return system_server(settings)
     return EmbeddedServer(settings={**SETTINGS, **(settings or {})})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import secrets
 from collections import Counter
@@ -16,7 +17,7 @@ from waiting import eventually
 
 from raypg import QueryPipelineNode, WorkflowConnectionPool, naming
 from raypg._compat import cluster_id
-from raypg.actors.worker import application_prefix
+from raypg.actors.worker import PoolWorker, application_prefix
 from raypg.embedded import EmbeddedServer
 
 NO_BREAKER = {"circuit_breaker_failure_threshold": 1_000_000, "circuit_breaker_error_rate": 1.0}
@@ -37,6 +38,11 @@ async def own_pool(server: EmbeddedServer, **settings: Any) -> AsyncIterator[Wor
         yield handle
     finally:
         await handle.close()
+
+
+async def grant(worker: PoolWorker, budget: int, least: int = 0) -> None:
+    """Give a worker that is not in Ray a budget for ever, of which it keeps *least* connections open."""
+    await worker.ping(worker._newest + 1, budget, math.inf, least, [], 1, 1)
 
 
 async def worker_pids(name: str) -> dict[int, int]:
@@ -97,15 +103,28 @@ class CapWatch:
         """Looks per second."""
         return len(self.counts) / self.seconds
 
-    async def _watch(self, connection: asyncpg.Connection) -> None:
+    async def _watch(self) -> None:
         while True:
-            self.counts.append(len(await backends_of(connection, self._name)))
+            try:
+                self.counts.append(len(await backends_of(self._connection, self._name)))
+            except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+                if not self._connection.is_closed():
+                    raise
+                await self._connect_again()
             await asyncio.sleep(self._every)
+
+    async def _connect_again(self) -> None:
+        """The server was restarted; meanwhile there is nothing to count."""
+        while self._connection.is_closed():
+            try:
+                self._connection = await asyncpg.connect(**self._server.parameters)
+            except (OSError, asyncpg.PostgresError):
+                await asyncio.sleep(self._every)
 
     async def __aenter__(self) -> CapWatch:
         self._connection = await asyncpg.connect(**self._server.parameters)
         self._started = asyncio.get_running_loop().time()
-        self._task = asyncio.create_task(self._watch(self._connection))
+        self._task = asyncio.create_task(self._watch())
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -97,6 +97,7 @@ class _Worker:
     heard_at: float
     known: dict[str, int] = field(default_factory=dict)
     gauges: dict[str, float] = field(default_factory=dict)
+    gone: bool = False
 
 
 @dataclass
@@ -171,7 +172,7 @@ class PoolMetrics:
         known = self._workers.get(worker)
         if known is None:
             known = self._workers[worker] = _Worker(incarnation, now)
-        known.incarnation, known.heard_at = incarnation, now
+        known.incarnation, known.heard_at, known.gone = incarnation, now, False
         number = known.known.pop(incarnation, 0)
         known.known[incarnation] = number  # the last of the dict
         while len(known.known) > LIVES:
@@ -181,7 +182,7 @@ class PoolMetrics:
     def apply(self, worker: int, incarnation: str, deltas: Iterable[Delta], now: float) -> int | None:
         """Add up what is new in *deltas*; the number of the last that is known now, or ``None``: it must join first."""
         known = self._workers.get(worker)
-        if known is None or known.incarnation != incarnation:
+        if known is None or known.incarnation != incarnation or known.gone:
             return None
         known.heard_at = now
         for delta in deltas:
@@ -194,7 +195,15 @@ class PoolMetrics:
 
     def leave(self, worker: int) -> None:
         """This worker has ended, and is missed by nobody: what it has counted stays."""
-        self._workers.pop(worker, None)
+        known = self._workers.get(worker)
+        if known is not None:
+            known.gone, known.gauges = True, {}
+
+    def leave_silent(self, now: float, seconds: float) -> None:
+        """Nobody misses a worker any more that was not heard of for so long."""
+        for index, worker in self._workers.items():
+            if now - worker.heard_at > seconds:
+                self.leave(index)
 
     def known(self) -> dict[tuple[int, str], int]:
         """(worker, its life) → the number of its last delta that is known."""
@@ -204,7 +213,7 @@ class PoolMetrics:
 
     def present(self, now: float) -> set[int]:
         """The workers that were heard of lately."""
-        return {index for index, worker in self._workers.items() if now - worker.heard_at < WINDOW}
+        return {index for index, worker in self._workers.items() if now - worker.heard_at < WINDOW and not worker.gone}
 
     @property
     def heard_at(self) -> float:
@@ -291,6 +300,7 @@ class PoolMetrics:
                     **worker.gauges,
                 }
                 for index, worker in sorted(self._workers.items())
+                if not worker.gone
             },
             "gauges": self._gauges(now),
             "counters": {name: self._counters[name] for name in COUNTERS},

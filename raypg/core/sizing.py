@@ -1,21 +1,31 @@
-"""How a pool's connections are divided."""
+"""How many connections each of several workers is to have."""
 
 from __future__ import annotations
 
-__all__ = ["divide", "share"]
+import math
+from collections.abc import Hashable, Mapping
+from typing import TypeVar
+
+__all__ = ["check", "reserve", "share", "targets"]
+
+Key = TypeVar("Key", bound=Hashable)
+
+CONTROL_NEEDS = 4
+"""Smallest cap of which one connection is kept for control: to count connections, and to end those of dead workers.
+Below it that one is borrowed when it is needed: to keep it would cost too much of the pool."""
+
+STARVED = 0.2
+"""Part of its share that a worker must lack before others give up some of theirs: to move a connection costs closing
+one and opening one."""
 
 
-def divide(cap: int, workers: int, control_needs: int = 4) -> list[int]:
-    """Shares of the workers: even, at least one each, the remainder to the first.
+def reserve(cap: int) -> int:
+    """Connections of *cap* that are kept for control: 1 or 0."""
+    return 1 if cap >= CONTROL_NEEDS else 0
 
-    Args:
-        cap: most connections of the whole pool.
-        workers: how many share them.
-        control_needs: smallest cap of which one connection is kept for raypg's own questions. Below it that
-            one is borrowed when it is needed: to keep it would cost too much of the pool.
 
-    Returns:
-        Connections per worker; their sum is the cap, less the one for control.
+def check(cap: int, workers: int) -> None:
+    """Whether *workers* may share *cap* connections.
 
     Raises:
         ValueError: there is less than one connection for each worker, or a number makes no sense.
@@ -24,16 +34,60 @@ def divide(cap: int, workers: int, control_needs: int = 4) -> list[int]:
         raise ValueError(f"a pool needs at least 1 connection, not {cap}")
     if workers < 1:
         raise ValueError(f"a pool needs at least 1 worker, not {workers}")
-    reserve = 1 if cap >= control_needs and cap > 1 else 0
-    usable = cap - reserve
-    if workers > usable:
-        kept = ", one of them for control" if reserve else ""
+    if workers > cap - reserve(cap):
+        kept = ", one of them for control" if reserve(cap) else ""
         raise ValueError(f"{workers} workers cannot share {cap} connections{kept}: each needs at least one")
-    each, remainder = divmod(usable, workers)
-    return [each + 1] * remainder + [each] * (workers - remainder)
 
 
 def share(total: int, part: int, whole: int) -> int:
     """What one worker has to keep of *total*, by its *part* of the *whole* budget; rounded up, so that all of them
     together keep no less. 0 without a budget."""
     return -(-total * part // whole) if whole else 0
+
+
+def targets(total: int, current: Mapping[Key, int], wanted: Mapping[Key, float]) -> dict[Key, int]:
+    """Divide *total* connections among workers.
+
+    Everybody has one, as far as they go. Beyond that nothing moves unless it must: because somebody's work lacks
+    connections that others have no work for (or less work), or because there are more or fewer connections to divide.
+    What is short is divided in proportion to demand, never beyond it; what is left, evenly.
+
+    Args:
+        total: connections to divide.
+        current: what each has now; the keys are those who share.
+        wanted: connections that each has work for.
+
+    Returns:
+        What each is to have; the sum is *total*, if there is anybody.
+    """
+    if not current:
+        return {}
+    if sum(current.values()) == total and all(current.values()) and not _starved(total, current, wanted):
+        return dict(current)
+    keys = list(current)
+    result = dict.fromkeys(keys, 0)
+    left = total
+    for key in sorted(keys, key=lambda key: (-min(wanted[key], 1.0), -current[key]))[:left]:
+        result[key] = 1
+        left -= 1
+    # D'Hondt's highest averages, each claim ending where demand does.
+    while left > 0 and (short := [key for key in keys if result[key] < wanted[key]]):
+        best = max(short, key=lambda key: (wanted[key] / (result[key] + 1), current[key]))
+        result[best] += 1
+        left -= 1
+    while left > 0:
+        least = min(keys, key=lambda key: (result[key], -current[key]))
+        result[least] += 1
+        left -= 1
+    return result
+
+
+def _starved(total: int, current: Mapping[Key, int], wanted: Mapping[Key, float]) -> bool:
+    """Whether somebody lacks enough to be worth a move, and is due more than it has."""
+    demand = sum(wanted.values())
+    for key, share in current.items():
+        lacks = min(wanted[key], total) - share
+        due = total * wanted[key] / demand if demand > total else wanted[key]
+        if min(lacks, due - share) >= max(1.0, math.ceil(STARVED * share)):
+            return True
+    return False

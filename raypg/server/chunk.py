@@ -109,6 +109,10 @@ class ChunkRequest:
 
     # --- as work of the queue ---
 
+    @property
+    def begun(self) -> bool:
+        return self._position > 0
+
     def fail(self, error: PortableError) -> None:
         if not self.future.done():
             self.future.set_exception(Refused(error))

@@ -72,10 +72,13 @@ class Connector:
             raw, next(self._numbers), time.monotonic(), config.max_lifetime, self.base_name, pooled=pooled
         )
         try:
-            await codecs.install(raw, config.codecs)
-        except Exception as error:
+            async with asyncio.timeout(config.connect_timeout):
+                await codecs.install(raw, config.codecs)
+        except BaseException as error:  # a probe that took too long is cancelled
             raw.terminate()
-            raise explain(error, config) from error
+            if isinstance(error, Exception):
+                raise explain(error, config) from error
+            raise
         return connection
 
     async def _open(self) -> asyncpg.Connection:

@@ -18,6 +18,10 @@ logger = logging.getLogger(__name__)
 PING_TIMEOUT = 2.0
 """Seconds in which an idle connection must answer a ping."""
 
+VALID = 3.0
+"""Seconds for which a budget holds, from the moment at which this worker last told the Pool actor that it lives. Who
+cannot be heard opens no new connections, so that its share can be given to others when its connections are ended."""
+
 
 class ConnectionSet:
     """Owns the connections of a worker. A *slot* is one unit of budget; it is taken before a connection is opened
@@ -31,6 +35,7 @@ class ConnectionSet:
 
     Attributes:
         budget: most slots.
+        valid_until: until when connections may be opened, by the monotonic clock.
         least: connections to keep open, work or not.
     """
 
@@ -46,6 +51,7 @@ class ConnectionSet:
         self._unconfirmed: dict[int, float] = {}
         self._closers: set[asyncio.Task[None]] = set()
         self.budget = 0
+        self.valid_until = 0.0
         self.least = 0
         self.created = 0
         self.recycled = 0
@@ -99,12 +105,18 @@ class ConnectionSet:
 
     @property
     def may_open(self) -> bool:
-        """Whether the budget has room for one more."""
-        return self.slots < self.budget
+        """Whether the budget has room for one more, and still holds."""
+        return self.slots < self.budget and time.monotonic() < self.valid_until
 
     @property
     def _surplus(self) -> bool:
         return len(self._all) - self._retiring > self.budget
+
+    def grant(self, budget: int, valid_until: float) -> None:
+        """Take a budget; what is above it and idle is closed at once, what is in use when it comes back."""
+        self.budget, self.valid_until = budget, valid_until
+        while self._idle and self._surplus:
+            self.retire(self._idle.pop(0))
 
     # --- using them ---
 

@@ -11,12 +11,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Any
+from collections.abc import Awaitable, Callable, Collection
+from typing import Any, TypeAlias
 
 import asyncpg
 
+from raypg.core.limits import Limits
 from raypg.server.connect import Connector
 from raypg.server.connection import ServerConnection
+
+Backend: TypeAlias = "tuple[int, Any]"
+"""(process id, start time): process ids are used again."""
 
 IDLE_FOR = 30.0
 """Seconds after which an unused control connection is closed."""
@@ -33,15 +38,33 @@ WHERE pid = $1 AND backend_start = $2 AND usename = current_user
 """
 
 _LIMITS = """
+WITH other AS (
+  SELECT usename, datname FROM pg_catalog.pg_stat_activity
+  WHERE backend_type = 'client backend'
+    AND (usename = current_user AND pg_catalog.starts_with(application_name, $1)) IS NOT TRUE
+)
 SELECT current_setting('max_connections')::int AS max_connections,
        current_setting('superuser_reserved_connections')::int
            + coalesce(current_setting('reserved_connections', true)::int, 0) AS reserved,
-       (SELECT count(*) FROM pg_catalog.pg_stat_activity WHERE backend_type = 'client backend')::int AS in_use,
-       (SELECT rolconnlimit FROM pg_catalog.pg_roles WHERE rolname = current_user) AS role_limit,
-       (SELECT datconnlimit FROM pg_catalog.pg_database WHERE datname = current_database()) AS database_limit,
-       current_setting('server_version') AS server_version,
-       pg_catalog.pg_is_in_recovery() AS in_recovery
+       (SELECT count(*) FROM other)::int AS others,
+       CASE WHEN rolsuper THEN -1 ELSE rolconnlimit END AS role,
+       (SELECT count(*) FROM other WHERE usename = current_user)::int AS role_others,
+       CASE WHEN rolsuper THEN -1 ELSE datconnlimit END AS database,
+       (SELECT count(*) FROM other WHERE other.datname = current_database())::int AS database_others,
+       extract(epoch FROM current_setting('authentication_timeout')::interval)::float8 AS authentication_timeout
+FROM pg_catalog.pg_roles, pg_catalog.pg_database d
+WHERE rolname = current_user AND d.datname = current_database()
 """
+
+_OURS = """
+SELECT pid, backend_start, application_name FROM pg_catalog.pg_stat_activity
+WHERE backend_type = 'client backend' AND usename = current_user
+  AND pg_catalog.starts_with(application_name, $1)
+"""
+
+AGAIN = 0.1
+"""Seconds between two looks. Backends count as gone when two looks in a row show none: one that had just accepted its
+client when that died may appear once more."""
 
 
 class Control:
@@ -70,15 +93,20 @@ class Control:
                 await self._opened()  # tells
         return self._connector.pooler != "off"
 
-    async def limits(self) -> dict[str, Any]:
-        """The server's own limits on connections, and how many are in use.
+    async def limits(self, prefix: str) -> Limits | None:
+        """The server's own limits on connections, and how many others use; ``None`` behind a pooler, which has its own.
+
+        Args:
+            prefix: what the application name of each of our connections begins with.
 
         Raises:
             ConnectError: the server cannot be reached.
         """
-        return dict((await self._fetch(_LIMITS))[0])
+        if await self._pooled():
+            return None
+        return Limits(**(await self._fetch(_LIMITS, prefix))[0])
 
-    async def backends(self, name: str) -> list[tuple[int, Any]]:
+    async def backends(self, name: str) -> list[Backend]:
         """(process id, start time) of the client backends of the life of a worker that *name* is of."""
         return [(record["pid"], record["backend_start"]) for record in await self._fetch(_BACKENDS, name)]
 
@@ -93,22 +121,49 @@ class Control:
         )
         return sorted(set(pids) - {record["pid"] for record in alive})
 
-    async def end_backends(self, name: str, timeout: float) -> int:
+    async def end_backends(self, name: str, timeout: float) -> tuple[int, bool]:
         """End the backends of a dead worker and wait until the server no longer shows them.
 
         Returns:
-            How many still exist after *timeout* seconds. Behind a pooler none is touched or counted.
+            (how many have gone, whether none is left). Behind a pooler none is touched or counted.
         """
+        return await self._end(lambda: self.backends(name), timeout)
+
+    async def end_orphans(self, prefix: str, living: Collection[str], timeout: float) -> tuple[int, bool]:
+        """End the backends of this pool that belong to no worker that is known to live; returns as ``end_backends``.
+
+        Args:
+            prefix: what the application name of each of our connections begins with.
+            living: application names of the workers that live, without the user's part; control is always among them.
+        """
+        own = self._connector.base_name
+
+        async def orphans() -> list[Backend]:
+            return [
+                (record["pid"], record["backend_start"])
+                for record in await self._fetch(_OURS, prefix)
+                if (name := ":".join(record["application_name"].split(":")[:4])) not in living and name != own
+            ]
+
+        return await self._end(orphans, timeout)
+
+    async def _end(self, look: Callable[[], Awaitable[list[Backend]]], timeout: float) -> tuple[int, bool]:
         if await self._pooled():
-            return 0
+            return 0, True
         until = asyncio.get_running_loop().time() + timeout
-        while backends := await self.backends(name):
+        seen: set[Backend] = set()
+        clear = 0
+        while True:
+            backends = await look()
+            clear = 0 if backends else clear + 1
+            seen.update(backends)
+            if clear == 2:
+                return len(seen), True
             for pid, started in backends:
                 await self._fetch(_TERMINATE, pid, started)
             if asyncio.get_running_loop().time() > until:
-                return len(backends)
-            await asyncio.sleep(0.05)
-        return 0
+                return len(seen) - len(backends), False
+            await asyncio.sleep(AGAIN)
 
     async def rest(self, now: float) -> None:
         """Close the connection if nobody has used it lately."""

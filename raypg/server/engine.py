@@ -7,20 +7,20 @@ session back in order if it may have been touched, and goes on until the queue i
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Coroutine, Sequence
 from typing import Any
 
 from raypg.config import PoolConfig
 from raypg.core.backoff import Backoff
 from raypg.core.fair_queue import FairQueue, QueueFull
 from raypg.core.sql import classify, classify_under
-from raypg.errors import ConnectError, PoolClosedError, PoolExhaustedError
+from raypg.errors import ConnectError, PoolClosedError, PoolExhaustedError, WorkerDrainingError
 from raypg.messages import MANY, STATUS, Run
 from raypg.portable import pack_error
+from raypg.server import ending
 from raypg.server.acquisitions import Acquisitions
 from raypg.server.catalogue import Catalogue
 from raypg.server.connect import Connector
@@ -35,7 +35,6 @@ from raypg.server.reads import Pace, gather
 from raypg.server.replies import BatchState, Client
 from raypg.server.streams import Streams
 from raypg.server.work import Servable, Statement, Work, refuse
-from raypg.server.worker_status import status
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +43,6 @@ EXPIRY_TICK = 0.05
 
 MAINTENANCE_TICK = 1.0
 """Seconds between two rounds of maintenance of the connections."""
-
-CLOSE_GRACE = 2.0
-"""Seconds that a closing pool gives to statements that run."""
 
 CLIENT_FORGOTTEN_AFTER = 60.0
 """Seconds after which outcomes that nobody fetches are thrown away: their process is gone."""
@@ -74,6 +70,7 @@ class Engine:
         self.streams = Streams()
         self.queue: FairQueue[Work] = FairQueue(limit=config.max_waiting)
         self.closed: PoolClosedError | None = None
+        self.draining: WorkerDrainingError | None = None
         self._loop = asyncio.get_running_loop()
         self._clients: dict[str, Client] = {}
         self._held: dict[str, asyncio.Event] = {}
@@ -82,6 +79,7 @@ class Engine:
         self._connect_again_at = 0.0
         self._connect_failures = 0
         self._pumping = False
+        self._background(self._keep_time())
         self._background(self._maintain())
 
     @property
@@ -111,7 +109,7 @@ class Engine:
         position = 0
         for mode, sql, rows, timeout, settings in runs:
             verdict = classify_under(sql, settings)
-            refusal = self.closed or refuse(verdict, sql)
+            refusal = self.closed or self.draining or refuse(verdict, sql)
             if timeout is None:
                 timeout = self.config.command_timeout
             deadline = now + (
@@ -168,8 +166,11 @@ class Engine:
         self.figures.ran(self.now() - started, False, sql)
         return outcome
 
-    async def release(self, token: str, last: str | None) -> str | None:
+    async def release(self, token: str, last: str | None, forgotten: bool = False) -> str | None:
         """End a lease; *last* (COMMIT, ROLLBACK) runs first, and its command tag is returned.
+
+        Args:
+            forgotten: nobody asked for it, but nobody can use the lease any more.
 
         As with asyncpg nothing is left of the session when this returns: no lock that its holder forgot, say.
 
@@ -183,7 +184,8 @@ class Engine:
             if last is not None:
                 status, _ = await self.leases.run(token, -1, STATUS, last, (), None)
         finally:
-            self.leases.end(token, "it was released", dead=lease.connection.raw.is_closed())
+            dead = lease.connection.raw.is_closed()
+            self.leases.end(token, "it was released", dead, "forgotten" if forgotten else None)
         await lease.over.wait()
         return status
 
@@ -210,7 +212,7 @@ class Engine:
         self.acquisitions.client_died(client)
         for lease in self.leases:
             if lease.owner.get("client") == client:
-                self.leases.end(lease.token, "the process that held it died")
+                self.leases.end(lease.token, "the process that held it died", reclaimed="process died")
         known = self._clients.get(client)
         if known is not None:
             for batch in tuple(known.batches.values()):
@@ -222,6 +224,9 @@ class Engine:
     def enqueue(self, job: str, work: Any, cost: float) -> None:
         """Put work in the queue, or fail it at once if the breaker is open or the queue full. The caller pumps when all
         of it is in."""
+        if self.draining is not None:
+            work.fail(pack_error(self.draining))
+            return
         if self.guard.refusing:
             self._refuse(work, self.guard.refusal())
             return
@@ -285,7 +290,7 @@ class Engine:
             delay = self._connect_backoff.next(random.random())
             self._connect_again_at = self.now() + delay
             if self.connections.total == 0:
-                self._fail_waiting(error)
+                ending.fail_waiting(self, error)
             self._loop.call_later(delay, self.pump)
             return
         self._connect_failures = 0
@@ -357,9 +362,10 @@ class Engine:
         if clean:
             await self._lane(connection, self.queue.pop(self.now()))
 
-    def status(self) -> dict[str, Any]:
-        """What there is and what was done; see :func:`raypg.server.worker_status.status`."""
-        return status(self)
+    @property
+    def demand(self) -> int:
+        """Connections that there is work for now."""
+        return self.connections.total - self.connections.idle + len(self.queue)
 
     # --- housekeeping ---
 
@@ -373,20 +379,26 @@ class Engine:
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("pool %s: internal error in a worker", self.config.name, exc_info=error)
 
-    async def _maintain(self) -> None:
-        next_round = 0.0
+    async def _keep_time(self) -> None:
+        """What must happen in time, whatever else is slow or fails: callers who have waited too long are told so."""
         while self.closed is None:
             await asyncio.sleep(EXPIRY_TICK)
             now = self.now()
-            self._expire(now)
-            self.guard.tick(now)
-            self._prober.look()
-            self.connections.drop_dead()
-            if now < next_round:
+            try:
+                self._expire(now)
+                self.guard.tick(now)
+                self._prober.look()
+                self.connections.drop_dead()
                 if self.connections.missing > 0 or self.guard.machine.load(now) < 1.0:
                     self.pump()
-                continue
-            next_round = now + MAINTENANCE_TICK
+            except Exception:
+                logger.exception("pool %s: internal error in a worker", self.config.name)
+
+    async def _maintain(self) -> None:
+        """Look after the connections. A server that is silent holds this up, for as long as pings may take."""
+        while self.closed is None:
+            await asyncio.sleep(MAINTENANCE_TICK)
+            now = self.now()
             for identity, client in tuple(self._clients.items()):
                 if now - client.seen > CLIENT_FORGOTTEN_AFTER and not any(b.open for b in client.batches.values()):
                     del self._clients[identity]
@@ -399,7 +411,7 @@ class Engine:
     def _breaker_moved(self) -> None:
         if self.guard.refusing:
             if len(self.queue):
-                self._fail_waiting(self.guard.refusal())
+                ending.fail_waiting(self, self.guard.refusal())
         else:
             self._connect_failures = 0
             self._connect_backoff.reset()
@@ -422,26 +434,16 @@ class Engine:
         self.figures.refused(error)
         work.fail(pack_error(error))
 
-    def _fail_waiting(self, error: Exception) -> None:
-        packed = pack_error(error)
-        for work in self.queue.drain():
-            self.figures.refused(error)
-            work.fail(packed)
-
     async def close(self, reason: str) -> None:
-        """Refuse new work, fail what waits, end all leases, let what runs end (briefly), close the connections."""
-        if self.closed is not None:
-            return
-        self.closed = PoolClosedError(reason)
-        self._fail_waiting(self.closed)
-        self.leases.close()
-        await self._until(lambda: self.connections.idle == self.connections.total, CLOSE_GRACE)
-        with contextlib.suppress(Exception):
-            await self.connections.close()
-        # What finished last must have reached its callers before this process is ended.
-        await self._until(lambda: not any(client.batches for client in self._clients.values()), CLOSE_GRACE)
+        """End all work and close the connections; see :func:`raypg.server.ending.close`."""
+        await ending.close(self, reason)
 
-    async def _until(self, condition: Callable[[], bool], seconds: float) -> None:
-        until = self.now() + seconds
-        while not condition() and self.now() < until:  # noqa: ASYNC110 - made of many small events
-            await asyncio.sleep(0.01)
+    @property
+    def at_rest(self) -> bool:
+        """Whether nothing waits, nothing runs, nothing is leased, and all outcomes are told."""
+        return not len(self.queue) and self.connections.idle == self.connections.total and not self.untold
+
+    @property
+    def untold(self) -> bool:
+        """Whether outcomes have not reached their callers yet."""
+        return any(client.batches for client in self._clients.values())

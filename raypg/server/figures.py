@@ -21,6 +21,7 @@ from raypg.server.worker_status import gauges
 if TYPE_CHECKING:
     from raypg.server.connection import ServerConnection
     from raypg.server.engine import Engine
+    from raypg.server.work import Statement
 
 MOST_GROUPS = 200
 """Fingerprints that a worker watches at a time."""
@@ -120,6 +121,21 @@ class Figures:
         connection.uses += 1
         if not connection.used:
             self.first_uses += 1
+
+    def waited_together(self, now: float, statements: Sequence[Statement | None], connection: ServerConnection) -> None:
+        """Several callers get *connection* now; a third less work than to say so for each."""
+        buckets = self.wait.buckets
+        total = 0.0
+        for statement in statements:
+            if statement is not None:
+                seconds = now - statement.arrived
+                total += seconds
+                bucket = _ceil(_log(seconds) * SCALE) if seconds > LEAST else LOWEST
+                buckets[bucket] = buckets.get(bucket, 0) + 1
+        self.wait.total += total
+        connection.uses += len(statements)
+        if not connection.used:
+            self.first_uses += len(statements)
 
     def given_back(self, connection: ServerConnection) -> None:
         """Its callers need *connection* no longer."""

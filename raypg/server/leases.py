@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import asyncpg
 
@@ -18,6 +19,10 @@ from raypg.server.cursors import OpenCursor
 from raypg.server.notifications import Notification, Notifications
 from raypg.server.outcomes import ConnectionLost
 from raypg.server.work import lost_error
+
+Reclaimed: TypeAlias = Literal["process died", "forgotten", "deadline"]
+"""Why a lease ended that nobody gave back: its process is dead; its handle was garbage-collected, as when a task ends
+without releasing it; it was held for too long."""
 
 
 class Lease:
@@ -65,6 +70,7 @@ class LeaseTable:
         self._take_back = take_back
         self._leases: dict[str, Lease] = {}
         self._ended: dict[str, str] = {}
+        self.reclaimed: dict[Reclaimed, int] = {"process died": 0, "forgotten": 0, "deadline": 0}
 
     def __len__(self) -> int:
         return len(self._leases)
@@ -78,9 +84,8 @@ class LeaseTable:
         lease = Lease(secrets.token_hex(16), connection, owner, time.monotonic())
         connection.lease = lease.token
         self._leases[lease.token] = lease
-        lease._timer = loop.call_later(
-            seconds, self.end, lease.token, f"it was held for longer than its deadline of {seconds:g} s"
-        )
+        why = f"it was held for longer than its deadline of {seconds:g} s"
+        lease._timer = loop.call_later(seconds, functools.partial(self.end, lease.token, why, reclaimed="deadline"))
         return lease
 
     def find(self, token: str) -> Lease:
@@ -194,11 +199,18 @@ class LeaseTable:
         elif lease is not None:
             lease.cancelled.add(number)  # its message may still be on its way, or it is over
 
-    def end(self, token: str, why: str, dead: bool = False) -> bool:
-        """End a lease; its connection goes back, or is dropped if *dead*. False if it had ended before."""
+    def end(self, token: str, why: str, dead: bool = False, reclaimed: Reclaimed | None = None) -> bool:
+        """End a lease; its connection goes back, or is dropped if *dead*. False if it had ended before.
+
+        Args:
+            why: in words, for its holder.
+            reclaimed: why it was taken back, if its holder did not give it back.
+        """
         lease = self._leases.pop(token, None)
         if lease is None:
             return False
+        if reclaimed is not None:
+            self.reclaimed[reclaimed] += 1
         if lease._timer is not None:
             lease._timer.cancel()
         self._ended[token] = why

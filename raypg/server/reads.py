@@ -20,7 +20,8 @@ from raypg.core import health
 from raypg.core.sql import Verdict
 from raypg.portable import PortableError, pack_error
 from raypg.server.connection import ServerConnection
-from raypg.server.outcomes import ConnectionLost, last_words, timed_out
+from raypg.server.figures import TIMED_ROWS
+from raypg.server.outcomes import ConnectionLost, last_words, outcome_of, timed_out
 from raypg.server.pipelining import Prepared
 from raypg.server.work import Statement
 
@@ -118,10 +119,10 @@ class Reads:
         self._since = started = engine.now()
         self._token = engine.guard.token
         engine.figures.together += len(self._attached)
+        engine.figures.waited_together(started, self._attached, connection)
         prepared: list[Prepared] = []
         for statement in self._attached:
             assert statement is not None
-            engine.figures.waited(self._since - statement.arrived, connection)
             statement.batch.begun = True
             statement.connection = self
             most = 1 if statement.mode == messages.ROW else 0
@@ -180,7 +181,12 @@ class Reads:
         if error is not None:
             statement.fail(pack_error(error))
         else:
-            statement.batch.finish(statement.position, *engine.figures.fetched(statement.mode, *result))
+            if len(result[0]) < TIMED_ROWS:
+                engine.figures.rows += len(result[0])
+                outcome = outcome_of(statement.mode, *result)
+            else:
+                outcome = engine.figures.fetched(statement.mode, *result)
+            statement.batch.finish(statement.position, *outcome)
 
     def _detach(self, statement: Statement) -> None:
         self._attached[self._attached.index(statement)] = None

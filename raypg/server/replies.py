@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from raypg.messages import Part, Reply
+from raypg.messages import Part
 from raypg.portable import PortableError
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class Client:
         while len(self.early) > MOST_EARLY:
             del self.early[next(iter(self.early))]
 
-    async def first_reply(self, batch: BatchState, load: int) -> Reply:
+    async def first_reply(self, batch: BatchState) -> tuple[int, list[Part]]:
         """Answer to ``run``: complete, or as far as *batch* got when it stalled."""
         await batch.done_or_stalled()
         parts = batch.take()
@@ -131,7 +131,7 @@ class Client:
             self.batches.pop(batch.number, None)
         else:
             batch.deferred = True
-        return (load, len(self._deferred()), parts)
+        return len(self._deferred()), parts
 
     def _deferred(self) -> list[BatchState]:
         """The batches whose ``run`` was answered before their end: ``collect`` tells the rest."""

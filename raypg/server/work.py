@@ -41,6 +41,11 @@ class Work(Servable, Protocol):
     arrived: float
     deadline: float
 
+    @property
+    def begun(self) -> bool:
+        """Whether part of it was sent to the server already, so that it cannot go to another worker."""
+        ...
+
 
 class Runs(Protocol):
     """What runs a statement now: a connection, or a run of several reads on one."""
@@ -99,6 +104,10 @@ class Statement:
         self.cancelled = False
         self.connection: Runs | None = None
         self.ticket: Ticket[Work] | None = None
+
+    @property
+    def begun(self) -> bool:
+        return self.retried
 
     def fail(self, error: PortableError) -> None:
         self.batch.finish(self.position, None, None, error)
@@ -173,6 +182,10 @@ class LeaseRequest:
         self.connection: ServerConnection | None = None
         self.ticket: Ticket[Work] | None = None
         self.future: asyncio.Future[ServerConnection] = asyncio.get_running_loop().create_future()
+
+    @property
+    def begun(self) -> bool:
+        return False
 
     def fail(self, error: PortableError) -> None:
         if not self.future.done():

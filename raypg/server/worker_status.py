@@ -35,6 +35,7 @@ def status(engine: Engine) -> dict[str, Any]:
         "budget": engine.connections.budget,
         **{name: levels[name] for name in ("total", "idle", "opening", "active", "waiting")},
         **engine.figures.as_dict(),
+        "reclaimed_leases": dict(engine.leases.reclaimed),
         "last_error": str(last_error) if last_error else None,
         "connections": {
             c.identifier: {

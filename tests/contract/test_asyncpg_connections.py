@@ -11,7 +11,7 @@ from typing import Any
 
 import asyncpg
 import pytest
-from pgserver import wheel_server
+from pgserver import main_server
 from waiting import eventually, wait_until
 
 from raypg.embedded import EmbeddedServer
@@ -174,7 +174,7 @@ async def test_fetchmany_gives_all_rows_without_boundaries(direct: asyncpg.Conne
 @pytest.fixture(scope="module")
 def crashing() -> Iterator[EmbeddedServer]:
     """A server of its own: a backend that is killed takes all others with it."""
-    with wheel_server({"restart_after_crash": "on"}) as server:
+    with main_server({"restart_after_crash": "on"}) as server:
         yield server
 
 

@@ -29,8 +29,8 @@ class Store:
     async def delete(self, key: str) -> None:
         _compat.kv_delete(key)
 
-    async def cluster(self) -> tuple[str, list[str]]:
-        return _compat.cluster_id(), _compat.worker_nodes()
+    async def cluster(self) -> tuple[str, _compat.Nodes]:
+        return _compat.cluster_id(), _compat.nodes(ray.get_runtime_context().get_node_id(), {})
 
     async def is_driver(self) -> list[bool]:
         return [_compat.is_driver(), await asyncio.to_thread(_compat.is_driver)]
@@ -70,7 +70,10 @@ async def test_all_processes_know_the_same_cluster_id_and_nodes(store: Any) -> N
     identity, nodes = await store.cluster.remote()
     assert identity == _compat.cluster_id()
     assert len(bytes.fromhex(identity)) >= 16
-    assert nodes == _compat.worker_nodes() == [ray.get_runtime_context().get_node_id()]
+    here = ray.get_runtime_context().get_node_id()
+    assert nodes == _compat.nodes(here, {}) == (frozenset([here]), (here,))
+    assert _compat.nodes(here, {"ray.io/node-id": here}).eligible == (here,)
+    assert _compat.nodes(here, {"role": "db"}).eligible == ()
 
 
 SHADOWING = """

@@ -10,7 +10,7 @@ from typing import Any
 import asyncpg
 import pytest
 from breakers import becomes, callers, transitions
-from pgserver import wheel_server
+from pgserver import main_server
 from pools import backends_of, own_pool, unique_name
 from proxy import Proxy
 from waiting import eventually
@@ -30,7 +30,7 @@ SLOTS = 20
 @pytest.fixture(scope="module")
 def victim() -> Iterator[EmbeddedServer]:
     """A server for these tests alone, with few slots, that they stop and start."""
-    with wheel_server({"max_connections": str(SLOTS), "superuser_reserved_connections": "0"}) as server:
+    with main_server({"max_connections": str(SLOTS), "superuser_reserved_connections": "0"}) as server:
         yield server
 
 

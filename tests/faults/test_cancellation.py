@@ -197,7 +197,7 @@ async def test_a_statement_that_waits_behind_another_of_its_lease_is_cancelled_t
     """It has not begun when its caller leaves, and never begins."""
     await direct.execute(f"create table {schema}.item (a int)")
     async with own_pool(pg, max_connections=1) as pool, pool.acquire() as connection:
-        first = asyncio.create_task(connection.fetch("select pg_sleep(0.3)"))
+        first = asyncio.create_task(connection.fetch("select pg_sleep(1)"))
         second = asyncio.create_task(connection.execute(f"insert into {schema}.item values (1)"))
         await asyncio.sleep(0.1)
         second.cancel()

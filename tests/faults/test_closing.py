@@ -39,7 +39,7 @@ async def test_a_pool_closed_under_its_callers_tells_them_at_once(
         told = time.monotonic() - started
         await closing
         assert {type(result) for result in waiting} == {PoolClosedError}
-        assert told < 1
+        assert told < 1.8  # before the statements that run have had their time to end
         assert pool.name in str(waiting[0])
         running = await asyncio.wait_for(asyncio.gather(*calls[:2], return_exceptions=True), 10)
         assert all(isinstance(result, UnavailableError) for result in running), running

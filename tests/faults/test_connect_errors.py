@@ -13,6 +13,7 @@ from typing import Any
 import asyncpg
 import pytest
 import ray
+from pgserver import main_server
 from pools import NO_BREAKER, own_pool, unique_name
 from proxy import Proxy
 from waiting import eventually
@@ -202,8 +203,8 @@ async def test_no_password_in_any_log_of_the_cluster(ray_cluster: Any, pg: Embed
 
 async def test_the_server_is_full(ray_cluster: Any) -> None:
     """Another program holds the slots: a pool that has some works on with them, one that has none says so."""
-    settings = {"max_connections": "8", "superuser_reserved_connections": "0", "reserved_connections": "0"}
-    with EmbeddedServer(settings=settings) as server:
+    settings = {"max_connections": "8", "superuser_reserved_connections": "0"}
+    with main_server(settings) as server:
         others = [await asyncpg.connect(**server.parameters) for _ in range(6)]
         try:
             async with own_pool(server, max_connections=3, min_connections=1) as pool:
@@ -231,7 +232,7 @@ async def test_the_server_is_full(ray_cluster: Any) -> None:
 
 @pytest.mark.parametrize("mode", ["fast", "immediate"])
 async def test_a_stopped_server_fails_calls_fast_and_a_started_one_serves_them(ray_cluster: Any, mode: Any) -> None:
-    with EmbeddedServer() as server:
+    with main_server() as server:
         await _down_and_up(server, mode)
 
 

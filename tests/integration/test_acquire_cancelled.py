@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from pools import own_pool, status_of_all, unique_name
+from pools import grant, own_pool, status_of_all, unique_name
 from waiting import eventually
 
 from raypg import LeaseLostError, PoolExhaustedError, WorkflowConnectionPool
@@ -164,7 +164,7 @@ async def worker(pg: EmbeddedServer) -> AsyncIterator[PoolWorker]:
     """A worker of two connections."""
     config = from_kwargs(name="p", environ={}, **pg.parameters, acquire_timeout=5.0)
     worker = PoolWorker("p", 0, "cluster", config.to_dict())
-    await worker.ping(1, 2, 0, [], 1)
+    await grant(worker, 2)
     yield worker
     await worker.close("the test is over")
 

@@ -6,6 +6,7 @@ Times are for benchmarks/bench_fairness.py.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -28,7 +29,7 @@ async def engine(request: pytest.FixtureRequest, pg: EmbeddedServer) -> AsyncIte
     """With one connection, and with three."""
     config = from_kwargs(name="fair", environ={}, **pg.parameters, max_connections=request.param)
     made = Engine(config, Connector(config, "raypg:fairness:0:0"))
-    made.connections.budget = request.param
+    made.connections.grant(request.param, math.inf)
     try:
         await made.connections.warm_up(request.param)
         yield made

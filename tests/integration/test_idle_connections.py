@@ -1,17 +1,24 @@
-"""What becomes of connections that nobody uses: they are pinged, and go on serving."""
+"""What a worker does with connections beside using them: it opens them, pings those that are idle, replaces them."""
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import AsyncIterator
 
 import asyncpg
 import pytest
+from pools import NO_BREAKER, grant, unique_name
+from proxy import Proxy
 from waiting import eventually
 
+from raypg import ConnectError, PoolExhaustedError
 from raypg.actors.worker import PoolWorker
 from raypg.config import from_kwargs
 from raypg.embedded import EmbeddedServer
-from raypg.server import connection_set
+from raypg.packing import pack, unpack
+from raypg.server import codecs, connection_set
+from raypg.server.connect import Connector
 from raypg.server.connection import ServerConnection
 
 
@@ -20,8 +27,10 @@ async def worker(pg: EmbeddedServer) -> AsyncIterator[PoolWorker]:
     """A worker, without Ray around it, with four connections, that pings in every round of maintenance."""
     config = from_kwargs(name="p", environ={}, **pg.parameters, health_check_interval=0.1)
     worker = PoolWorker("p", 0, "cluster", config.to_dict())
-    await worker.ping(1, 4, 2, [], 1)
+    await grant(worker, 4)  # as the Pool does: any that are to be kept would open beside warm_up's
     assert await worker.warm_up(4) == ("ok", None)
+    await grant(worker, 4, least=2)
+    assert worker._engine.connections.total == worker._engine.connections.idle == 4
     yield worker
     await worker.close("the test is over")
 
@@ -60,3 +69,75 @@ async def test_a_fault_in_a_ping_leaves_no_connection_in_nobodys_hands(
     connections: connection_set.ConnectionSet = worker._engine.connections
     await eventually(lambda: connections.total < 4)
     assert connections.total == connections.idle
+
+
+async def test_who_waits_is_told_in_time_while_a_ping_gets_no_answer(
+    pg: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection_set, "PING_TIMEOUT", 5.0)
+    async with Proxy(pg.port) as proxy:
+        settings = {**pg.parameters, "port": proxy.port, "sslmode": "disable", "health_check_interval": 0.1}
+        worker = PoolWorker("p", 0, "cluster", from_kwargs(name="p", environ={}, **settings).to_dict())
+        await grant(worker, 2)
+        assert await worker.warm_up(2) == ("ok", None)
+        kind, _ = unpack(await worker.acquire(pack((("client", 1), "job", {"client": "client"}, 5.0, 60.0, None))))
+        assert kind == "ok"
+        proxy.frozen = True
+        connections = worker._engine.connections
+        await eventually(lambda: connections.idle == 0, what="the other one is being pinged")
+        started = time.monotonic()
+        asked = worker.acquire(pack((("client", 2), "job", {"client": "client"}, 0.2, 60.0, None)))
+        kind, error = unpack(await asyncio.wait_for(asked, 20))
+        assert (kind, error[1]) == ("error", PoolExhaustedError.__name__)
+        assert time.monotonic() - started < 2.5
+        proxy.mend()
+        await worker.close("the test is over")
+
+
+@pytest.mark.parametrize("how", ["connect_timeout", "cancelled"])
+async def test_a_connection_that_gets_stuck_while_it_is_opened_is_closed(
+    pg: EmbeddedServer, direct: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    config = from_kwargs(name="p", environ={}, **pg.parameters, connect_timeout=1.0 if how == "connect_timeout" else 60)
+    connector = Connector(config, unique_name("stuck"))
+    stuck = asyncio.Event()
+
+    async def no_answer(raw: asyncpg.Connection, _: object) -> None:
+        stuck.set()
+        await raw.execute("select pg_sleep(60)")
+
+    async def backends() -> int:
+        count = "select count(*) from pg_stat_activity where application_name = $1"
+        return int(await direct.fetchval(count, connector.application_name))
+
+    monkeypatch.setattr(codecs, "install", no_answer)
+    opening = asyncio.create_task(connector.open())
+    await stuck.wait()
+    assert await backends() == 1
+    if how == "cancelled":
+        opening.cancel()
+    with pytest.raises(ConnectError if how == "connect_timeout" else asyncio.CancelledError):
+        await asyncio.wait_for(opening, 20)
+
+    async def gone() -> bool:
+        return await backends() == 0
+
+    await eventually(gone)
+
+
+async def test_it_connects_again_ever_more_seldom(pg: EmbeddedServer) -> None:
+    """Though no breaker stands before it, and nobody waits."""
+    async with Proxy(pg.port) as proxy:
+        settings = {**pg.parameters, "port": proxy.port, "sslmode": "disable", **NO_BREAKER}
+        worker = PoolWorker("p", 0, "cluster", from_kwargs(name="p", environ={}, **settings).to_dict())
+        await grant(worker, 2, least=2)
+        await eventually(lambda: worker._engine.connections.idle == 2)
+        proxy.cut()
+        before, until = proxy.accepted, time.monotonic() + 2.0
+        await eventually(lambda: time.monotonic() > until)
+        tries = proxy.accepted - before
+        print(f"{tries} tries in 2 s")
+        assert 3 <= tries <= 12  # after up to 0.05 s, 0.1 s, 0.2 s …; at every look it would be 40
+        proxy.mend()
+        await eventually(lambda: worker._engine.connections.idle == 2)
+        await worker.close("the test is over")

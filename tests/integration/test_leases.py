@@ -8,7 +8,7 @@ from typing import Any
 
 import asyncpg
 import pytest
-from pools import own_pool
+from pools import own_pool, status_of_all
 from waiting import eventually
 
 from raypg import (
@@ -121,17 +121,17 @@ async def test_a_cancelled_statement_is_cancelled_on_the_server(
 async def test_after_its_deadline_a_lease_is_gone_and_its_connection_serves_others(
     pair: WorkflowConnectionPool, table: str
 ) -> None:
-    one = await pair.acquire(lease_timeout=0.5)
-    two = await pair.acquire(lease_timeout=0.5)
+    one = await pair.acquire(lease_timeout=1.5)
+    two = await pair.acquire(lease_timeout=1.5)
     for connection in (one, two):
         await connection.execute("begin")
         await connection.execute("create temp table shadow (a int)")
         await connection.execute(f"insert into {table} values ({connection.backend_pid}, 'x')")
     started = time.monotonic()
     assert await pair.fetchval(f"select count(*) from {table}", timeout=10) == 0
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 6
     for connection in (one, two):
-        with pytest.raises(LeaseLostError, match=r"deadline of 0\.5 s"):
+        with pytest.raises(LeaseLostError, match=r"deadline of 1\.5 s"):
             await connection.execute(f"insert into {table} values (5, 'x')")
         with pytest.raises(LeaseLostError):
             await connection.execute("commit")
@@ -246,10 +246,10 @@ async def test_when_leases_hold_all_connections_waiting_ends_in_time(pair: Workf
                 await call
             took = time.monotonic() - started
             error = caught.value
-            assert 0.3 < took < 1.5
+            assert 0.3 < took < 4
             assert isinstance(error, TimeoutError)
             assert error.name == pair.name
-            assert error.waited == pytest.approx(0.4, abs=0.3)
+            assert 0.3 < error.waited < 3
             assert error.depth == 1
             assert error.limit == 10_000
             assert error.connections == 2
@@ -278,11 +278,15 @@ async def test_too_many_waiting_are_refused_at_once(ray_cluster: Any, pg: Embedd
     async with own_pool(pg, max_connections=1, max_waiting=20) as pool:
         connection = await pool.acquire()
         waiting = [asyncio.create_task(pool.fetchval("select $1::int", n)) for n in range(18)]
-        await asyncio.sleep(0.2)
+
+        async def all_wait() -> bool:
+            return bool((await status_of_all(pool))["waiting_count"] == 18)
+
+        await eventually(all_wait)
         started = time.monotonic()
         with pytest.raises(PoolExhaustedError, match="queue is full") as caught:
             await pool.fetchval("select 1")
-        assert time.monotonic() - started < 1
+        assert time.monotonic() - started < 3
         assert (caught.value.reason, caught.value.depth, caught.value.limit) == ("full", 18, 20)
         with pytest.raises(PoolExhaustedError, match="queue is full"):
             await pool.acquire()

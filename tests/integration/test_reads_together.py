@@ -4,6 +4,7 @@ Ray."""
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections.abc import AsyncIterator
 from typing import Any
@@ -81,7 +82,7 @@ async def bench(request: pytest.FixtureRequest, rng: random.Random) -> AsyncIter
     config = from_kwargs(name="together", **server.parameters, max_connections=2)
     name = f"together-{rng.getrandbits(32):08x}"
     engine = Engine(config, Connector(config, name))
-    engine.connections.budget = 2
+    engine.connections.grant(2, math.inf)
     direct = await asyncpg.connect(**server.parameters)
     try:
         await engine.connections.warm_up(2)

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator
 from typing import Any
 
 import asyncpg
 import pytest
+from pools import grant
+from waiting import eventually
 
-from raypg import WorkflowConnectionPool
+from raypg import WorkflowConnectionPool, messages
+from raypg.actors.worker import PoolWorker
+from raypg.config import from_kwargs
+from raypg.embedded import EmbeddedServer
+from raypg.packing import pack, unpack
+from raypg.server.connection import ServerConnection
 
 # Everything that can be seen of a session, as one text.
 STATE = """
@@ -148,3 +156,39 @@ async def test_all_at_once_over_a_shared_pool(
     results = await asyncio.gather(*calls)
     assert all(result is not False for result in results)
     assert await direct.fetchval(f"select count(*) from {schema}.item") == 150
+
+
+async def test_only_what_may_leave_something_is_followed_by_a_reset(
+    pg: EmbeddedServer, table: str, schema: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resets = 0
+    reset = ServerConnection.reset
+
+    async def counted(self: ServerConnection) -> None:
+        nonlocal resets
+        resets += 1
+        await reset(self)
+
+    monkeypatch.setattr(ServerConnection, "reset", counted)
+    worker = PoolWorker("p", 0, "cluster", from_kwargs(name="p", environ={}, **pg.parameters).to_dict())
+    await grant(worker, 1)
+    numbers = itertools.count(1)
+
+    async def run(sql: str, *arguments: Any) -> int:
+        """Run *sql* ten times; how many resets followed."""
+        before = resets
+        for _ in range(10):
+            runs = [(messages.FETCH, sql, [arguments], None, None)]
+            _, unfinished, [part] = unpack(await worker.run(pack(("client", "job", next(numbers), runs))))
+            assert (unfinished, part[4]) == (0, None)
+        connections = worker._engine.connections
+        await eventually(lambda: connections.idle == connections.total)  # after the answer comes the reset
+        return resets - before
+
+    assert await run("select $1::int + 1", 1) == 0
+    assert await run(f"select label from {table} where id = $1", 1) == 0
+    assert await run(f"select count(*), max(upper(label)) from {table}") == 0
+    assert await run(f"insert into {table} select coalesce(max(id), 0) + 1, 'x' from {table}") == 10
+    assert await run("select set_config('my.secret', 'x', false)") == 10
+    assert await run("select 1") == 0
+    await worker.close("the test is over")

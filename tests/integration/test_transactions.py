@@ -7,6 +7,7 @@ from typing import Any
 
 import asyncpg
 import pytest
+from waiting import eventually
 
 from raypg import (
     ConfigError,
@@ -58,6 +59,36 @@ async def test_a_cancelled_transaction_rolls_back_and_frees_its_connection(
         results = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 10)
         assert all(isinstance(result, asyncio.CancelledError) for result in results)
         assert await pair.fetchval(f"select count(*) from {table}", timeout=5) == 0
+
+
+async def test_who_is_cancelled_twice_has_rolled_back_too(
+    pool: WorkflowConnectionPool, direct: asyncpg.Connection
+) -> None:
+    """The second time while it rolls back: the connection goes on outside of any transaction."""
+    async with pool.acquire() as connection:
+
+        async def work() -> None:
+            async with connection.transaction():
+                await connection.execute("select pg_sleep(60), 'twice'")
+
+        async def sleeps() -> bool:
+            state = "select wait_event from pg_stat_activity where pid = $1"
+            return bool(await direct.fetchval(state, connection.backend_pid) == "PgSleep")
+
+        for steps in range(6):
+            working = asyncio.create_task(work())
+            await eventually(sleeps)
+            working.cancel()
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            working.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await working
+            assert await connection.fetchval("select pg_current_xact_id_if_assigned()") is None
+            assert await connection.execute("create temp table if not exists kept (a int)")
+            async with connection.transaction():  # raises inside a transaction that was begun before
+                await connection.execute("insert into kept values (1)")
+        assert await connection.fetchval("select count(*) from kept") == 6
 
 
 async def test_nested_transactions_are_savepoints(pool: WorkflowConnectionPool, table: str) -> None:

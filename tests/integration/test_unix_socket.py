@@ -13,7 +13,7 @@ from typing import Any
 
 import asyncpg
 import pytest
-from pgserver import wheel_server
+from pgserver import main_server
 from pools import backends_of, own_pool
 from waiting import eventually
 
@@ -35,7 +35,7 @@ def local() -> Iterator[EmbeddedServer]:
     if account is not None:
         os.chown(directory, account.uid, account.gid)
     directory.chmod(0o755)
-    with wheel_server({"unix_socket_directories": str(directory)}) as server:
+    with main_server({"unix_socket_directories": str(directory)}) as server:
         yield server
     shutil.rmtree(directory)
 

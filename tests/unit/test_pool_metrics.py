@@ -111,6 +111,9 @@ def test_a_worker_that_has_left_is_missed_by_nobody() -> None:
     assert list(known["workers"]) == [1]
     assert known["gauges"]["total"] == 1
     assert metrics.apply(0, "life", [delta(2, 5)], START) is None
+    assert metrics.join(0, "life", START) == 1
+    metrics.leave_silent(START + 100, 60)
+    assert metrics.snapshot(START)["workers"] == {}
 
 
 def test_a_worker_that_has_lived_before_is_not_counted_again() -> None:

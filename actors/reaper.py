@@ -1,0 +1,182 @@
+"""What the Pool actor asks the server itself, over its control connection: what it has room for, which given-up
+connections are gone, and that those of dead workers end.
+
+What may be ended is proven to be ours: see :mod:`raypg.server.control`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Collection, Hashable
+from typing import Any
+
+from raypg.core import sizing
+from raypg.core.budget import Budget
+from raypg.core.limits import Limits
+from raypg.server.control import Control
+
+logger = logging.getLogger(__name__)
+
+GONE_WITHIN = 10.0
+"""Seconds to wait for the connections of a dead worker to disappear before they are ended once more."""
+
+AGAIN = 0.5
+"""Seconds until a server that could not be asked is asked again."""
+
+SELF_REAPING = 2.0
+"""Seconds in which the backends of a dead process notice its death by themselves: four times
+``client_connection_check_interval``. Below a cap of 4 control has no connection of its own; if nobody can lend it one
+for so long, it takes one all the same."""
+
+AUTHENTICATION_TIMEOUT = 60.0
+"""PostgreSQL's default for ``authentication_timeout``, in seconds, until the server has told its own."""
+
+
+class Reaper:
+    """Asks the server, one question at a time.
+
+    Args:
+        pool: its name.
+        control: the control connection.
+        prefix: what the application name of each connection of the pool begins with.
+        cap: gives the most connections of the pool.
+    """
+
+    def __init__(self, pool: str, control: Control, prefix: str, cap: Callable[[], int]) -> None:
+        self._pool = pool
+        self._control = control
+        self._prefix = prefix
+        self._cap = cap
+        self.has_room: Callable[[], bool] = lambda: True
+        """Whether a connection may be opened that is in no account."""
+        self.news: Callable[[], None] = lambda: None
+        """Called when shares may move."""
+        self._turn = asyncio.Lock()
+        self._reaping: dict[Hashable, asyncio.Task[None]] = {}
+        self._authentication_timeout = AUTHENTICATION_TIMEOUT
+        self.borrows = 0
+        """Connections that the division must leave free for control now, though none is kept for it."""
+
+    @contextlib.asynccontextmanager
+    async def _looking(self) -> AsyncIterator[Control]:
+        """The control connection. Of a small cap one is borrowed for it, and given back."""
+        async with self._turn:
+            if sizing.reserve(self._cap()):
+                yield self._control
+                return
+            self.borrows = 1
+            self.news()
+            try:
+                until = asyncio.get_running_loop().time() + SELF_REAPING
+                while not self.has_room() and asyncio.get_running_loop().time() < until:  # noqa: ASYNC110
+                    await asyncio.sleep(0.02)
+                yield self._control
+                await self._control.close()
+            finally:
+                self.borrows = 0
+                self.news()
+
+    # --- questions ---
+
+    async def limits(self) -> Limits | None:
+        """What the server has room for; ``None`` behind a pooler.
+
+        Raises:
+            ConnectError: it cannot be reached.
+        """
+        async with self._looking() as control:
+            limits = await control.limits(self._prefix)
+        if limits is not None:
+            self._authentication_timeout = limits.authentication_timeout
+        return limits
+
+    async def gone(self, pids: list[int]) -> set[int]:
+        """Those of *pids* that the server does not show any more; none if it cannot be asked."""
+        try:
+            async with self._looking() as control:
+                return set(await control.gone(pids))
+        except Exception as error:
+            logger.debug("pool %s: control connection failed: %s", self._pool, error)
+            return set()
+
+    async def sweep(self, living: Callable[[], Collection[str]]) -> None:
+        """End the connections of workers that nobody knows of any more; returns when they are gone.
+
+        Raises:
+            Exception: the server cannot be asked.
+        """
+        async with self._looking() as control:
+            while not (ended := await control.end_orphans(self._prefix, living(), GONE_WITHIN))[1]:
+                pass
+        if ended[0]:
+            logger.warning("pool %s: ended %d connections of workers that are gone", self._pool, ended[0])
+
+    # --- the dead ---
+
+    async def bury(self, budget: Budget[Any], life: Hashable, name: str) -> None:
+        """That life is over for certain: its share is free when its connections are gone."""
+        ended = await self._end(name, lambda: True)
+        known = budget.accounts.pop(life, None)
+        if known is not None and (ended or known.charge):
+            logger.info("pool %s: %s is gone, with %d connections that had to be ended", self._pool, name, ended)
+        self.news()
+
+    def reap(self, budget: Budget[Any], life: Hashable, name: str, still_lost: Callable[[], bool]) -> None:
+        """That life is silent: its connections are ended. It may still be there, and may have been about to connect:
+        what it did not hold is free only when the server has given up every client that has not finished connecting.
+
+        Does nothing while it is at it already.
+        """
+        if life not in self._reaping:
+            task = asyncio.get_running_loop().create_task(self._reap(budget, life, name, still_lost))
+            self._reaping[life] = task
+            task.add_done_callback(lambda _: self._reaping.pop(life, None))
+
+    async def _reap(self, budget: Budget[Any], life: Hashable, name: str, still_lost: Callable[[], bool]) -> None:
+        ended = await self._end(name, still_lost)
+        if not still_lost() or life not in budget.accounts:
+            return
+        budget.ended(life, ended)
+        self.news()
+        loop = asyncio.get_running_loop()
+        until = loop.time() + self._authentication_timeout
+        while still_lost() and life in budget.accounts and loop.time() < until:  # noqa: ASYNC110
+            await asyncio.sleep(AGAIN)
+        await self._end(name, still_lost)
+        if still_lost() and life in budget.accounts:
+            budget.leave(life)
+            self.news()
+        while still_lost():  # noqa: ASYNC110 - there is nothing left to do for it, and it must not begin anew
+            await asyncio.sleep(AGAIN)
+
+    async def _end(self, name: str, wanted: Callable[[], bool]) -> int:
+        """End the backends of *name* until none is left; how many there were."""
+        ended, complained = 0, False
+        while wanted():
+            try:
+                async with self._looking() as control:
+                    more, clear = await control.end_backends(name, GONE_WITHIN)
+            except Exception as error:
+                # If the server is down, the backends are gone with it: look again soon.
+                if not complained:
+                    complained = True
+                    logger.warning("pool %s: cannot look for connections of a dead worker: %s", self._pool, error)
+                await asyncio.sleep(AGAIN)
+                continue
+            ended += more
+            if clear:
+                break
+        return ended
+
+    async def rest(self) -> None:
+        """Close the connection if it was not used lately."""
+        await self._control.rest(time.monotonic())
+
+    async def close(self) -> None:
+        """End what goes on, and the connection."""
+        for task in tuple(self._reaping.values()):
+            task.cancel()
+        await self._control.close()

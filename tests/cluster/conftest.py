@@ -1,0 +1,26 @@
+"""A Ray cluster of three nodes: the session's own, and two that leave when the tests of this folder are over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import ray
+from nodes import Nodes
+
+
+@pytest.fixture(scope="package")
+def nodes(ray_cluster: Any) -> Iterator[Nodes]:
+    """More nodes can be added to the cluster of the session; they are taken away again."""
+    more = Nodes()
+    try:
+        yield more
+    finally:
+        more.close()
+
+
+@pytest.fixture(scope="package")
+def three_nodes(nodes: Nodes) -> tuple[str, str, str]:
+    """Ids of three nodes, that of this process first."""
+    return ray.get_runtime_context().get_node_id(), nodes.add(labels={"role": "db"}), nodes.add()
