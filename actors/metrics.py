@@ -124,7 +124,7 @@ class MetricsActor(ServingAll):
 
     # --- from those who look ---
 
-    async def snapshot(self, pools: list[str] | None = None, statements: int = 20) -> Answer:
+    async def snapshot(self, pools: list[str] | None = None, statements: int = 20, in_detail: bool = True) -> Answer:
         """Of each of *pools* (all if ``None``) what :meth:`PoolMetrics.snapshot` says, and under ``circuit_breaker``
         the breaker's ``state``, and whether it was ``forced``, a second ago."""
         names = sorted(self.pools) if pools is None else pools
@@ -135,7 +135,7 @@ class MetricsActor(ServingAll):
         here = {name: known for name, known in found.items() if known is not None}
         await asyncio.gather(*(self._refresh(known) for known in here.values()))
         now = self._now()
-        return "ok", {name: self._describe(name, known, now, statements) for name, known in here.items()}
+        return "ok", {name: self._describe(name, known, now, statements, in_detail) for name, known in here.items()}
 
     async def history(self, pool: str, series: str, seconds: float) -> Answer:
         """(Seconds from one point to the next, [(seconds since the epoch, value)] of the last *seconds*). NaN
@@ -159,9 +159,12 @@ class MetricsActor(ServingAll):
         """Seconds since the epoch, by a clock that nobody sets: set was it when this actor began."""
         return self._epoch + time.monotonic()
 
-    def _describe(self, name: str, known: _Pool, now: float, statements: int) -> dict[str, Any]:
+    def _describe(self, name: str, known: _Pool, now: float, statements: int, in_detail: bool) -> dict[str, Any]:
         unknown = {"state": None, "forced": False}
-        return {**known.metrics.snapshot(now, statements), "circuit_breaker": self._states.get(name, unknown)}
+        return {
+            **known.metrics.snapshot(now, statements, in_detail),
+            "circuit_breaker": self._states.get(name, unknown),
+        }
 
     async def _refresh(self, known: _Pool) -> None:
         """Hear of every worker what happened until now."""
@@ -196,7 +199,7 @@ class MetricsActor(ServingAll):
                 if now >= export_at:
                     export_at = now + EXPORT_EVERY
                     wall = self._now()
-                    known = {name: self._describe(name, pool, wall, 20) for name, pool in self.pools.items()}
+                    known = {name: self._describe(name, pool, wall, 20, False) for name, pool in self.pools.items()}
                     self._ray_metrics.export(known)
                 if now >= durable_at:
                     durable_at = now + DURABLE_EVERY

@@ -275,12 +275,13 @@ class PoolMetrics:
         of_all = {name: max((gauges[name] for gauges in told), default=0) for name in GAUGES[6:]}
         return {**sums, **of_all}
 
-    def snapshot(self, now: float, statements: int = 20) -> dict[str, Any]:
+    def snapshot(self, now: float, statements: int = 20, in_detail: bool = True) -> dict[str, Any]:
         """All there is to know, as plain data: times in seconds, quantiles of nothing NaN, points of time in seconds
         since the epoch. ``recent`` and ``window`` are of the last minute, the rest since the pool began.
 
         Args:
             statements: how many fingerprints to show.
+            in_detail: whether with the quantiles of each, which take longer than all the rest.
         """
         recent, window = self._window.times(now), self._window.counts(now)
         execution = Sketch()
@@ -319,7 +320,7 @@ class PoolMetrics:
             },
             "errors": [(*key, count) for key, count in self._errors.most_common()],
             "recent_errors": list(self._recent),
-            "statements": [_statement(entry) for entry in self._statements.top(statements)],
+            "statements": [_statement(entry, in_detail) for entry in self._statements.top(statements)],
             "statements_floor": self._statements.floor,
             "last_adjustment": self._adjusted,
         }
@@ -340,9 +341,9 @@ def _histogram(sketch: Sketch) -> dict[str, Any]:
     }
 
 
-def _statement(entry: Entry) -> dict[str, Any]:
+def _statement(entry: Entry, in_detail: bool) -> dict[str, Any]:
     count = entry.times.count
-    p50, p95, p99 = entry.times.quantiles([0.5, 0.95, 0.99])
+    quantiles = entry.times.quantiles([0.5, 0.95, 0.99]) if in_detail else [math.nan] * 3
     return {
         "fingerprint": entry.fingerprint,
         "command": entry.command,
@@ -351,8 +352,6 @@ def _statement(entry: Entry) -> dict[str, Any]:
         "errors": entry.errors,
         "seconds": entry.times.total,
         "mean": entry.times.total / count if count else math.nan,
-        "p50": p50,
-        "p95": p95,
-        "p99": p99,
+        **dict(zip(("p50", "p95", "p99"), quantiles, strict=True)),
         "missed_seconds": entry.missed,
     }
