@@ -16,7 +16,7 @@ from typing import Any
 import asyncpg
 import pytest
 import ray
-from pgserver import system_server, wheel_server
+from pgserver import main_server, system_server
 from pools import own_pool
 from prometheus import require_prometheus
 from prometheus_client.parser import text_string_to_metric_families
@@ -120,7 +120,7 @@ def fetch(at: str) -> str:
 
 
 async def test_the_guides_alerts_fire_when_the_server_is_slow_and_when_it_is_down(prometheus: Prometheus) -> None:
-    with wheel_server() as server:
+    with main_server() as server:
         async with own_pool(server, name="production", max_connections=9) as pool:
             await asyncio.gather(*(pool.fetch("select 1") for _ in range(100)))
 
