@@ -18,15 +18,14 @@ import contextlib
 import json
 import logging
 import random
-import secrets
 import time
 from collections.abc import Callable
 from typing import Any
 
-import ray
 from ray.actor import ActorHandle
 
 from raypg import _compat
+from raypg.actors.serving_all import ServingAll
 from raypg.actors.worker import Answer
 from raypg.breaker_status import describe, describe_transitions
 from raypg.core.breaker import DISABLED, BreakerConfig, Transition
@@ -45,14 +44,8 @@ TICK = 0.05
 ACKNOWLEDGED_WITHIN = 2.0
 """Seconds in which a worker must acknowledge an order."""
 
-KNOWN_WITHIN = 3.0
-"""Seconds in which the workers of a running pool join a Breaker that is new."""
-
 POLL = 10.0
 """Longest time that ``transitions`` waits for one, in seconds."""
-
-LINGER = 10.0
-"""Seconds after the end of the last pool in which another one may begin before this actor ends."""
 
 
 class _Pool:
@@ -131,14 +124,13 @@ async def _acknowledged(handle: ActorHandle[Any], order: Order) -> bool:
     return False
 
 
-class BreakerActor:
+class BreakerActor(ServingAll):
     """The breakers of all pools of this cluster."""
 
+    pools: dict[str, _Pool]
+
     def __init__(self) -> None:
-        self._incarnation = secrets.token_hex(4)
-        self._pools: dict[str, _Pool] = {}
-        self._forgotten = 0  # pools, so far
-        self._joined = asyncio.Event()
+        super().__init__()
         self._ticker = asyncio.get_running_loop().create_task(self._tick())
 
     def __repr__(self) -> str:
@@ -157,9 +149,9 @@ class BreakerActor:
     ) -> tuple[Any, ...]:
         """A worker is there, or has other settings; the answer is its order."""
         settings = BreakerConfig(**config)
-        known = self._pools.get(pool)
+        known = self.pools.get(pool)
         if known is None:
-            known = self._pools[pool] = _Pool(pool, settings, expected)
+            known = self.pools[pool] = _Pool(pool, settings, expected)
             known.restore()
         now = time.monotonic()
         if known.quorum.machine.config != settings:
@@ -169,13 +161,12 @@ class BreakerActor:
             known.quorum.join(worker, now)
         known.lives[worker] = (incarnation, handle[0])
         order = known.told[worker] = known.quorum.order(worker, now)
-        self._joined.set()
-        self._joined = asyncio.Event()
+        self.joined()
         return tuple(order)
 
     async def report(self, pool: str, worker: int, incarnation: str, report: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """What a worker has seen since its last report; ``None`` says: join first."""
-        known = self._pools.get(pool)
+        known = self.pools.get(pool)
         if known is None or known.lives.get(worker, ("",))[0] != incarnation:
             return None
         now = time.monotonic()
@@ -189,7 +180,7 @@ class BreakerActor:
 
     async def command(self, pool: str, what: str, reason: str, ttl: float | None) -> Answer:
         """Force a state. Answers when every worker has acknowledged or failed to."""
-        known = await self._find(pool)
+        known: _Pool | None = await self.find(pool)
         if known is None:
             return "error", pack_error(_unknown(pool))
         missing = await self._missing(known)
@@ -218,7 +209,7 @@ class BreakerActor:
 
     async def status(self, pool: str) -> Answer:
         """How the breaker of *pool* stands."""
-        known = await self._find(pool)
+        known: _Pool | None = await self.find(pool)
         if known is None:
             return "error", pack_error(_unknown(pool))
         now = time.monotonic()
@@ -226,47 +217,37 @@ class BreakerActor:
         known.push()
         return "ok", describe(known.quorum, now, time.time())
 
+    async def states(self) -> dict[str, dict[str, Any]]:
+        """How the breakers of all pools stand, in short."""
+        machines = {name: known.quorum.machine for name, known in self.pools.items()}
+        return {name: {"state": machine.state, "forced": machine.forced} for name, machine in machines.items()}
+
     async def transitions(self, pool: str, after: tuple[str, int] | None) -> tuple[tuple[str, int], Any] | None:
         """The transitions since *after*; waits for one. ``None``: there is no such pool.
 
         Args:
             after: the first part of the last answer; ``None`` asks only for it, and does not wait.
         """
-        known = await self._find(pool)
+        known: _Pool | None = await self.find(pool)
         if known is None:
             return None
         if after is None:
-            return (self._incarnation, known.count), []
-        seen = after[1] if after[0] == self._incarnation else 0
+            return (self.incarnation, known.count), []
+        seen = after[1] if after[0] == self.incarnation else 0
         if known.count <= seen:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(known.changed.wait(), POLL)
-        return (self._incarnation, known.count), describe_transitions(known.since(seen), time.monotonic(), time.time())
+        return (self.incarnation, known.count), describe_transitions(known.since(seen), time.monotonic(), time.time())
 
     # --- inside ---
 
     async def forget(self, pool: str) -> None:
         """*pool* has ended, and what was forced on it with it."""
-        known = self._pools.pop(pool, None)
+        known = self.pools.get(pool)
         if known is not None:
             known.changed.set()
             _compat.kv_delete(known.key)
-        self._forgotten += 1
-
-    async def rest(self) -> None:
-        """A pool has ended: end too, if it was the last one, and no other begins soon."""
-        forgotten = self._forgotten
-        await asyncio.sleep(LINGER)
-        if not self._pools and self._forgotten == forgotten:
-            ray.actor.exit_actor()
-
-    async def _find(self, pool: str) -> _Pool | None:
-        """The pool, as soon as its first worker has joined."""
-        until = time.monotonic() + KNOWN_WITHIN
-        while (known := self._pools.get(pool)) is None and (left := until - time.monotonic()) > 0:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._joined.wait(), left)
-        return known
+        await super().forget(pool)
 
     async def _missing(self, pool: _Pool) -> set[int]:
         """The workers of *pool* that have not joined. Of a new Breaker, or a new pool, they may just be about to."""
@@ -280,7 +261,7 @@ class BreakerActor:
         while True:
             await asyncio.sleep(TICK)
             now = time.monotonic()
-            for pool in tuple(self._pools.values()):
+            for pool in tuple(self.pools.values()):
                 try:
                     forced = pool.quorum.machine.forced
                     pool.quorum.tick(now)
@@ -288,7 +269,7 @@ class BreakerActor:
                         pool.store()  # its time was over
                     pool.push()
                     if pool.quorum.silence(now) > DEAD_AFTER:
-                        del self._pools[pool.name]  # its workers were ended without a word, or will join again
+                        del self.pools[pool.name]  # its workers were ended without a word, or will join again
                 except Exception:
                     logger.exception("breaker of pool %s: internal error", pool.name)
 

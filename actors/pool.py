@@ -21,7 +21,7 @@ from typing import Any
 
 import ray
 
-from raypg import _compat, cluster
+from raypg import _compat, cluster, naming
 from raypg.actors.membership import START_TIMEOUT, Member, Membership
 from raypg.actors.reaper import Reaper
 from raypg.actors.worker import Answer, application_name, application_prefix
@@ -242,10 +242,12 @@ class PoolActor:
             await self._reaper.close()
             for handle in self._workers.handles():
                 ray.kill(handle)
-            if (breaker := cluster.find_breaker()) is not None:
-                with contextlib.suppress(*_compat.ActorGone, TimeoutError):
-                    await asyncio.wait_for(breaker.forget.remote(self._name), PING_EVERY)
-                breaker.rest.remote()
+            for serving_all in (cluster.find_breaker(), cluster.find_metrics()):
+                if serving_all is not None:
+                    with contextlib.suppress(*_compat.ActorGone, TimeoutError):
+                        await asyncio.wait_for(serving_all.forget.remote(self._name), PING_EVERY)
+                    serving_all.rest.remote()
+            _compat.kv_delete(naming.metrics_key(self._name))
             _compat.kv_delete(self._key)
 
     # --- starting ---
@@ -263,6 +265,7 @@ class PoolActor:
         workers = self._workers
         workers.find()
         breaker = cluster.find_or_start_breaker()  # its process starts beside those of the workers
+        cluster.find_or_start_metrics()
         asking = asyncio.ensure_future(self._ask_limits())
         await self._arrange()
         again = _compat.was_restarted()

@@ -17,11 +17,13 @@ from ray.exceptions import OwnerDiedError
 
 from raypg import messages
 from raypg.actors.breaker_line import BreakerLine
+from raypg.actors.metrics_line import MetricsLine
 from raypg.config import PoolConfig
+from raypg.core.pool_metrics import Delta
 from raypg.core.quorum import Order
 from raypg.packing import packed
 from raypg.portable import pack_error
-from raypg.server import cursors, ending, figures
+from raypg.server import cursors, ending, worker_status
 from raypg.server.chunk import ChunkRequest, ChunkRun
 from raypg.server.connect import Connector
 from raypg.server.connection import STEP
@@ -70,6 +72,7 @@ class PoolWorker:
         # its predecessor are gone.
         self._engine = Engine(settings, self._connector)
         self._breaker = BreakerLine(pool, index, self._incarnation, self._engine.guard)
+        self._metrics = MetricsLine(pool, index, self._incarnation, self._engine)
         self._node: str = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
         self._newest = 0  # number of the newest ping
         self._epoch = 0
@@ -111,6 +114,7 @@ class PoolWorker:
             for lease in self._engine.leases:
                 self._engine.leases.end(lease.token, "its worker could not be heard for some seconds")
         self._breaker.keep(workers)
+        self._metrics.open()
         connections = self._engine.connections
         connections.confirm_gone(set(gone))
         if number > self._newest:
@@ -134,7 +138,9 @@ class PoolWorker:
     async def drain(self, seconds: float) -> bool:
         """Take no more work; answers when what was begun is over, or was ended after *seconds*: whether it was in
         time."""
-        return await ending.drain(self._engine, seconds)
+        in_time = await ending.drain(self._engine, seconds)
+        await self._metrics.leave()
+        return in_time
 
     async def warm_up(self, least: int) -> Answer:
         """Open connections until *least* exist; the error of the first failure if none could be opened."""
@@ -146,18 +152,25 @@ class PoolWorker:
 
     async def status(self) -> dict[str, Any]:
         """Figures of this worker; times in milliseconds."""
-        return figures.status(self._engine)
+        return worker_status.status(self._engine)
 
     async def close(self, reason: str) -> None:
         """Refuse new work, end leases, close connections."""
         self._breaker.close()
         await self._engine.close(reason)
+        await self._metrics.leave()
 
     # --- from the Breaker ---
 
     async def follow(self, order: tuple[Any, ...]) -> None:
         """Do what the Breaker says."""
         self._engine.guard.follow(Order(*order), self._engine.now())
+
+    # --- from the Metrics ---
+
+    async def metrics(self, incarnation: str, known: int) -> list[Delta]:
+        """What happened since delta *known* of this life; nothing if it is another one."""
+        return self._metrics.deltas(known) if incarnation == self._incarnation else []
 
     # --- from handles ---
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from raypg import _compat, background, cluster
+from raypg.asking import AGAIN_AFTER, ask
 from raypg.breaker_status import describe
 from raypg.config import PoolConfig
 from raypg.core.breaker import State
@@ -34,9 +35,6 @@ COMMAND_WITHIN = 10.0
 
 LISTEN_FOR = 30.0
 """Seconds in which it must have answered that there is no news; it does so every 10 s."""
-
-AGAIN_AFTER = 0.1
-"""Seconds until it is looked for again, when it is just being restarted."""
 
 Listener = Callable[[State, State, dict[str, Any]], Awaitable[None] | None]
 """Called with the old state, the new one, and the metrics as they were at the change."""
@@ -261,20 +259,8 @@ class PoolCircuitBreaker:
         Raises:
             UnavailableError: it does not answer in time.
         """
-        until = time.monotonic() + within
-        while (left := until - time.monotonic()) > 0:
-            breaker = cluster.find_breaker()
-            if breaker is not None:
-                try:
-                    return await asyncio.wait_for(getattr(breaker, method).remote(self._pool.name, *arguments), left)
-                except TimeoutError:
-                    break
-                except _compat.ActorGone:
-                    pass  # the next life of it, which workers start, has to be found anew
-            await asyncio.sleep(AGAIN_AFTER)
-        raise UnavailableError(
-            f"the breaker of pool {self._pool.name!r} does not answer; workers decide without it, try again"
-        )
+        otherwise = f"the breaker of pool {self._pool.name!r} does not answer; workers decide without it, try again"
+        return await ask(cluster.find_breaker, method, self._pool.name, *arguments, within=within, otherwise=otherwise)
 
 
 def _never_started(config: PoolConfig | None) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""The command ``raypg``: demo, up, status, restart, scale, down. What a command needs is imported when it runs."""
+"""The command ``raypg``: demo, up, status, restart, scale, down, metrics. What a command needs is imported when it
+runs."""
 
 from __future__ import annotations
 
@@ -74,8 +75,16 @@ def status(
     name: Annotated[str | None, typer.Argument(help="Pool to show; default: all.")] = None,
     address: Address = "auto",
     json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Again each second: throughput, times, statements.")] = False,
 ) -> None:
     """Show pools, workers by node, connections, who waits, and who holds a lease."""
+    if watch:
+        if json:
+            raise typer.BadParameter("--watch is for people; --json cannot be had with it")
+        from raypg import cli_watch
+
+        cli_watch.watch(name, address)
+        return
     from raypg import cli_pools
 
     cli_pools.status(name, address, json)
@@ -114,6 +123,38 @@ def down(name: Annotated[str, typer.Argument(help="Pool to end.")], address: Add
     from raypg import cli_pools
 
     cli_pools.down(name, address)
+
+
+metrics = typer.Typer(help="Metrics for Prometheus and Grafana.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(metrics, name="metrics")
+
+
+@metrics.command("serve")
+def serve_metrics(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 = any free one.", min=0, max=65535)] = 9478,
+    address: Address = "auto",
+) -> None:
+    """Serve the metrics of all pools of a Ray cluster at /metrics."""
+    from raypg import cli_metrics
+
+    cli_metrics.serve(host, port, address)
+
+
+@metrics.command()
+def rules() -> None:
+    """Print alert rules for Prometheus: raypg metrics rules > alerts.yml"""
+    from raypg import cli_metrics
+
+    cli_metrics.rules()
+
+
+@metrics.command()
+def grafana() -> None:
+    """Print a board for Grafana: raypg metrics grafana > raypg.json"""
+    from raypg import cli_metrics
+
+    cli_metrics.grafana()
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ def up(name: str | None, file: Path | None, address: str) -> None:
     """Start the pools that file and environment describe, and say of each what came of it."""
     # Settings first: what is wrong in a file is said even where no cluster is.
     pools = [WorkflowConnectionPool(**settings) for settings in wanted(name, file)]
-    _connect(address)
+    connect(address)
     console = Console()
     failures = []
     for pool in pools:
@@ -101,7 +101,7 @@ def _arguments(name: str, table: Mapping[str, Any]) -> dict[str, Any]:
 def down(name: str, address: str) -> None:
     """End pool *name*."""
     check_pool_name(name)
-    _connect(address)
+    connect(address)
     asyncio.run(end(name, f"pool {name!r} was ended by `raypg down`"))
     Console().print(f"{name}: ended", highlight=False)
 
@@ -109,7 +109,7 @@ def down(name: str, address: str) -> None:
 def restart(name: str, address: str) -> None:
     """Replace the processes of pool *name*."""
     check_pool_name(name)
-    _connect(address)
+    connect(address)
     workers = asyncio.run(restart_pool(name))
     Console().print(f"{name}: {workers} workers replaced, and the pool's own actor", highlight=False)
 
@@ -118,7 +118,7 @@ def scale(name: str, workers: str | None, max_connections: int | None, address: 
     """Give pool *name* another size."""
     check_pool_name(name)
     wanted: int | str | None = int(workers) if workers is not None and workers.isdigit() else workers
-    _connect(address)
+    connect(address)
     done = asyncio.run(get_pool(name).scale(workers=wanted, max_connections=max_connections))
     ending = f", {len(done['draining'])} more end when they are not used any more" if done["draining"] else ""
     Console().print(
@@ -130,7 +130,7 @@ def status(name: str | None, address: str, as_json: bool) -> None:
     """Show all pools, or one."""
     if name is not None:
         check_pool_name(name)
-    _connect(address)
+    connect(address)
     names = cluster.running_pools()
     if name is not None:
         if name not in names:
@@ -267,7 +267,7 @@ def _show_leases(console: Console, all_figures: list[dict[str, Any]]) -> None:
         console.print(table)
 
 
-def _connect(address: str) -> None:
+def connect(address: str) -> None:
     """Connect to a Ray cluster that runs.
 
     Raises:

@@ -44,10 +44,7 @@ def find_or_start(config: PoolConfig) -> ActorHandle[Any]:
 
 def find_breaker() -> ActorHandle[Any] | None:
     """The Breaker actor; ``None`` if there is none."""
-    try:
-        return ray.get_actor(naming.BREAKER_ACTOR, namespace=naming.NAMESPACE)
-    except ValueError:
-        return None
+    return _named(naming.BREAKER_ACTOR)
 
 
 def find_or_start_breaker() -> ActorHandle[Any]:
@@ -55,6 +52,25 @@ def find_or_start_breaker() -> ActorHandle[Any]:
     from raypg.actors.breaker import BreakerActor
 
     return _start(BreakerActor, naming.BREAKER_ACTOR)
+
+
+def find_metrics() -> ActorHandle[Any] | None:
+    """The Metrics actor; ``None`` if there is none."""
+    return _named(naming.METRICS_ACTOR)
+
+
+def find_or_start_metrics() -> ActorHandle[Any]:
+    """The Metrics actor, started if it does not run."""
+    from raypg.actors.metrics import MetricsActor
+
+    return _start(MetricsActor, naming.METRICS_ACTOR)
+
+
+def _named(name: str) -> ActorHandle[Any] | None:
+    try:
+        return ray.get_actor(name, namespace=naming.NAMESPACE)
+    except ValueError:
+        return None
 
 
 def _start(kind: type, name: str, *arguments: Any) -> ActorHandle[Any]:

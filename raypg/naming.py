@@ -37,6 +37,15 @@ BREAKER_ACTOR = f"raypg:breaker:{PROTOCOL}"
 """Ray name of the Breaker actor; it serves all pools that speak this version of the protocol."""
 
 
+METRICS_ACTOR = f"raypg:metrics:{PROTOCOL}"
+"""Ray name of the Metrics actor; it serves all pools that speak this version of the protocol."""
+
+
+def metrics_key(pool: str) -> str:
+    """Key under which the figures of *pool* are kept in Ray's key-value store."""
+    return f"metrics/{PROTOCOL}/{pool}"
+
+
 def worker_actor(pool: str, index: int) -> str:
     """Ray name of worker *index* of *pool*: bounded in number, so that metrics labelled with it stay bounded."""
     return f"raypg:{pool}:worker:{index}"

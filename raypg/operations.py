@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 import weakref
 from collections.abc import Awaitable, Callable, Mapping
@@ -17,13 +16,14 @@ from raypg.core.sql import classify
 from raypg.core.sqlstate import error_category
 from raypg.errors import ConfigError, OutcomeUnknownError, QueryTimeoutError, StatementNotAllowedError, UnavailableError
 from raypg.lease import LeasedConnection, acquire
+from raypg.metrics_access import snapshots
+from raypg.metrics_status import comprehensive, counters, statistics
 from raypg.row import Row, row_type
 
 if TYPE_CHECKING:
     from raypg.pool import WorkflowConnectionPool
 
 _LATER = {
-    "export_metrics": "metrics",
     "start_monitoring": "the dashboard",
     "stop_monitoring": "the dashboard",
 }
@@ -39,6 +39,7 @@ _KEYS: dict[str, frozenset[str]] = {
     "get_status": frozenset(),
     "get_pool_statistics": frozenset(),
     "get_comprehensive_status": frozenset(),
+    "export_metrics": frozenset(),
     "adjust_pool_size": frozenset({"new_size"}),
     "close": frozenset(),
 }
@@ -215,63 +216,27 @@ class Operations:
         }
 
     async def get_pool_statistics(self) -> dict[str, Any]:
-        """Counts and rates of the whole pool. A rate of nothing is 0.0, a time never measured is NaN."""
-        status = await self._figures()
-        executed, errors = _sum(status, "executed"), _sum(status, "errors")
-        active, cap = _sum(status, "active"), status["max_connections"]
-        health = [
-            connection["health_score"]
-            for worker in status["workers"]
-            if worker["figures"]
-            for connection in worker["figures"]["connections"].values()
-        ]
-        return {
-            "pool_name": status["pool_name"],
-            "total_connections": _sum(status, "total"),
-            "active_connections": active,
-            "idle_connections": _sum(status, "idle"),
-            "max_connections": cap,
-            "queue_depth": _sum(status, "waiting"),
-            "utilization_rate": active / cap,
-            "avg_health_score": sum(health) / len(health) if health else math.nan,
-            "avg_acquisition_time_ms": _mean(status, "wait_ms"),
-            "avg_query_time_ms": _mean(status, "query_ms"),
-            "query_time_samples": _count(status, "query_ms"),
-            "error_rate": errors / executed if executed else 0.0,
-        }
+        """How the pool stands, and its rates and times of the last minute.
+
+        A rate of nothing is 0.0, a time of nothing NaN. ``error_rate`` counts calls that never ran (no connection
+        became free, the database cannot be reached, the breaker is open) as failed.
+        """
+        return statistics(self._pool.name, await self._snapshot())
 
     async def get_comprehensive_status(self) -> dict[str, Any]:
-        """What :meth:`get_pool_statistics` says, and under ``circuit_breaker`` how the breaker stands, see
-        :meth:`raypg.circuit_breaker.PoolCircuitBreaker.get_status`."""
-        statistics = await self.get_pool_statistics()
-        return {**statistics, "circuit_breaker": await self._pool.circuit_breaker.status()}
+        """Everything; see :func:`raypg.metrics_status.comprehensive`."""
+        known, breaker = await asyncio.gather(self._snapshot(), self._pool.circuit_breaker.status())
+        return comprehensive(self._pool.name, known, breaker)
 
     async def stats(self) -> dict[str, Any]:
-        """Counters since the workers started."""
-        status = await self._figures()
-        executed, errors = _sum(status, "executed"), _sum(status, "errors")
-        return {
-            "pool_name": status["pool_name"],
-            "connections": {key: _sum(status, key) for key in ("created", "recycled", "failed")},
-            "queries": {
-                "executed": executed,
-                "errors": errors,
-                "retries": _sum(status, "retries"),
-                "error_rate": errors / executed if executed else 0.0,
-            },
-            "performance": {
-                "avg_acquisition_time_ms": _mean(status, "wait_ms"),
-                "avg_query_time_ms": _mean(status, "query_ms"),
-                "query_samples": _count(status, "query_ms"),
-            },
-            "current_state": {
-                "total_connections": _sum(status, "total"),
-                "active_connections": _sum(status, "active"),
-                "available_connections": _sum(status, "idle"),
-                "waiting": _sum(status, "waiting"),
-            },
-            "exhausted": _sum(status, "exhausted"),
-        }
+        """What was counted since the pool began."""
+        return counters(self._pool.name, await self._snapshot())
+
+    async def export_metrics(self) -> dict[str, str]:
+        """``{"prometheus_metrics": text}``: this pool's metrics as Prometheus reads them, from a file or by HTTP."""
+        from raypg.exposition import render  # not for those who only use a pool
+
+        return {"prometheus_metrics": render({self._pool.name: await self._snapshot()})}
 
     # --- inside ---
 
@@ -283,6 +248,10 @@ class Operations:
                 f"{did_you_mean(str(connection_id), self._leases)}"
             )
         return lease
+
+    async def _snapshot(self) -> dict[str, Any]:
+        await self._pool._dispatcher()
+        return (await snapshots([self._pool.name]))[self._pool.name]
 
     async def _figures(self) -> dict[str, Any]:
         dispatcher = await self._pool._dispatcher()
@@ -337,13 +306,3 @@ def _isolated(worker: dict[str, Any]) -> bool:
 
 def _sum(status: dict[str, Any], key: str) -> int:
     return sum(figures[key] for figures in _figures_of(status))
-
-
-def _count(status: dict[str, Any], key: str) -> int:
-    return sum(figures[key]["count"] for figures in _figures_of(status))
-
-
-def _mean(status: dict[str, Any], key: str) -> float:
-    parts = [figures[key] for figures in _figures_of(status) if figures[key]["count"]]
-    count = sum(part["count"] for part in parts)
-    return sum(part["mean"] * part["count"] for part in parts) / count if count else math.nan

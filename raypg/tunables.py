@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from raypg.core.history import bytes_needed
 from raypg.core.nearest import did_you_mean
 
 __all__ = ["CODECS", "Tunables"]
@@ -15,6 +16,7 @@ CODECS = ("hstore", "json", "text", "vector")
 """Names of the codecs that workers know; see the key ``codecs``."""
 
 _DAY = 86_400.0
+_LONGEST_RETENTION = 7 * 24 * 60
 
 _Count = Annotated[int, Field(ge=1)]
 _Seconds = Annotated[float, Field(gt=0, le=365 * _DAY)]
@@ -83,9 +85,7 @@ class Tunables(BaseModel):
     circuit_breaker_ramp: Annotated[float, Field(ge=0, le=_DAY)] = _setting(
         5.0, "s", "from the breaker's closing to full load"
     )
-    metrics_retention_minutes: Annotated[float, Field(gt=0, le=7 * 24 * 60)] = _setting(
-        60, "minutes", "detailed metrics kept; at most 7 days"
-    )
+    metrics_retention_minutes: float = _setting(60, "minutes", "detailed metrics kept; 1 to 10,080 (7 days)")
     enable_pipelining: bool = _setting(False, "switch", "start the pipeline with the pool")
     pipeline_batch_size: _Count = _setting(100, "statements", "default size of a pipeline's batch")
     enable_monitoring: bool = _setting(False, "switch", "start the dashboard with the pool")
@@ -93,6 +93,16 @@ class Tunables(BaseModel):
     monitoring_port: Annotated[int, Field(ge=0, le=65535)] = _setting(
         8080, "port", "of the dashboard; 0 = any free one"
     )
+
+    @field_validator("metrics_retention_minutes")
+    @classmethod
+    def _check_retention(cls, minutes: float) -> float:
+        if not 1 <= minutes <= _LONGEST_RETENTION:
+            raise ValueError(
+                f"its history would take {bytes_needed(max(minutes, 0)):,} bytes in the Metrics actor, that of 7 days "
+                f"takes {bytes_needed(_LONGEST_RETENTION):,}; must be 1 to {_LONGEST_RETENTION}"
+            )
+        return minutes
 
     @field_validator("server_settings")
     @classmethod

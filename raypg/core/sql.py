@@ -23,7 +23,7 @@ import pgparse
 from raypg.core import functions
 from raypg.core.sql_text import blank, first_word, highest_parameter, statement_count
 
-__all__ = ["LONGEST", "Kind", "Verdict", "classify", "classify_under", "shorten"]
+__all__ = ["LONGEST", "Kind", "Verdict", "classify", "classify_under", "shorten", "words"]
 
 Kind = Literal["read", "write", "transaction", "utility", "empty", "invalid"]
 
@@ -68,16 +68,17 @@ class Verdict:
     reason: str = ""
 
 
-def _words(text: str) -> frozenset[str]:
+def words(text: str) -> frozenset[str]:
+    """The words of a text."""
     return frozenset(text.split())
 
 
-_EXPRESSION_TAGS: Final = _words("""
+_EXPRESSION_TAGS: Final = words("""
     A_ArrayExpr A_Const A_Expr A_Indices A_Indirection BitString BoolExpr Boolean BooleanTest CaseExpr
     CaseWhen CoalesceExpr CollateClause Float FuncCall Integer List MinMaxExpr NamedArgExpr NullTest ParamRef
     RowExpr SQLValueFunction SetToDefault String TypeCast TypeName
 """)
-_READ_TAGS: Final = _EXPRESSION_TAGS | _words("""
+_READ_TAGS: Final = _EXPRESSION_TAGS | words("""
     A_Star Alias CTECycleClause CTESearchClause ColumnDef ColumnRef CommonTableExpr GroupingFunc GroupingSet
     JoinExpr JsonAggConstructor JsonArgument JsonArrayAgg JsonArrayConstructor JsonArrayQueryConstructor
     JsonBehavior JsonFormat JsonFuncExpr JsonIsPredicate JsonKeyValue JsonObjectAgg JsonObjectConstructor
@@ -85,9 +86,9 @@ _READ_TAGS: Final = _EXPRESSION_TAGS | _words("""
     JsonTablePathSpec JsonValueExpr RangeFunction RangeSubselect RangeTableFunc RangeTableFuncCol
     RangeTableSample RangeVar ResTarget SelectStmt SortBy SubLink WindowDef WithClause XmlExpr XmlSerialize
 """)
-_SAMPLING_METHODS: Final = _words("bernoulli system")
+_SAMPLING_METHODS: Final = words("bernoulli system")
 # Those of SQLValueFunction that do not depend on the clock.
-_CLOCKLESS_VALUES: Final = _words("""
+_CLOCKLESS_VALUES: Final = words("""
     SVFOP_CURRENT_CATALOG SVFOP_CURRENT_ROLE SVFOP_CURRENT_SCHEMA SVFOP_CURRENT_USER SVFOP_SESSION_USER
     SVFOP_USER
 """)
@@ -125,8 +126,8 @@ _UTILITIES: Final = {
     "VariableShowStmt": "SHOW",
     "ViewStmt": "CREATE VIEW",
 }
-_TRANSACTION_WORDS: Final = _words("BEGIN START COMMIT END ROLLBACK ABORT SAVEPOINT RELEASE")
-_WRITE_WORDS: Final = _words("WITH VALUES TABLE TRUNCATE") | frozenset(_WRITES.values())
+_TRANSACTION_WORDS: Final = words("BEGIN START COMMIT END ROLLBACK ABORT SAVEPOINT RELEASE")
+_WRITE_WORDS: Final = words("WITH VALUES TABLE TRUNCATE") | frozenset(_WRITES.values())
 
 _cache: OrderedDict[str, Verdict] = OrderedDict()
 _cached_characters = 0
@@ -339,7 +340,7 @@ def _inspect(root: object, tags: frozenset[str], callable_: frozenset[str], *, c
 
 
 # Keys whose value decides; the others are judged by their name alone, or are harmless attributes.
-_CHECKED: Final = _words("ParamRef FuncCall A_Const SQLValueFunction intoClause name operName useOp method")
+_CHECKED: Final = words("ParamRef FuncCall A_Const SQLValueFunction intoClause name operName useOp method")
 _LABELS: Final = {
     "LockingClause": "a locking clause",
     "InsertStmt": "an INSERT",

@@ -9,9 +9,10 @@ first.
 
 from __future__ import annotations
 
-from typing import Final, Literal, NamedTuple
+from typing import Final, Literal, NamedTuple, get_args
 
 __all__ = [
+    "CATEGORIES",
     "CLASSES",
     "CODES",
     "Category",
@@ -38,6 +39,7 @@ Category = Literal[
     "query_error",
     "pool_exhausted",
 ]
+CATEGORIES: Final[tuple[Category, ...]] = get_args(Category)
 Outcome = Literal["not_applied", "unknown"]
 
 Verdict = Literal["trip", "ignore"]

@@ -118,7 +118,7 @@ class ChunkRequest:
             self.future.set_exception(Refused(error))
 
     async def serve(self, engine: Engine, connection: ServerConnection) -> ServerConnection | None:
-        engine.figures.waited(engine.now() - self.arrived)
+        engine.figures.waited(engine.now() - self.arrived, connection)
         connection.dirty = True
         while (group := self._next_group()) is not None:
             sql, rows = group
@@ -190,13 +190,14 @@ class ChunkRequest:
         except ConnectionLost as lost:
             harmless = in_transaction or not lost.sent or (verdict.retryable and not lost.by_crash)
             if not harmless:
+                engine.figures.ran(engine.now() - started, True, sql, lost)
                 self._note(1, None, pack_error(lost_error(lost, sql, verdict.retryable)), _ms(engine, started))
             raise
         except Exception as error:
-            engine.figures.ran(engine.now() - started, failed=True)
+            engine.figures.ran(engine.now() - started, True, sql, error)
             self._note(1, None, pack_error(error), _ms(engine, started))
             return False
-        engine.figures.ran(engine.now() - started, failed=False)
+        engine.figures.ran(engine.now() - started, False, sql)
         self._note(1, result, None, _ms(engine, started))
         return True
 
@@ -206,6 +207,7 @@ class ChunkRequest:
         errors: dict[int, PortableError] = {}
         started = engine.now()
         lost: ConnectionLost | None = None
+        cause: Exception | None = None  # of the failures, for the figures
         in_flight = (0, 0)
         while lost is None and (span := search.next()) is not None:
             first, end = in_flight = span
@@ -216,8 +218,9 @@ class ChunkRequest:
                 else:
                     await connection.run(messages.MANY, sql, rows[first:end])
             except ConnectionLost as error:
-                lost = error
+                lost = cause = error
             except Exception as error:
+                cause = error
                 if search.failed(_kind_of(error)):
                     errors.update(dict.fromkeys(range(first, end), pack_error(error)))
             else:
@@ -235,7 +238,7 @@ class ChunkRequest:
             errors.update((i, stopped) for i, status in enumerate(search.statuses) if status == "untried")
         self._note_group(decided, errors, seconds * 1000 / len(rows))
         if decided:
-            engine.figures.ran_together(decided, len(errors), seconds)
+            engine.figures.ran_together(decided, len(errors), seconds, sql, cause)
         if lost is not None:
             raise lost
 
@@ -278,7 +281,7 @@ class ChunkRequest:
             else:
                 await connection.run(messages.STATUS, f"RELEASE SAVEPOINT {_SAVEPOINT}", ())
                 self._note(len(rows), INSERTED, None, _ms(engine, started) / len(rows))
-                engine.figures.ran_together(len(rows), 0, engine.now() - started)
+                engine.figures.ran_together(len(rows), 0, engine.now() - started, sql)
                 return True
         for row in rows:
             if not await self._single(engine, connection, sql, row, verdict, in_transaction=True):

@@ -72,6 +72,8 @@ class ServerConnection:
     ``pooled``: a transaction pooler is at the other end. Then only a transaction has one session for itself, and
     ``pid`` is no backend's but a number of the pooler.
 
+    ``taken_at``, ``uses``: since when it is in use now, and by how many callers.
+
     ``guard``: whom to tell how statements end; ``None`` while it is opened.
     """
 
@@ -95,7 +97,9 @@ class ServerConnection:
         "pid",
         "pooled",
         "raw",
+        "taken_at",
         "used",
+        "uses",
     )
 
     def __init__(
@@ -114,11 +118,11 @@ class ServerConnection:
         self.pooled = pooled
         self.pid: int = raw.get_server_pid()
         self.opened_at = now
-        self.last_used = now
+        self.last_used = self.taken_at = now
         self.expires_at = math.inf if lifetime is None else now + jittered(lifetime, LIFETIME_JITTER, random.random())
         self.health = health.FULL
         self.guard: Guard | None = None
-        self.used = 0
+        self.used = self.uses = 0
         self.dirty = False
         self.abandoned = False
         self.busy = False
@@ -338,6 +342,8 @@ class ServerConnection:
         limit = 1 if mode == messages.ROW else 0
         records, status = await _asyncpg.fetch_with_status(raw, sql, arguments, limit)
         self._noticed(status)
+        if self.guard is not None:
+            return self.guard.figures.fetched(mode, records, status)
         return outcome_of(mode, records, status)
 
     def opening(self, begin: str | None, name: str) -> str | None:

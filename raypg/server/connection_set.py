@@ -260,7 +260,7 @@ class ConnectionSet:
         answered = await connection.ping(PING_TIMEOUT)
         seconds = time.monotonic() - started
         if answered:
-            self._guard.succeeded(token, seconds, connection.last_used)
+            self._guard.ping_passed(token, seconds, connection.last_used)
         elif seconds >= PING_TIMEOUT:
             self._guard.ping_failed(token, seconds)  # else it was ended just now, which alone says nothing
         return answered

@@ -105,7 +105,12 @@ async def step(engine: Engine, token: str, number: int, name: int, step: Step, t
         if not lease.connection.raw.is_in_transaction():
             return None
     try:
+        started = engine.now()
         answer, _ = await engine.run_leased(token, number, STEP, cursor.sql, work, timeout)
+        if what == "fetch":
+            engine.figures.portion(engine.now() - started, len(answer[0]))
+        elif what == "open":
+            engine.figures.rows += len(answer[0])
     except BaseException:
         lease.cursors.pop(name, None)  # where it stands is unknown; its transaction has failed, or its lease is gone
         raise

@@ -47,12 +47,20 @@ async def drain(engine: Engine, seconds: float) -> bool:
     return False
 
 
+def fail_waiting(engine: Engine, error: Exception) -> None:
+    """Fail all that waits for a connection."""
+    packed = pack_error(error)
+    for work in engine.queue.drain():
+        engine.figures.refused(error)
+        work.fail(packed)
+
+
 async def close(engine: Engine, reason: str) -> None:
     """Refuse new work, fail what waits, end all leases, let what runs end (briefly), close the connections."""
     if engine.closed is not None:
         return
     engine.closed = PoolClosedError(reason)
-    engine.fail_waiting(pack_error(engine.closed))
+    fail_waiting(engine, engine.closed)
     engine.leases.close()
     await _until(engine, lambda: engine.connections.idle == engine.connections.total, CLOSE_GRACE)
     with contextlib.suppress(Exception):

@@ -19,7 +19,7 @@ from raypg.core.fair_queue import FairQueue, QueueFull
 from raypg.core.sql import classify, classify_under
 from raypg.errors import ConnectError, PoolClosedError, PoolExhaustedError, WorkerDrainingError
 from raypg.messages import MANY, STATUS, Run
-from raypg.portable import PortableError, pack_error
+from raypg.portable import pack_error
 from raypg.server import ending
 from raypg.server.acquisitions import Acquisitions
 from raypg.server.catalogue import Catalogue
@@ -59,7 +59,8 @@ class Engine:
     def __init__(self, config: PoolConfig, connector: Connector) -> None:
         self.config = config
         self._connector = connector
-        self.guard = Guard(config.name, config.breaker(), self._breaker_moved)
+        self.figures = Figures()
+        self.guard = Guard(config.name, config.breaker(), self._breaker_moved, self.figures)
         self.connections = ConnectionSet(connector, config, self.guard, self.pump)
         self._prober = Prober(self.connections, self.guard)
         self.leases = LeaseTable(self.take_back)
@@ -78,7 +79,6 @@ class Engine:
         self._connect_again_at = 0.0
         self._connect_failures = 0
         self._pumping = False
-        self.figures = Figures()
         self._background(self._keep_time())
         self._background(self._maintain())
 
@@ -152,17 +152,19 @@ class Engine:
         """Run one statement on a leased connection; see :meth:`LeaseTable.run`."""
         if self.guard.refusing and classify(sql).kind != "transaction":
             # What was begun may be ended; nothing new is asked of a server that is unwell.
-            raise self.guard.refusal()
+            refusal = self.guard.refusal()
+            self.figures.refused(refusal)
+            raise refusal
         started = self.now()
-        failed = True
         try:
             outcome = await self.leases.run(
                 token, number, mode, sql, arguments, self.config.command_timeout if timeout is None else timeout
             )
-            failed = False
-            return outcome
-        finally:
-            self.figures.ran(self.now() - started, failed)
+        except BaseException as error:
+            self.figures.ran(self.now() - started, True, sql, error)
+            raise
+        self.figures.ran(self.now() - started, False, sql)
+        return outcome
 
     async def release(self, token: str, last: str | None, forgotten: bool = False) -> str | None:
         """End a lease; *last* (COMMIT, ROLLBACK) runs first, and its command tag is returned.
@@ -226,22 +228,18 @@ class Engine:
             work.fail(pack_error(self.draining))
             return
         if self.guard.refusing:
-            work.fail(pack_error(self.guard.refusal()))
+            self._refuse(work, self.guard.refusal())
             return
         try:
             work.ticket = self.queue.push(job, work, cost=cost, deadline=work.deadline)
         except QueueFull as full:
-            self.figures.exhausted += 1
-            work.fail(
-                pack_error(
-                    PoolExhaustedError(self.config.name, 0.0, full.depth, full.limit, self.connections.budget, "full")
-                )
-            )
+            budget = self.connections.budget
+            self._refuse(work, PoolExhaustedError(self.config.name, 0.0, full.depth, full.limit, budget, "full"))
 
     def put_first(self, work: Any) -> None:
         """Put work back that was taken out but not done: it keeps its turn, and waits no longer than its deadline."""
         if self.guard.refusing:
-            work.fail(pack_error(self.guard.refusal()))
+            self._refuse(work, self.guard.refusal())
             return
         work.ticket = self.queue.push_front(work, deadline=work.deadline)
         self.pump()
@@ -292,7 +290,7 @@ class Engine:
             delay = self._connect_backoff.next(random.random())
             self._connect_again_at = self.now() + delay
             if self.connections.total == 0:
-                self.fail_waiting(pack_error(error))
+                ending.fail_waiting(self, error)
             self._loop.call_later(delay, self.pump)
             return
         self._connect_failures = 0
@@ -310,6 +308,7 @@ class Engine:
                 self.put_first(work)
                 return
             task: Servable = gather(self, connection, work) or work
+            connection.taken_at, connection.uses = self.now(), 0
             try:
                 kept = await task.serve(self, connection)
             except Exception as error:
@@ -318,6 +317,8 @@ class Engine:
                 task.fail(pack_error(error))
                 self.connections.retire(connection)
                 return
+            if kept is not None or connection.raw.is_closed():
+                self.figures.given_back(connection)
             if kept is None:
                 self.pump()
                 return
@@ -345,6 +346,7 @@ class Engine:
 
     def take_back(self, connection: ServerConnection, over: asyncio.Event) -> None:
         """A lease has ended: clean its connection, set *over*, and let it serve again."""
+        self.figures.given_back(connection)
         if connection.raw.is_closed():
             self.connections.drop(connection)
             over.set()
@@ -409,7 +411,7 @@ class Engine:
     def _breaker_moved(self) -> None:
         if self.guard.refusing:
             if len(self.queue):
-                self.fail_waiting(pack_error(self.guard.refusal()))
+                ending.fail_waiting(self, self.guard.refusal())
         else:
             self._connect_failures = 0
             self._connect_backoff.reset()
@@ -417,7 +419,6 @@ class Engine:
 
     def _expire(self, now: float) -> None:
         for work in self.queue.expire(now):
-            self.figures.exhausted += 1
             connections = self.connections
             error = PoolExhaustedError(
                 self.config.name,
@@ -427,7 +428,11 @@ class Engine:
                 connections.budget,
                 use=connections.use(),
             )
-            work.fail(pack_error(error))
+            self._refuse(work, error)
+
+    def _refuse(self, work: Work, error: Exception) -> None:
+        self.figures.refused(error)
+        work.fail(pack_error(error))
 
     async def close(self, reason: str) -> None:
         """End all work and close the connections; see :func:`raypg.server.ending.close`."""
@@ -442,8 +447,3 @@ class Engine:
     def untold(self) -> bool:
         """Whether outcomes have not reached their callers yet."""
         return any(client.batches for client in self._clients.values())
-
-    def fail_waiting(self, error: PortableError) -> None:
-        """Fail all that waits for a connection."""
-        for work in self.queue.drain():
-            work.fail(error)

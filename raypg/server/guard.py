@@ -20,6 +20,7 @@ from raypg.core.breaker import CLOSED, DISABLED, HALF_OPEN, OPEN, BreakerConfig,
 from raypg.core.quorum import Order, Report
 from raypg.core.sqlstate import breaker_verdict
 from raypg.errors import CircuitBreakerError, ConnectError
+from raypg.server.figures import Figures
 from raypg.server.outcomes import ConnectionLost
 
 SILENCE = 2.0
@@ -36,6 +37,7 @@ class Guard:
         pool: name of the pool.
         config: thresholds and times.
         moved: called after each change of state.
+        figures: what is counted and timed.
 
     Attributes:
         machine: the state.
@@ -45,9 +47,10 @@ class Guard:
         alone: whether the pool has no other worker.
     """
 
-    def __init__(self, pool: str, config: BreakerConfig, moved: Callable[[], None]) -> None:
+    def __init__(self, pool: str, config: BreakerConfig, moved: Callable[[], None], figures: Figures) -> None:
         self.machine = CircuitBreaker(config, time.monotonic(), random.random)
         self.pool = pool
+        self.figures = figures
         self.refusing = False
         self.token = self._epoch = self.machine.epoch
         self.news = asyncio.Event()
@@ -105,12 +108,19 @@ class Guard:
         how = f"with {lost.sqlstate}" if lost.sqlstate else "without a word"
         self._failed(token, now - started, now, f"the server ended a connection {how}")
 
+    def ping_passed(self, token: int, seconds: float, now: float) -> None:
+        """An idle connection has answered."""
+        self.figures.pinged(seconds, True)
+        self.succeeded(token, seconds, now)
+
     def ping_failed(self, token: int, seconds: float) -> None:
         """An idle connection did not answer in time, though it looked alive."""
+        self.figures.pinged(seconds, False)
         self._failed(token, seconds, time.monotonic(), f"no answer to a ping within {seconds:.3g} s")
 
     def connected(self, token: int, seconds: float) -> None:
         """A connection was opened. That ends a row of failures to connect, but not one of failing statements."""
+        self.figures.connected(seconds)
         if self._connects_fail:
             self._connects_fail = False
             self.succeeded(token, seconds, time.monotonic())

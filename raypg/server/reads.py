@@ -20,6 +20,7 @@ from raypg.core import health
 from raypg.core.sql import Verdict
 from raypg.portable import PortableError, pack_error
 from raypg.server.connection import ServerConnection
+from raypg.server.figures import TIMED_ROWS
 from raypg.server.outcomes import ConnectionLost, last_words, outcome_of, timed_out
 from raypg.server.pipelining import Prepared
 from raypg.server.work import Statement
@@ -118,10 +119,10 @@ class Reads:
         self._since = started = engine.now()
         self._token = engine.guard.token
         engine.figures.together += len(self._attached)
+        engine.figures.waited_together(started, self._attached, connection)
         prepared: list[Prepared] = []
         for statement in self._attached:
             assert statement is not None
-            engine.figures.waited(self._since - statement.arrived)
             statement.batch.begun = True
             statement.connection = self
             most = 1 if statement.mode == messages.ROW else 0
@@ -146,7 +147,7 @@ class Reads:
                 statement.alone = True
                 engine.put_first(statement)
             else:
-                statement.lost(engine, lost, retryable=True)
+                statement.lost(engine, lost, self._since, retryable=True)
         return None
 
     def _told(self, index: int, result: Any, error: BaseException | None) -> None:
@@ -176,11 +177,16 @@ class Reads:
             statement.alone = True  # that is where such errors are dealt with
             engine.put_first(statement)
             return
-        engine.figures.ran(seconds, failed=error is not None)
+        engine.figures.ran(seconds, error is not None, statement.sql, error)
         if error is not None:
             statement.fail(pack_error(error))
         else:
-            statement.batch.finish(statement.position, *outcome_of(statement.mode, *result))
+            if len(result[0]) < TIMED_ROWS:
+                engine.figures.rows += len(result[0])
+                outcome = outcome_of(statement.mode, *result)
+            else:
+                outcome = engine.figures.fetched(statement.mode, *result)
+            statement.batch.finish(statement.position, *outcome)
 
     def _detach(self, statement: Statement) -> None:
         self._attached[self._attached.index(statement)] = None
@@ -214,7 +220,7 @@ class Reads:
     def _leave(self, statement: Statement, error: Exception) -> None:
         """Tell *statement* that its time is over; cancel on the server only when nobody else would be hit."""
         self._detach(statement)
-        self._engine.figures.ran(self._engine.now() - statement.arrived, failed=True)
+        self._engine.figures.ran(self._engine.now() - statement.arrived, True, statement.sql, error)
         statement.fail(pack_error(error))
         if not any(self._attached):
             self._connection.cancel("caller")

@@ -118,7 +118,7 @@ class Statement:
             # Its caller left after it was taken out of the queue, or while it waited for its second try.
             self.fail(pack_error(TimeoutError("cancelled before it ran")))
             return connection
-        engine.figures.waited(now - self.arrived)
+        engine.figures.waited(now - self.arrived, connection)
         self.batch.begun = True
         timeout = None if self.expires_at is None else self.expires_at - now
         self.connection = connection
@@ -136,16 +136,16 @@ class Statement:
             )
         except ConnectionLost as lost:
             engine.connections.drop(connection)
-            self.lost(engine, lost, retryable=self.verdict.retryable and not connection.dirty)
+            self.lost(engine, lost, now, retryable=self.verdict.retryable and not connection.dirty)
             return None
         except Exception as error:
             if isinstance(error, QueryTimeoutError) and self.expires_at is not None:
                 error = timed_out(self.expires_at - self.arrived)  # the caller's limit, waiting included
-            engine.figures.ran(engine.now() - now, failed=True)
+            engine.figures.ran(engine.now() - now, True, self.sql, error)
             self.fail(pack_error(error))
         else:
             seconds = engine.now() - now
-            engine.figures.ran(seconds, failed=False)
+            engine.figures.ran(seconds, False, self.sql)
             if self.verdict.retryable:
                 engine.pace.note(self.sql, seconds)
             self.batch.finish(self.position, payload, names)
@@ -153,7 +153,7 @@ class Statement:
             self.connection = None
         return connection
 
-    def lost(self, engine: Engine, lost: ConnectionLost, retryable: bool) -> None:
+    def lost(self, engine: Engine, lost: ConnectionLost, began: float, retryable: bool) -> None:
         """The connection died under it: queue it once more if that does no harm, or tell its caller."""
         if not lost.sent and not self.cancelled:
             engine.put_first(self)
@@ -164,7 +164,7 @@ class Statement:
             engine.figures.retries += 1
             engine.put_first(self)
         else:
-            engine.figures.ran(0.0, failed=True)
+            engine.figures.ran(engine.now() - began, True, self.sql, lost)
             self.fail(pack_error(lost_error(lost, self.sql, retryable)))
 
 
@@ -194,7 +194,7 @@ class LeaseRequest:
     async def serve(self, engine: Engine, connection: ServerConnection) -> ServerConnection | None:
         if self.future.done():
             return connection  # its caller has left
-        engine.figures.waited(engine.now() - self.arrived)
+        engine.figures.waited(engine.now() - self.arrived, connection)
         opening = connection.opening(self.begin, self.name)
         if opening is not None:
             try:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
+import pty
 import re
+import select
+import signal
 import socket
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import asyncpg
@@ -203,3 +209,59 @@ def test_version_and_help(command: Command) -> None:
     shown = command.good("--help")
     assert all(word in shown for word in ("demo", "up", "status", "down"))
     assert command("wrong").returncode == 2
+
+
+def spawn(command: Command, *arguments: str) -> tuple[int, int]:
+    """Run ``raypg`` on a terminal of its own: (process id, terminal)."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(command.directory)
+        os.execve(RAYPG, [RAYPG, *arguments], {**command.environment, "TERM": "xterm", "COLUMNS": "200"})
+    return pid, terminal
+
+
+async def shows(terminal: int, expected: str, timeout: float = 60.0) -> str:
+    """All that is written to the terminal until *expected* is among it."""
+    seen = ""
+
+    def more() -> bool:
+        nonlocal seen
+        while select.select([terminal], [], [], 0)[0]:
+            seen += os.read(terminal, 65536).decode(errors="replace")
+        return re.search(expected, seen) is not None
+
+    await eventually(more, timeout=timeout, what=f"the terminal shows {expected}")
+    return seen
+
+
+async def test_watch_and_metrics(command: Command, pg18: EmbeddedServer) -> None:
+    name = unique_name("cli")
+    command.configure(table_of(name, pg18))
+    command.good("up")
+    code = (
+        "import ray, raypg; ray.init(address='auto', log_to_driver=False);"
+        f"pool = raypg.get_pool('{name}'); [pool.sync.fetch('select 40 + 2 as answer') for _ in range(7)]"
+    )
+    done = run(sys.executable, "-c", code, environment=command.environment, cwd=command.directory)
+    assert done.returncode == 0, done.stderr
+    watching, terminal = spawn(command, "status", "--watch")
+    serving, output = spawn(command, "metrics", "serve", "--port", "0")
+    try:
+        seen = await shows(terminal, rf"{name}[^\n]*closed[^\n]*1 of 1")
+        assert "select $1 + $2 as answer" in seen
+        at = re.search(r"http://\S+/metrics", await shows(output, r"http://\S+/metrics"))
+        assert at is not None
+        text = await asyncio.to_thread(lambda: urllib.request.urlopen(at[0], timeout=10).read().decode())
+        assert f'connection_pool_queries_total{{pool="{name}",type="SELECT"}} 7.0' in text
+        assert "raypg_metrics_up 1.0" in text
+    finally:
+        for pid in (watching, serving):
+            os.kill(pid, signal.SIGINT)
+        ended = await asyncio.to_thread(lambda: [os.waitpid(pid, 0)[1] for pid in (watching, serving)])
+    assert ended == [0, 0]
+    command.good("down", name)
+
+
+def test_files_for_prometheus_and_grafana(command: Command) -> None:
+    assert command.good("metrics", "rules").startswith("# Alert rules for raypg")
+    assert json.loads(command.good("metrics", "grafana"))["title"] == "raypg"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import asyncio
+import contextlib
 import inspect
 import logging
 import os
 import re
 import time
+import types
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -20,6 +23,7 @@ from pools import backends_of
 
 import raypg
 from raypg import QueryPipelineNode, WorkflowConnectionPool, get_pool
+from raypg.core.sqlstate import CATEGORIES
 from raypg.embedded import EmbeddedServer
 
 GUIDE = Path(__file__).parent / "guide"
@@ -113,6 +117,87 @@ async def test_while_the_circuit_is_open_the_caller_of_the_guide_is_told(
         assert "Database maintenance" in caplog.text
     finally:
         await handle.close()
+
+
+VIRGIN = "Queries/sec: 0.0\nError rate: 0.00%\nP95 latency: nanms\n"
+
+
+async def test_metrics_before_the_first_query(
+    database: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All that the guide reads is there, and can be formatted and compared, when nothing was measured."""
+    names = await run("06_metrics")
+    pool, metrics = names["pool"], names["metrics"]
+    try:
+        assert capsys.readouterr().out == VIRGIN
+        await run("07_error_analysis", metrics=metrics)
+        expected = [f"{category}: 0" for category in CATEGORIES]
+        assert capsys.readouterr().out.splitlines() == ["Total errors: 0", *expected]
+        alerts = await alerts_of(pool)
+        assert alerts == []
+        assert metrics["pattern_insights"]["detected_patterns"] == []
+        assert metrics["adaptive_control"]["recommended_size"] == 2
+        assert metrics["monitoring"] == {"dashboard_enabled": False, "dashboard_url": None}
+    finally:
+        await pool.close()
+
+
+async def test_metrics_after_good_days_and_bad(
+    main_pool: WorkflowConnectionPool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    await main_pool.fetch("select pg_sleep(1.2)")
+    for _ in range(2):
+        with pytest.raises(asyncpg.DivisionByZeroError):
+            await main_pool.fetch("select 1/0")
+    metrics = await main_pool.process({"operation": "get_comprehensive_status"})
+    await run("07_error_analysis", metrics=metrics)
+    assert capsys.readouterr().out.startswith("Total errors: 2\n")
+    assert metrics["detailed_metrics"]["errors"]["errors_by_category"]["query_error"] == 2
+
+    # Its file is in a directory that is Prometheus's own: here, in one that is the test's.
+    target = tmp_path / "connection_pool.prom"
+
+    def opened(path: str, mode: str) -> Any:
+        assert path == "/var/lib/prometheus/connection_pool.prom"
+        return target.open(mode)
+
+    await run("08_prometheus", pool=main_pool, open=opened)
+    text = target.read_text()
+    assert text.endswith("\n")
+    assert 'connection_pool_error_rate{pool="main_pool"} 0.66' in text
+
+    with pytest.raises(asyncpg.PostgresError):
+        await main_pool.fetch("select * from nowhere")
+    alerts = await alerts_of(main_pool)
+    assert alerts[0] == "High error rate: 75.00%"
+    async with contextlib.AsyncExitStack() as stack:
+        for _ in range(3):  # one of the four is kept for control
+            await stack.enter_async_context(main_pool.acquire())
+        statistics = await main_pool.process({"operation": "get_pool_statistics"})
+        assert statistics["utilization_rate"] == 0.75
+    for _ in range(60):
+        await main_pool.fetch("select pg_sleep(0)")
+    await asyncio.gather(*(main_pool.fetch("select pg_sleep(1.1)") for _ in range(9)))
+    alerts = await alerts_of(main_pool)
+    assert any(alert.startswith("Slow queries detected: P95=1") for alert in alerts)
+
+
+async def alerts_of(pool: WorkflowConnectionPool) -> list[str]:
+    """What the guide's health check says in its first round."""
+    alerts: list[str] = []
+
+    class NextRound(Exception):
+        pass
+
+    async def sleep(seconds: float) -> None:
+        assert seconds == 60
+        raise NextRound
+
+    supplied = {"alert": alerts.append, "asyncio": types.SimpleNamespace(sleep=sleep)}
+    names = await run("20_production_health", **supplied)
+    with pytest.raises(NextRound):
+        await names["monitor_pool_health"](pool)
+    return alerts
 
 
 @dataclass

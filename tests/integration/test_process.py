@@ -197,7 +197,7 @@ async def test_a_bad_request_says_what_is_wrong(pool: WorkflowConnectionPool, re
         assert word in str(caught.value)
 
 
-@pytest.mark.parametrize("operation", ["export_metrics", "start_monitoring", "stop_monitoring"])
+@pytest.mark.parametrize("operation", ["start_monitoring", "stop_monitoring"])
 async def test_what_is_not_there_yet_does_not_pretend(pool: WorkflowConnectionPool, operation: str) -> None:
     with pytest.raises(NotImplementedError, match=operation):
         await pool.process({"operation": operation})
@@ -280,7 +280,7 @@ async def test_figures_before_the_first_query(ray_cluster: Any, pg: EmbeddedServ
     assert statistics["error_rate"] == 0.0
     assert math.isnan(statistics["avg_query_time_ms"])
     assert math.isnan(statistics["avg_acquisition_time_ms"])
-    assert stats["queries"] == {"executed": 0, "errors": 0, "retries": 0, "error_rate": 0.0}
+    assert stats["queries"] == {"executed": 0, "errors": 0, "refused": 0, "retries": 0, "error_rate": 0.0}
     assert f"{statistics['utilization_rate']:.2%} {statistics['avg_query_time_ms']:.1f}" == "0.00% nan"
 
 

@@ -1,0 +1,236 @@
+"""Metrics: the actor that adds up the figures of all workers. One serves all pools.
+
+Its messages:
+
+- ``join``, ``report``, ``leave``: a worker says that it is there, what has happened since it last said so, that it
+  ends.
+- ``snapshot``, ``history``: what is known. Workers are asked for what happened since their last report.
+- ``forget``, ``rest``: a pool has ended.
+
+What it knows is written to Ray's key-value store every few seconds. Its next life reads it there, and workers repeat
+what was told since: nothing is lost or counted twice, and the time without it is a gap in the history.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import pickle
+import time
+import zlib
+from typing import Any
+
+from ray.actor import ActorHandle
+
+from raypg import _compat, cluster, naming
+from raypg.actors.ray_metrics import RayMetrics
+from raypg.actors.serving_all import ServingAll
+from raypg.actors.worker import Answer
+from raypg.core.history import SERIES
+from raypg.core.nearest import did_you_mean
+from raypg.core.pool_metrics import Delta, PoolMetrics
+from raypg.errors import ConfigError, UnavailableError
+from raypg.portable import pack_error
+
+logger = logging.getLogger(__name__)
+
+FRESH_WITHIN = 0.5
+"""Seconds in which a worker must answer for its figures; else they are as old as its last report."""
+
+BREAKER_EVERY = 1.0
+"""Seconds between two looks at the breakers' states."""
+
+DURABLE_EVERY = 5.0
+"""Seconds between two copies to the key-value store."""
+
+EXPORT_EVERY = 2.0
+"""Seconds between two exports to Ray's own metrics, which sends them on every ten seconds unless told otherwise."""
+
+SETTLED_WITHIN = 3.0
+"""Seconds in which a new life hears again what was told to the last one, before it says anything."""
+
+DEAD_AFTER = 600.0
+"""Seconds without a word after which a worker is missed no more, and a pool of such workers is forgotten."""
+
+
+class _Pool:
+    """One pool's figures, and how to reach its workers."""
+
+    def __init__(self, metrics: PoolMetrics, restored: set[int]) -> None:
+        self.metrics = metrics
+        self.workers: dict[int, tuple[str, ActorHandle[Any]]] = {}
+        self.durable: dict[tuple[int, str], int] = {}
+        self.missing = restored  # workers that have not repeated yet what was not durable
+        self.settled = asyncio.Event()
+        if not self.missing:
+            self.settled.set()
+
+    def heard(self, worker: int) -> None:
+        self.missing.discard(worker)
+        if not self.missing:
+            self.settled.set()
+
+
+class MetricsActor(ServingAll):
+    """The figures of all pools of this cluster."""
+
+    pools: dict[str, _Pool]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._states: dict[str, dict[str, Any]] = {}
+        self._breaker: ActorHandle[Any] | None = None
+        self._epoch = time.time() - time.monotonic()
+        self._ray_metrics = RayMetrics()
+        self._keeper = asyncio.get_running_loop().create_task(self._keep())
+
+    def __repr__(self) -> str:
+        return "Metrics"
+
+    # --- from workers ---
+
+    async def join(
+        self, pool: str, worker: int, incarnation: str, handle: list[ActorHandle[Any]], minutes: float
+    ) -> int:
+        """A worker is there; the answer is the number of its last delta that is known."""
+        known = self.pools.get(pool)
+        if known is None:
+            known = self.pools[pool] = _restored(pool, minutes, self._now())
+        known.metrics.history.resize(minutes)
+        known.workers[worker] = (incarnation, handle[0])
+        number = known.metrics.join(worker, incarnation, self._now())
+        self.joined()
+        return number
+
+    async def report(self, pool: str, worker: int, incarnation: str, deltas: list[Delta]) -> tuple[int, int] | None:
+        """What a worker has seen; the answer is (last delta that is known, last that outlives this actor), or ``None``:
+        join first."""
+        known = self.pools.get(pool)
+        number = None if known is None else known.metrics.apply(worker, incarnation, deltas, self._now())
+        if known is None or number is None:
+            return None
+        known.heard(worker)
+        return number, known.durable.get((worker, incarnation), 0)
+
+    async def leave(self, pool: str, worker: int, incarnation: str, deltas: list[Delta]) -> None:
+        """A worker ends, and will not come back: these are its last figures."""
+        known = self.pools.get(pool)
+        if known is not None:
+            known.metrics.apply(worker, incarnation, deltas, self._now())
+            known.metrics.leave(worker)
+            known.workers.pop(worker, None)
+            known.heard(worker)
+
+    # --- from those who look ---
+
+    async def snapshot(self, pools: list[str] | None = None, statements: int = 20, in_detail: bool = True) -> Answer:
+        """Of each of *pools* (all if ``None``) what :meth:`PoolMetrics.snapshot` says, and under ``circuit_breaker``
+        the breaker's ``state``, and whether it was ``forced``, a second ago."""
+        names = sorted(self.pools) if pools is None else pools
+        found: dict[str, _Pool | None] = {name: await self.find(name) for name in names}
+        for name, known in found.items():
+            if known is None and pools is not None:
+                return "error", pack_error(_unknown(name))
+        here = {name: known for name, known in found.items() if known is not None}
+        await asyncio.gather(*(self._refresh(known) for known in here.values()))
+        now = self._now()
+        return "ok", {name: self._describe(name, known, now, statements, in_detail) for name, known in here.items()}
+
+    async def history(self, pool: str, series: str, seconds: float) -> Answer:
+        """(Seconds from one point to the next, [(seconds since the epoch, value)] of the last *seconds*). NaN
+        where nobody has looked. *series* is one of :data:`raypg.core.history.SERIES`."""
+        if series not in SERIES:
+            return "error", pack_error(ConfigError(f"unknown series {series!r}{did_you_mean(series, SERIES)}"))
+        known: _Pool | None = await self.find(pool)
+        if known is None:
+            return "error", pack_error(_unknown(pool))
+        return "ok", known.metrics.history.values(series, seconds, self._now())
+
+    async def forget(self, pool: str) -> None:
+        """*pool* has ended."""
+        await super().forget(pool)
+        self._states.pop(pool, None)
+        _compat.kv_delete(naming.metrics_key(pool))
+
+    # --- inside ---
+
+    def _now(self) -> float:
+        """Seconds since the epoch, by a clock that nobody sets: set was it when this actor began."""
+        return self._epoch + time.monotonic()
+
+    def _describe(self, name: str, known: _Pool, now: float, statements: int, in_detail: bool) -> dict[str, Any]:
+        unknown = {"state": None, "forced": False}
+        return {
+            **known.metrics.snapshot(now, statements, in_detail),
+            "circuit_breaker": self._states.get(name, unknown),
+        }
+
+    async def _refresh(self, known: _Pool) -> None:
+        """Hear of every worker what happened until now."""
+        if known.missing:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(known.settled.wait(), SETTLED_WITHIN)
+            known.missing = set()
+        await asyncio.gather(*(self._pull(known, worker) for worker in tuple(known.workers)))
+
+    async def _pull(self, known: _Pool, worker: int) -> None:
+        incarnation, handle = known.workers[worker]
+        number = known.metrics.known().get((worker, incarnation), 0)
+        with contextlib.suppress(Exception):  # it is busy, dead or cut off: what it told last is what there is
+            deltas = await asyncio.wait_for(handle.metrics.remote(incarnation, number), FRESH_WITHIN)
+            known.metrics.apply(worker, incarnation, deltas, self._now())
+
+    async def _ask_breaker(self) -> None:
+        try:
+            self._breaker = self._breaker or cluster.find_breaker()
+            if self._breaker is not None:
+                self._states = await asyncio.wait_for(self._breaker.states.remote(), FRESH_WITHIN)
+        except Exception:
+            self._breaker = None  # it is being restarted: what it said last is what there is
+
+    async def _keep(self) -> None:
+        durable_at = export_at = time.monotonic()
+        while True:
+            await asyncio.sleep(BREAKER_EVERY)
+            try:
+                await self._ask_breaker()
+                now = time.monotonic()
+                if now >= export_at:
+                    export_at = now + EXPORT_EVERY
+                    wall = self._now()
+                    known = {name: self._describe(name, pool, wall, 20, False) for name, pool in self.pools.items()}
+                    self._ray_metrics.export(known)
+                if now >= durable_at:
+                    durable_at = now + DURABLE_EVERY
+                    self._make_durable(self._now())
+            except Exception:
+                logger.exception("metrics: internal error")
+
+    def _make_durable(self, wall: float) -> None:
+        for name, pool in tuple(self.pools.items()):
+            if wall - pool.metrics.heard_at > DEAD_AFTER:
+                del self.pools[name]  # its workers were ended without a word, or will join again
+                _compat.kv_delete(naming.metrics_key(name))
+                continue
+            pool.metrics.leave_silent(wall, DEAD_AFTER)
+            known = pool.metrics.known()
+            _compat.kv_put(naming.metrics_key(name), zlib.compress(pickle.dumps(pool.metrics), 1))
+            pool.durable = known
+
+
+def _restored(pool: str, minutes: float, now: float) -> _Pool:
+    """What the last life of this actor knew of *pool*, or an empty page."""
+    stored = _compat.kv_get(naming.metrics_key(pool))
+    if stored is not None:
+        try:
+            metrics: PoolMetrics = pickle.loads(zlib.decompress(stored))
+        except Exception:
+            logger.warning("pool %s: its metrics were kept by another version of raypg; they begin anew", pool)
+        else:
+            return _Pool(metrics, metrics.present(now))
+    return _Pool(PoolMetrics(minutes, now), set())
+
+
+def _unknown(pool: str) -> UnavailableError:
+    return UnavailableError(f"no worker of pool {pool!r} has reported its metrics; see `raypg status`")

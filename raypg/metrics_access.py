@@ -1,0 +1,44 @@
+"""Asking the Metrics actor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from raypg import cluster
+from raypg.asking import ask
+from raypg.portable import unpack_error
+
+__all__ = ["history", "snapshots"]
+
+ANSWER_WITHIN = 10.0
+"""Seconds in which the Metrics actor must answer: it may just be started, or hear again what its last life knew."""
+
+_OTHERWISE = "the Metrics actor does not answer; statements run without it, try again"
+
+
+async def snapshots(
+    pools: list[str] | None = None, statements: int = 20, in_detail: bool = True
+) -> dict[str, dict[str, Any]]:
+    """Of each of *pools* (all if ``None``) what is known now; see :meth:`raypg.core.pool_metrics.PoolMetrics.snapshot`.
+
+    Raises:
+        UnavailableError: the Metrics actor does not answer, or has not heard of a pool yet.
+    """
+    return await _ask("snapshot", pools, statements, in_detail)  # type: ignore[no-any-return]
+
+
+async def history(pool: str, series: str, seconds: float) -> tuple[int, list[tuple[int, float]]]:
+    """The last *seconds* of one of :data:`raypg.core.history.SERIES`: (seconds of a step, [(time, value)]).
+
+    Raises:
+        ConfigError: no such series.
+        UnavailableError: as :func:`snapshots`.
+    """
+    return await _ask("history", pool, series, seconds)  # type: ignore[no-any-return]
+
+
+async def _ask(method: str, *arguments: Any) -> Any:
+    kind, value = await ask(cluster.find_metrics, method, *arguments, within=ANSWER_WITHIN, otherwise=_OTHERWISE)
+    if kind == "error":
+        raise unpack_error(value)
+    return value

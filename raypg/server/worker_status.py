@@ -1,0 +1,54 @@
+"""How a worker stands: for the Pool actor, and as levels for the metrics."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from raypg.server.engine import Engine
+
+
+def gauges(engine: Engine) -> dict[str, float]:
+    """What it has now; see :data:`raypg.core.pool_metrics.GAUGES`."""
+    connections = engine.connections
+    return {
+        "total": connections.total,
+        "idle": connections.idle,
+        "active": connections.total - connections.idle,
+        "waiting": len(engine.queue),
+        "opening": connections.opening,
+        "health": sum(connection.health for connection in connections),
+        "max_connections": engine.config.max_connections,
+        "min_connections": engine.config.min_connections,
+    }
+
+
+def status(engine: Engine) -> dict[str, Any]:
+    """What a worker has and has done. Times in milliseconds; a mean of nothing is NaN."""
+    leased = {lease.connection.identifier: lease for lease in engine.leases}
+    now = engine.now()
+    last_error = engine.connections.last_error
+    levels = gauges(engine)
+    return {
+        "pooler": engine.pooler,
+        "circuit_breaker": engine.guard.as_dict(),
+        "budget": engine.connections.budget,
+        **{name: levels[name] for name in ("total", "idle", "opening", "active", "waiting")},
+        **engine.figures.as_dict(),
+        "reclaimed_leases": dict(engine.leases.reclaimed),
+        "last_error": str(last_error) if last_error else None,
+        "connections": {
+            c.identifier: {
+                "health_score": c.health,
+                "active_queries": int(c.busy),
+                "last_used": now - c.last_used,
+                "age": now - c.opened_at,
+                "statements": c.used,
+                "backend_pid": c.pid,
+                "lease": None
+                if (lease := leased.get(c.identifier)) is None
+                else {**lease.owner, "age": now - lease.since},
+            }
+            for c in engine.connections
+        },
+    }
