@@ -85,6 +85,7 @@ def test_its_classes_say_how_to_handle_it(name: str) -> None:
         "PoolExhaustedError",
         "ConnectError",
         "ConnectionLostError",
+        "WorkerDrainingError",
     }
     assert isinstance(error, errors.UnavailableError) == (name in unavailable)
     assert isinstance(error, TimeoutError) == (name in {"PoolExhaustedError", "QueryTimeoutError"})
