@@ -57,6 +57,13 @@ def find_or_start_breaker() -> ActorHandle[Any]:
     return _start(BreakerActor, naming.BREAKER_ACTOR)
 
 
+def find_or_start_pipeline() -> ActorHandle[Any]:
+    """The Pipeline actor, started if it does not run."""
+    from raypg.actors.pipeline import PipelineActor
+
+    return _start(PipelineActor, naming.PIPELINE_ACTOR)
+
+
 def _start(kind: type, name: str, *arguments: Any) -> ActorHandle[Any]:
     """The actor of that name, which outlives whoever made it, and its own death."""
     return (

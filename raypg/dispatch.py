@@ -124,6 +124,21 @@ class Dispatcher:
                 best, best_load = channel, load
         return best if best is not None or any_will_do else self.choose(any_will_do=True)
 
+    @property
+    def workers(self) -> int:
+        """How many workers there are."""
+        return sum(not channel.closed for channel in self._channels.values())
+
+    @property
+    def connections(self) -> int:
+        """How many connections they have together."""
+        return sum(channel.budget for channel in self._channels.values() if not channel.closed)
+
+    @property
+    def channels(self) -> list[Channel]:
+        """The lines to all workers that live."""
+        return [channel for channel in self._channels.values() if not channel.closed]
+
     def all_isolated(self) -> bool:
         """Whether no worker is known that may reach the database."""
         return all(channel.isolated or channel.closed for channel in self._channels.values())

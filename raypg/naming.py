@@ -37,6 +37,10 @@ BREAKER_ACTOR = f"raypg:breaker:{PROTOCOL}"
 """Ray name of the Breaker actor; it serves all pools that speak this version of the protocol."""
 
 
+PIPELINE_ACTOR = f"raypg:pipeline:{PROTOCOL}"
+"""Ray name of the Pipeline actor; it serves all pools that speak this version of the protocol."""
+
+
 def worker_actor(pool: str, index: int) -> str:
     """Ray name of worker *index* of *pool*: bounded in number, so that metrics labelled with it stay bounded."""
     return f"raypg:{pool}:worker:{index}"

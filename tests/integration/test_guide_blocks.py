@@ -150,11 +150,7 @@ async def test_pipeline(
 async def test_strategies_of_the_pipeline(name: str) -> None:
     strategy = (await run(name))["strategy"]
     assert strategy == name[3:]
-    if strategy in ("sequential", "parallel"):
-        with pytest.raises(NotImplementedError, match=strategy):
-            QueryPipelineNode(name="p", connection_pool="main_pool", strategy=strategy)
-    else:
-        assert QueryPipelineNode(name="p", connection_pool="main_pool", strategy=strategy).strategy == strategy
+    assert QueryPipelineNode(name="p", connection_pool="main_pool", strategy=strategy).strategy == strategy
 
 
 async def test_performance(

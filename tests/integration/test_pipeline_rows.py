@@ -100,8 +100,6 @@ def random_rows(rng: random.Random, count: int, bad: float) -> list[tuple[Any, .
                     (number, 5, 1),
                     (2**40, f"l{number}", 1),
                     (number, "nul\0", 1),
-                    (number, f"l{number}"),
-                    (number, f"l{number}", 1, 2),
                 ]
             )
         rows.append(row)
@@ -200,7 +198,7 @@ async def test_errors_of_rows_are_their_own(pool: WorkflowConnectionPool, table:
     rows[80] = (80, None, 1)
     rows[81] = (81, "x", -5)
     rows[150] = ("150", "x", 1)
-    rows[199] = (199, "x")
+    rows[199] = (2**40, "x", 1)
     ids = await add_all(pipeline, f"insert into {table} values ($1, $2, $3)", rows)
     results = await pipeline.flush()
     failed = {i: result for i, result in enumerate(results) if not result.success}
@@ -210,7 +208,7 @@ async def test_errors_of_rows_are_their_own(pool: WorkflowConnectionPool, table:
         80: asyncpg.NotNullViolationError,
         81: asyncpg.CheckViolationError,
         150: asyncpg.DataError,
-        199: asyncpg.InterfaceError,
+        199: asyncpg.DataError,
     }
     assert failed[17].error.detail == "Key (id)=(3) already exists."  # type: ignore[union-attr]
     assert failed[17].result is None
