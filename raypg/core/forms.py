@@ -57,6 +57,6 @@ def unnest_form(text: str, types: Sequence[str]) -> str | None:
         pieces += (text[kept : found.start()], f"raypg_row.p{found[1]}")
         kept = found.end()
     pieces.append(text[kept:position])
-    arrays = ", ".join(f"${number}::{kind}" for number, kind in enumerate(types, 1))
+    arrays = ", ".join(f"pg_catalog.unnest(${number}::{kind})" for number, kind in enumerate(types, 1))
     names = ", ".join(f"p{number}" for number in range(1, len(types) + 1))
-    return f"{text[: start.start()]}SELECT {''.join(pieces)} FROM pg_catalog.unnest({arrays}) AS raypg_row({names})"
+    return f"{text[: start.start()]}SELECT {''.join(pieces)} FROM ROWS FROM ({arrays}) AS raypg_row({names})"

@@ -63,11 +63,9 @@ def order(effects: Sequence[Effect]) -> list[int]:
         if new.kind == "read":
             while place and _may_pass(new, effects[result[place - 1]]):
                 place -= 1
-            while place < len(result) and effects[result[place]].kind == "read":
-                place += 1
         result.insert(place, index)
     return result
 
 
 def _may_pass(read: Effect, other: Effect) -> bool:
-    return other.kind == "read" or (other.kind == "write" and read.tables.isdisjoint(other.tables))
+    return other.kind == "write" and read.tables.isdisjoint(other.tables)

@@ -51,6 +51,7 @@ class TableFacts:
         foreign_keys: whether it has foreign keys, or others point to it.
         actions: whether a foreign key that points to it does something to the rows there (CASCADE, SET NULL …).
         clocked: columns whose default depends on the clock.
+        ticking: columns whose default is ``clock_timestamp()``.
         computed: columns whose default calls a function that is not known.
         columns: all its columns, in order.
         isolation: ``default_transaction_isolation``.
@@ -66,6 +67,7 @@ class TableFacts:
     foreign_keys: bool = False
     actions: bool = False
     clocked: tuple[str, ...] = ()
+    ticking: tuple[str, ...] = ()
     computed: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
     isolation: str = "read committed"
@@ -183,6 +185,8 @@ def _why_not_unnest(shape: Shape, facts: TableFacts, count: int, types: Sequence
         return f"{shape.target}: it has a deferrable constraint"
     if shape.calls or shape.reads or shape.clock:
         return "its values are not parameters and constants alone"
+    if ticking := _left_to_default(shape, facts, facts.ticking):
+        return f"{shape.target}: the default of {ticking} is clock_timestamp()"
     if shape.defaults:
         return "DEFAULT is not allowed in a SELECT"
     if not shape.parameters:

@@ -56,7 +56,7 @@ SELECT array_agg(c.oid::bigint) AS family,
            WHERE d.adrelid = to_regclass($1) AND a.attgenerated = ''
              AND pg_catalog.pg_get_expr(d.adbin, d.adrelid) ~ '[(]|CURRENT_|LOCALTIME'
              AND pg_catalog.pg_get_expr(d.adbin, d.adrelid) !~
-                 '^(nextval\\(''[^'']*''::regclass\\)|(gen_random_uuid|uuidv[47]|random|clock_timestamp)\\(\\))$'
+                 '^(nextval\\(''[^'']*''::regclass\\)|(gen_random_uuid|uuidv[47]|random)\\(\\))$'
            UNION ALL
            SELECT ARRAY[a.attname::text, t.typdefault]
            FROM pg_catalog.pg_attribute a JOIN pg_catalog.pg_type t ON t.oid = a.atttypid
@@ -169,12 +169,14 @@ class Catalogue:
 
 def _facts_of(row: dict[str, Any]) -> TableFacts:
     defaults = row.pop("defaults")
-    clocked = {name for name, expression in defaults if default_is_clock(expression)}
+    ticking = {name for name, expression in defaults if expression == "clock_timestamp()"}
+    clocked = {name for name, expression in defaults if default_is_clock(expression)} - ticking
     return TableFacts(
         family=tuple(row["family"]),
         columns=tuple(row["columns"]),
         clocked=tuple(clocked),
-        computed=tuple({name for name, _ in defaults} - clocked),
+        ticking=tuple(ticking),
+        computed=tuple({name for name, _ in defaults} - clocked - ticking),
         **{key: row[key] for key in ("kinds", "row_security", "triggers", "rules", "deferrable", "self_reference")},
         **{key: row[key] for key in ("foreign_keys", "actions", "isolation")},
     )

@@ -11,6 +11,7 @@ import datetime
 import decimal
 import functools
 import ipaddress
+import logging
 import random
 import uuid
 from collections import Counter
@@ -37,6 +38,8 @@ from raypg.server.work import lost_error
 
 if TYPE_CHECKING:
     from raypg.server.engine import Engine
+
+logger = logging.getLogger(__name__)
 
 INSERTED = "INSERT 0 1"
 """Command tag of each statement of a group: a plain INSERT of one row into a table without triggers and rules."""
@@ -170,6 +173,7 @@ async def grouped(
             if kind == "stop" and end - first > 1 and (getattr(error, "sqlstate", None) or "")[:2] in _OURS_OR_THEIRS:
                 if search.trips == 1:
                     done.unfit = str(error)
+                    logger.info("not by its lane, but one by one: %s [%s]", error, shorten(sql))
                     return done
                 kind = "row"
             if search.failed(kind):
