@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import datetime
 import random
-import re
-from collections.abc import Sequence
 from typing import Any
 
 import asyncpg
 import pytest
+from lanes_by_hand import contents, fresh, kind, one_by_one, seen_of
 from pools import add_all, pipeline_of
 
 from raypg import (
@@ -106,42 +105,6 @@ def random_rows(rng: random.Random, count: int, bad: float) -> list[tuple[Any, .
     return rows
 
 
-def seen_of(error: BaseException | None) -> tuple[Any, ...] | None:
-    if error is None:
-        return None
-    return (
-        type(error),
-        str(error),
-        getattr(error, "sqlstate", None),
-        getattr(error, "constraint_name", None),
-        getattr(error, "detail", None),
-    )
-
-
-async def contents(direct: asyncpg.Connection, schema: str) -> dict[str, list[Any]]:
-    """All rows of all tables of *schema*."""
-    names = await direct.fetch("select tablename from pg_tables where schemaname = $1 order by 1", schema)
-    return {name: sorted((await direct.fetch(f"select * from {schema}.{name}")), key=repr) for (name,) in names}
-
-
-async def one_by_one(direct: asyncpg.Connection, sql: str, rows: Sequence[tuple[Any, ...]]) -> list[Any]:
-    """What asyncpg gives for each row alone: a command tag, or what is seen of the error."""
-    outcomes: list[Any] = []
-    for row in rows:
-        try:
-            statement = await direct.prepare(sql)
-            await statement.fetch(*row)
-            outcomes.append(statement.get_statusmsg())
-        except (asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-            outcomes.append(seen_of(error))
-    return outcomes
-
-
-async def fresh(direct: asyncpg.Connection, schema: str, definition: str) -> None:
-    await direct.execute(f"drop schema {schema} cascade; create schema {schema}; set search_path = {schema}, public")
-    await direct.execute(definition)
-
-
 @pytest.mark.parametrize("bad", [0.0, 0.02, 0.4])
 @pytest.mark.parametrize("label", TABLES)
 async def test_rows_fare_as_they_would_one_by_one(
@@ -176,19 +139,6 @@ async def test_rows_fare_as_they_would_one_by_one(
         assert numbers == sorted(set(numbers))  # given out in order of submission
         got_rows, expected_rows = ({"item": [row[:3] for row in each["item"]]} for each in (got_rows, expected_rows))
     assert got_rows == expected_rows
-
-
-def kind(outcome: Any, wording: bool) -> Any:
-    """Class, SQLSTATE, constraint and, if wanted, words of an error; not the words of asyncpg about a value.
-
-    Those count the elements of a group. And the server qualifies names that the search_path does not lead to.
-    """
-    if not isinstance(outcome, tuple):
-        return outcome
-    cls, text, sqlstate, constraint, detail = outcome
-    if not wording or text.startswith(("invalid input for query argument", "the server expects")):
-        return cls, sqlstate, constraint
-    return cls, re.sub(r"\bt_[0-9a-f]{12}\.", "", text), sqlstate, constraint, detail
 
 
 async def test_errors_of_rows_are_their_own(pool: WorkflowConnectionPool, table: str) -> None:
