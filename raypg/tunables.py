@@ -84,7 +84,7 @@ class Tunables(BaseModel):
     metrics_retention_minutes: Annotated[float, Field(gt=0, le=7 * 24 * 60)] = _setting(
         60, "minutes", "detailed metrics kept; at most 7 days"
     )
-    enable_pipelining: bool = _setting(False, "switch", "start the pipeline with the pool")
+    enable_pipelining: bool = _setting(False, "switch", "let pool.pipeline() give pipelines")
     pipeline_batch_size: _Count = _setting(100, "statements", "default size of a pipeline's batch")
     enable_monitoring: bool = _setting(False, "switch", "start the dashboard with the pool")
     monitoring_host: Annotated[str, Field(min_length=1)] = _setting("127.0.0.1", "address", "of the dashboard")

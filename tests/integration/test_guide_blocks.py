@@ -167,6 +167,28 @@ async def test_performance(
     assert float(speedup[1]) > 5
 
 
+async def test_advanced_patterns(database: asyncpg.Connection, main_pool: WorkflowConnectionPool) -> None:
+    await database.execute(
+        "create table audit_log (what text); create table users (name text, active boolean); "
+        "create table products (stock int); create table orders (id int); "
+        "insert into users values ('ann', true), ('bob', false); insert into products values (5); "
+        "insert into orders values (1), (2)"
+    )
+    names = await run("15_advanced")
+    refused, users, update, count = names["results"]
+    assert isinstance(refused.error, asyncpg.PostgresSyntaxError)
+    assert [row["name"] for row in users.result] == ["ann"]
+    assert update.result == "UPDATE 1"
+    assert [tuple(row) for row in count.result] == [(2,)]
+    assert await database.fetchval("select stock from products") == 4
+    for text in ("INSERT INTO audit_log VALUES (...)", "SELECT * FROM users", "UPDATE products SET stock = stock - 1",
+                 "SELECT COUNT(*) FROM orders"):  # fmt: skip
+        await names["pipeline"].add_query(text)
+    order = [step.statement.split()[0] for step in await names["pipeline"].explain()]
+    assert order == ["SELECT", "SELECT", "INSERT", "UPDATE"]
+    await names["pipeline"].close()
+
+
 def test_all_names_that_the_guide_imports_are_there() -> None:
     for path in GUIDE.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

@@ -73,7 +73,8 @@ CASES = {
         _COUNTING, "insert into t values ($1)", [(n,) for n in range(9)], by_unnest, "triggers",
     ),
     "unnest, arrays are flattened": Case(
-        "create table t (a int[])", "insert into t values ($1)", [([n, n],) for n in range(9)], by_unnest, "a parameter of type int4",
+        "create table t (a int[])", "insert into t values ($1)", [([n, n],) for n in range(9)], by_unnest,
+        "a parameter of type int4",
     ),
     "unnest, DO UPDATE: a key twice": Case(
         "create table t (a int primary key, b int)",
@@ -85,10 +86,12 @@ CASES = {
         [(n % 2,) for n in range(9)], by_unnest, "DO NOTHING",
     ),
     "unnest, functions: in VALUES no set may be returned": Case(
-        "create table t (a int)", "insert into t values (generate_series(1, $1))", [(2,)] * 9, by_unnest, "not parameters",
+        "create table t (a int)", "insert into t values (generate_series(1, $1))", [(2,)] * 9, by_unnest,
+        "not parameters",
     ),
     "many, triggers: they see one transaction": Case(
-        f"create table t (a int); {_TRANSACTIONS} create trigger x after insert on t for each row execute function note()",
+        f"create table t (a int); {_TRANSACTIONS} create trigger x after insert on t for each row "
+        "execute function note()",
         "insert into t values ($1)", [(n,) for n in range(9)], by_many, "triggers",
     ),
     "many, triggers: that drop rows are not told of": Case(
@@ -124,7 +127,8 @@ CASES = {
         "insert into t (a) values ($1)", [(n,) for n in range(9)], by_many, "default of b",
     ),
     "many, foreign keys that do something": Case(
-        f"create table t (a int primary key); create table child (a int references t on delete cascade); {_TRANSACTIONS} "
+        f"create table t (a int primary key); create table child (a int references t on delete cascade); "
+        f"{_TRANSACTIONS} "
         "create trigger x after delete on child for each row execute function note(); "
         "insert into t select generate_series(1, 9); insert into child select generate_series(1, 9)",
         "delete from t where a = $1", [(n,) for n in range(1, 10)], by_many, "change other tables",
@@ -232,7 +236,7 @@ async def test_a_stricter_default_isolation_gives_a_group_one_snapshot(
         await locker.execute("begin")
         await locker.execute(f"select from {schema}.t where a = 1 for update")
         task = asyncio.ensure_future(work)
-        while not await other.fetchval(
+        while not await other.fetchval(  # noqa: ASYNC110 - seen from outside
             "select count(*) from pg_stat_activity where pid = $1 and wait_event_type = 'Lock'", direct.get_server_pid()
         ):
             await asyncio.sleep(0.01)

@@ -84,8 +84,9 @@ def item(rng: random.Random, number: int) -> tuple[Any, ...]:
     ]  # fmt: skip
     if rng.random() < 0.15:
         column, value = rng.choice(
-            [(0, rng.randrange(30)), (0, None), (0, 1000), (0, 2**40), (0, "7"), (1, None), (1, 5), (1, "nul\0"), (2, -1),
-             (3, 77), (4, "angry"), (5, "toolong"), (5, "c3"), (6, "99999.99"), (7, "12345"), (1, [1]), (0, [[1]])]
+            [(0, rng.randrange(30)), (0, None), (0, 1000), (0, 2**40), (0, "7"), (1, None), (1, 5), (1, "nul\0"),
+             (2, -1), (3, 77), (4, "angry"), (5, "toolong"), (5, "c3"), (6, "99999.99"), (7, "12345"),
+             (1, [1]), (0, [[1]])]
         )  # fmt: skip
         good[column] = value
     return tuple(good)
@@ -102,7 +103,8 @@ def key(rng: random.Random, number: int) -> tuple[Any, ...]:
 STATEMENTS: dict[str, tuple[str, Row, str]] = {
     "insert": (f"insert into {{s}}.item {COLUMNS} {VALUES}", item, "unnest"),
     "insert with casts": (
-        f"insert into {{s}}.item {COLUMNS} values ($1, $2 || '!', $3 + 1, $4, $5, $6, $7::numeric / 2, $8)", item, "unnest",
+        f"insert into {{s}}.item {COLUMNS} values ($1, $2 || '!', $3 + 1, $4, $5, $6, $7::numeric / 2, $8)",
+        item, "unnest",
     ),
     "insert with a function": (f"insert into {{s}}.item {COLUMNS} {VALUES.replace('$2', 'upper($2)')}", item, "many"),
     "returning": (f"insert into {{s}}.item {COLUMNS} {VALUES} returning label, id, id, price as cost", item, "many"),
@@ -118,7 +120,8 @@ STATEMENTS: dict[str, tuple[str, Row, str]] = {
     "update": ("update {s}.item set amount = $2 where id = $1", change, "many"),
     "update returning": ("update {s}.item set amount = $2 where id = $1 returning id, amount", change, "many"),
     "update from": (
-        "update {s}.item set amount = $2 + p.id from {s}.parent p where p.id = item.parent and item.id = $1", change, "many",
+        "update {s}.item set amount = $2 + p.id from {s}.parent p where p.id = item.parent and item.id = $1",
+        change, "many",
     ),
     "delete": ("delete from {s}.item where id = $1;  -- one", key, "many"),
     "delete returning": ("delete from {s}.item where id = $1 returning label", key, "many"),

@@ -12,6 +12,7 @@ import asyncpg
 import pytest
 import ray
 from pools import add_all, own_pool, pipeline_of
+from waiting import eventually
 
 from raypg import (
     CircuitBreakerError,
@@ -85,27 +86,30 @@ async def test_parallel_returns_rows_and_the_errors_of_each(pool: WorkflowConnec
     await pipeline.close()
 
 
-async def test_parallel_uses_all_connections(pool: WorkflowConnectionPool) -> None:
-    """Each waits until another is there: one after the other they would wait for ever."""
+async def test_parallel_uses_all_connections(
+    pool: WorkflowConnectionPool, pg: EmbeddedServer, direct: asyncpg.Connection, table: str
+) -> None:
+    """A slow report does not wait for another one."""
     pipeline = pipeline_of(pool, strategy="parallel", flush_interval=0)
-    other = "(select count(*) from pg_stat_activity where query like '%raypg_meeting%' and state = 'active')"
-    for _ in range(4):
-        await pipeline.add_query(
-            f"/* raypg_meeting */ with recursive wait as (select 1 as n union all select n + 1 from wait "
-            f"where n < 1000000 and {other} >= 0 and n < 300) select count(*) from wait"
-        )
-    results = await pipeline.flush()
-    assert [r.error for r in results if not r.success] == []
-    status = await pool.process({"operation": "get_status"})
-    used = [c for w in status["workers"] for c in w["connections"].values() if c["statements"]]
-    assert len(used) >= 4
-    await pipeline.close()
+    await add_all(pipeline, f"select $1::int as n, count(*) from {table}", [(n,) for n in range(6)])
+    watcher = await asyncpg.connect(**pg.parameters)  # in a transaction pg_stat_activity never changes
+    waiting = "select count(*) from pg_stat_activity where wait_event_type = 'Lock' and query like '%' || $1"
+    async with direct.transaction():
+        await direct.execute(f"lock table {table} in access exclusive mode")
+        flush = asyncio.create_task(pipeline.flush())
+
+        async def all_wait() -> bool:
+            return bool(await watcher.fetchval(waiting, f"count(*) from {table}") == 6)
+
+        await eventually(all_wait)
+    assert [result.result[0]["n"] for result in await flush] == list(range(6))
+    await asyncio.gather(pipeline.close(), watcher.close())
 
 
 @pytest.mark.parametrize(
     "sql",
-    ["insert into t values (1)", "update t set a = 1", "select nextval('s')", "select 1 for update", "call f()", "begin",
-     "create table t (a int)", "select f(1)"],
+    ["insert into t values (1)", "update t set a = 1", "select nextval('s')", "select 1 for update", "call f()",
+     "begin", "create table t (a int)", "select f(1)"],
 )  # fmt: skip
 async def test_parallel_refuses_writes_when_they_are_added(sql: str) -> None:
     pipeline = QueryPipelineNode(name="p", connection_pool="nowhere", strategy="parallel", flush_interval=0)
@@ -158,7 +162,8 @@ async def test_reads_see_what_was_written_before_them_to_their_tables(
 ) -> None:
     """Also through partitions, views, triggers and foreign keys."""
     await direct.execute(
-        f"""create table part (a int) partition by range (a); create table low partition of part for values from (0) to (9);
+        f"""create table part (a int) partition by range (a);
+        create table low partition of part for values from (0) to (9);
         create table base (a int); create view seen as select * from base;
         create table noted (a int); create table source (a int);
         create function note() returns trigger language plpgsql as
@@ -268,7 +273,7 @@ async def test_a_flush_ends_though_others_go_on_adding(pool: WorkflowConnectionP
         while going:
             await pipeline.add_query(f"insert into {table} values ($1, 'x')", [number])
             number += 1
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.001)
         return number
 
     adder = asyncio.create_task(add())

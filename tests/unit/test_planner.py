@@ -197,8 +197,9 @@ def test_defaults_that_are_the_clock(expression: str, clock: bool) -> None:
         ),
         (
             """insert into "values (" /* values ( */ values ( $2, ('$1)' || $1), (($2)) ) ; -- values (""",
-            """insert into "values (" /* values ( */ SELECT  raypg_row.p2, ('$1)' || raypg_row.p1), ((raypg_row.p2))  """
-            "FROM ROWS FROM (pg_catalog.unnest($1::X[]), pg_catalog.unnest($2::Y[])) AS raypg_row(p1, p2)",
+            """insert into "values (" /* values ( */ SELECT  raypg_row.p2, """
+            "('$1)' || raypg_row.p1), ((raypg_row.p2))  FROM ROWS FROM "
+            "(pg_catalog.unnest($1::X[]), pg_catalog.unnest($2::Y[])) AS raypg_row(p1, p2)",
         ),
         ("insert into t values ($1), ($2)", None),
         ("insert into t values ($1, $2) returning a", None),
