@@ -21,7 +21,7 @@ from raypg import QueryPipelineNode
 
 ROWS = 10_000
 ONE_BY_ONE = 500
-BATCH_SIZES = (1_000, 5_000)
+BATCH_SIZES = (1_000, 2_500, 5_000)
 LEAST = {"one by one": 60, "asyncpg executemany": 1.2, "psycopg, pipeline mode": 2}
 BAD_LEAST = {"one by one": 10, "one by one, direct": 3}
 INSERT = "INSERT INTO events (id, at, kind, value, note) VALUES ($1, $2, $3, $4, $5)"

@@ -265,7 +265,7 @@ class QueryPipelineNode:
             if isinstance(self._sender, TransactionSender):
                 end = self._buffer.first  # what came meanwhile is in the same transaction
                 await self._sender.settle(end)
-                await self._sender.finish()
+                await self._sender.finish(end)
             else:
                 self._sender.culprit = None
             self._flushed = end

@@ -62,13 +62,13 @@ class TransactionSender(Sender):
                 await self._stream(message)
             finally:
                 del self._under_way[task]
-            self.counts.batches += -(-len(message.numbers) // self._how[1])
-            self.counts.finished += len(message.numbers)
-            self._pulse()
+            self.count(message)
         if self._lease is not None:
             self._idle = asyncio.get_running_loop().call_later(self._idle_timeout, self._was_idle)
 
     async def _stream(self, message: Message) -> None:
+        if self._finishing is not None:
+            await asyncio.wait((self._finishing,))  # this is for the next transaction
         if self.culprit is not None or self._doomed is not None:
             self._fail(message.numbers, self._doomed or self.rolled_back())
             return
@@ -127,15 +127,15 @@ class TransactionSender(Sender):
 
     # --- the end ---
 
-    async def finish(self) -> None:
-        """COMMIT, or ROLLBACK after a failure; then the results say what became of each query."""
+    async def finish(self, end: int) -> None:
+        """COMMIT, or ROLLBACK after a failure; then the results of all queries below *end* say what became of each."""
         # Who leaves a flush does not stop a COMMIT under way: the next flush tells what came of it.
         if self._finishing is None:
-            self._finishing = asyncio.get_running_loop().create_task(self._finish())
+            self._finishing = asyncio.get_running_loop().create_task(self._finish(end))
         await asyncio.shield(self._finishing)
         self._finishing = None
 
-    async def _finish(self) -> None:
+    async def _finish(self, end: int) -> None:
         if self._idle is not None:
             self._idle.cancel()
             self._idle = None
@@ -152,7 +152,7 @@ class TransactionSender(Sender):
             except Exception as error:
                 problem = error
         if problem is not None:
-            self.counts.failures += self.results.fail_all(len(self.results), problem)
+            self.counts.failures += self.results.fail_all(end - self.results.first, problem)
 
     async def _commit(self, lease: LeasedConnection) -> None:
         """Raises what the queries are to be told if it is not certain that they took effect."""

@@ -158,7 +158,9 @@ class Sender:
                 try:
                     dispatcher = await self.find()
                 except Exception as error:
-                    self._refuse(buffer.take(MOST_ROWS, MOST_BYTES, False), error)
+                    refused = buffer.take(MOST_ROWS, MOST_BYTES, False)
+                    self._refuse(refused, error)
+                    self.count(refused)
                     continue
             while dispatcher is not None and buffer.rows and (message := self._next(dispatcher)) is not None:
                 task = loop.create_task(self._deliver(dispatcher, message, self._place(message)))
@@ -208,9 +210,12 @@ class Sender:
         if error is not None:  # a fault of ours must not lose a query
             logger.error("pipeline %s: internal error while sending", self._prefix, exc_info=error)
             self._fail([n for n in message.numbers if not self.results.is_known(n)], error)
-        count = len(message.numbers)
-        self.counts.batches += -(-count // self._how[1])
-        self.counts.finished += count
+        self.count(message)
+
+    def count(self, message: Message) -> None:
+        """*message* is done with."""
+        self.counts.batches += -(-len(message.numbers) // self._how[1])
+        self.counts.finished += len(message.numbers)
         self._pulse()
 
     async def _deliver(self, dispatcher: Dispatcher, message: Message, place: tuple[str, int] | None) -> None:
@@ -243,11 +248,8 @@ class Sender:
                 return message
             self._lose(message)
             return None
-        except CircuitBreakerError as error:
-            return await self._refused(dispatcher, channel, message, error)
         except Exception as error:
-            self._refuse(message, error)
-            return None
+            return await self._refused(dispatcher, channel, message, error)
         self.counts.trips += trips
         self.counts.note_lanes(lanes)
         return await self._told(dispatcher, channel, message, outcomes)
@@ -269,7 +271,6 @@ class Sender:
                 self._note(message, position, count, result, error, milliseconds, retries + message.retries)
         if refusals:
             problem = unpack_error(refusals[0][3])
-            assert isinstance(problem, CircuitBreakerError)
             refused = {p for o in refusals for p in range(o[0], o[0] + o[1])}
             rest = message.without(set(range(len(message.numbers))) - refused)
             return await self._refused(dispatcher, channel, rest, problem)
@@ -284,9 +285,9 @@ class Sender:
             self._fail(message.numbers[position + count :], self.not_run())
 
     async def _refused(
-        self, dispatcher: Dispatcher, channel: Channel | None, message: Message, error: CircuitBreakerError
+        self, dispatcher: Dispatcher, channel: Channel | None, message: Message, error: BaseException
     ) -> Message | None:
-        """The breaker has refused *message*, of which nothing was run: another worker may take it, or it waits."""
+        """A worker has refused *message*, of which nothing was run: another one may take it, or it waits."""
         if channel is not None and channel.refused_by(error) and not dispatcher.all_isolated():
             return message
         if not await self.waits(error):
@@ -294,7 +295,7 @@ class Sender:
             return None
         return message
 
-    async def waits(self, error: Exception) -> bool:
+    async def waits(self, error: BaseException) -> bool:
         """Whether *error* only says that the breaker is open, and the user wants to wait; then a moment has passed."""
         if not self._wait or not isinstance(error, CircuitBreakerError):
             return False

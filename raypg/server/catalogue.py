@@ -25,6 +25,12 @@ REMEMBER = 10.0
 ABSENT = 1.0
 """Seconds for which it is believed that there is no such table."""
 
+HOLD = 0.2
+"""Seconds for which a group of changes may hold what it has locked, about."""
+
+LEAST_GROUP = 4
+"""Changes that may always share a transaction."""
+
 _FACTS = """
 WITH RECURSIVE family AS (
     SELECT to_regclass($1)::oid AS oid WHERE to_regclass($1) IS NOT NULL
@@ -87,6 +93,7 @@ class Catalogue:
         self._facts: dict[str, tuple[float, TableFacts | None]] = {}
         self._types: dict[str, tuple[float, list[ParameterType] | None]] = {}
         self._refused: dict[str, float] = {}
+        self._limits: dict[str, int] = {}
 
     async def are_plain(self, connection: ServerConnection, relations: tuple[str, ...], now: float) -> bool:
         """Whether *relations*, as a read names them, are tables that show all there is, or do not exist.
@@ -155,6 +162,19 @@ class Catalogue:
             self._types.clear()
         self._types[sql] = (now + REMEMBER, found)
         return found
+
+    def took(self, sql: str, rows: int, seconds: float) -> None:
+        """A group of *rows* changes took so long: it shall not hold its locks for longer than ``HOLD``."""
+        if seconds <= HOLD:
+            self._limits.pop(sql, None)
+            return
+        if len(self._limits) >= 1000:
+            self._limits.clear()
+        self._limits[sql] = max(LEAST_GROUP, int(rows * HOLD / seconds))
+
+    def limit(self, sql: str) -> int | None:
+        """The most changes in a group, if they take long."""
+        return self._limits.get(sql)
 
     def refused(self, sql: str, now: float) -> bool:
         """Whether the server lately refused to run *sql* by another lane than ``single``."""

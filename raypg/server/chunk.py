@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import asyncpg
 
 from raypg import messages
-from raypg.core.planner import Plan
+from raypg.core.planner import MOST_CHANGES, Plan
 from raypg.core.sql import Verdict, classify
 from raypg.errors import StatementNotRunError
 from raypg.portable import PortableError, pack_error
@@ -203,9 +203,14 @@ class ChunkRequest:
             return True
         plan, types = await self._plan(engine, connection, run, min(len(run.rows), self._how.most))
         if plan.lane != "single":
-            rows = run.rows[: min(self._how.most, plan.most)]
+            changes = plan.most <= MOST_CHANGES
+            limit = engine.catalogue.limit(run.sql) if changes else None
+            rows = run.rows[: min(self._how.most, plan.most, limit or plan.most)]
             send = sender(plan, run.sql, planning.shape_of(run.sql), types)
+            started = engine.now()
             done = await grouped(engine, connection, run.sql, verdict, rows, send)
+            if changes:
+                engine.catalogue.took(run.sql, len(rows), engine.now() - started)
             if done.unfit:
                 engine.catalogue.refuse(run.sql, engine.now())
                 self.trips += done.trips
@@ -284,14 +289,14 @@ class ChunkRequest:
             return False
         if len(run.rows) > 1 and verdict.command in ("INSERT", "UPDATE", "DELETE"):
             await connection.run(messages.STATUS, f"SAVEPOINT {_SAVEPOINT}", ())
-            done = await self._try_group(engine, connection, run)
-            if done is None:
+            group = await self._try_group(engine, connection, run)
+            if group is None:
                 # Which row it was, if any, only the rows themselves can tell.
                 await connection.run(messages.STATUS, f"ROLLBACK TO SAVEPOINT {_SAVEPOINT}", ())
                 rows = run.rows[:MOST_IN_TRANSACTION]
             else:
                 await connection.run(messages.STATUS, f"RELEASE SAVEPOINT {_SAVEPOINT}", ())
-                self._note(run, done, "many")
+                self._note(run, *group)
                 return True
         else:
             rows = run.rows
@@ -304,7 +309,7 @@ class ChunkRequest:
                 return False
         return True
 
-    async def _try_group(self, engine: Engine, connection: ServerConnection, run: _Run) -> Done | None:
+    async def _try_group(self, engine: Engine, connection: ServerConnection, run: _Run) -> tuple[Done, str] | None:
         """Run a group; ``None`` if it failed, or may not be one."""
         plan, types = await self._plan(engine, connection, run, min(len(run.rows), MOST_IN_TRANSACTION))
         if plan.lane == "single":
@@ -323,7 +328,7 @@ class ChunkRequest:
         engine.figures.ran_together(len(rows), 0, seconds)
         if type(results) is not list:
             results = [results] * len(rows)
-        return Done(len(rows), results, milliseconds=seconds * 1000 / len(rows))
+        return Done(len(rows), results, milliseconds=seconds * 1000 / len(rows)), plan.lane
 
     # --- noting ---
 
