@@ -126,6 +126,21 @@ class Dispatcher:
             return False
         return all(channel.isolated or not channel.usable for channel in self._channels.values())
 
+    @property
+    def workers(self) -> int:
+        """How many workers there are."""
+        return sum(not channel.closed for channel in self._channels.values())
+
+    @property
+    def connections(self) -> int:
+        """How many connections they have together."""
+        return sum(channel.budget for channel in self._channels.values() if not channel.closed)
+
+    @property
+    def channels(self) -> list[Channel]:
+        """The lines to all workers that live."""
+        return [channel for channel in self._channels.values() if not channel.closed]
+
     def send_elsewhere(self, call: Call, refusal: BaseException) -> bool:
         """Send a call to another worker than the one that refused it; False if all would refuse."""
         if self.is_final(refusal):
