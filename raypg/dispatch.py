@@ -128,13 +128,13 @@ class Dispatcher:
 
     @property
     def workers(self) -> int:
-        """How many workers there are."""
-        return sum(not channel.closed for channel in self._channels.values())
+        """How many workers take work."""
+        return sum(channel.usable for channel in self._channels.values())
 
     @property
     def connections(self) -> int:
         """How many connections they have together."""
-        return sum(channel.budget for channel in self._channels.values() if not channel.closed)
+        return sum(channel.budget for channel in self._channels.values() if channel.usable)
 
     @property
     def channels(self) -> list[Channel]:

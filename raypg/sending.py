@@ -229,6 +229,10 @@ class Sender:
                     self._fail(left.numbers, self.not_run())
                     return
                 left = await self._send(dispatcher, left, place)
+                if left is not None and place is not None:
+                    # It may go to another worker now, which does not know how far the ones before it have come.
+                    while any(number < place[1] for number in self._numbers_under_way):
+                        await self.moved()
         finally:
             credit.give_back(message.size)
             if place is not None:
@@ -257,7 +261,7 @@ class Sender:
     async def _channel(self, dispatcher: Dispatcher, message: Message) -> Channel:
         if message.free:
             return await dispatcher.channel()
-        if self._line is None or self._line.closed or self._line.isolated:
+        if self._line is None or not self._line.usable or self._line.isolated:
             self._line = await dispatcher.channel()
         return self._line
 
