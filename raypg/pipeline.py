@@ -41,6 +41,9 @@ BUFFER_BYTES = 64_000_000
 BREATHE_EVERY = 1_000
 """Adds after which the event loop gets a turn even from a caller that never awaits anything else."""
 
+TURNS = 3
+"""So many, as it takes to get a message on its way."""
+
 DRAW_EVERY = 0.1
 """Seconds between two pictures of the progress bar."""
 
@@ -134,6 +137,7 @@ class QueryPipelineNode:
         self._push_at = BUFFER_ROWS if strategy == "transactional" else min(batch_size, BUFFER_ROWS)
         self._timer: asyncio.TimerHandle | None = None
         self._ticks = flush_interval > 0 and strategy != "transactional"
+        self._breathe_at = 0
         self._flushing = asyncio.Lock()
         self._last: PipelineResults | None = None
         self._closed = False
@@ -176,8 +180,12 @@ class QueryPipelineNode:
         run = self._run
         if query is not run.sql and query != run.sql:
             run = self._begin_run(query)
-        if params is None:
-            row: tuple[Any, ...] = ()
+        if type(params) is list:
+            row: tuple[Any, ...] = tuple(params)
+        elif type(params) is tuple:
+            row = params
+        elif params is None:
+            row = ()
         elif isinstance(params, str | bytes | dict):
             raise TypeError(f"params must be a sequence of values, not a {type(params).__name__}")
         else:
@@ -232,8 +240,10 @@ class QueryPipelineNode:
         if full:
             while (buffer.rows >= BUFFER_ROWS or buffer.bytes >= BUFFER_BYTES) and not self._sender.is_idle:
                 await self._sender.moved()
-        elif number % BREATHE_EVERY == 0:
-            await asyncio.sleep(0)
+        elif number >= self._breathe_at:
+            self._breathe_at = number + BREATHE_EVERY
+            for _ in range(TURNS):
+                await asyncio.sleep(0)
 
     def _start(self) -> None:
         if self._timer is not None:

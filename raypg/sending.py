@@ -99,6 +99,7 @@ class Sender:
         self._numbers = 0
         self._numbers_under_way: set[int] = set()
         self._free_sql: str | None = None
+        self._awaited = 0  # somebody waits for all queries below this number
 
     def query_id(self, number: int) -> str:
         """The id of query *number*."""
@@ -126,6 +127,7 @@ class Sender:
 
     async def settle(self, end: int) -> None:
         """Wait until all queries with a number below *end* have their outcome."""
+        self._awaited = max(self._awaited, end)
         while self.buffer.first < end or any(message.numbers[0] < end for message in self._under_way.values()):
             self.start()
             if self._task is None:
@@ -189,6 +191,8 @@ class Sender:
             return None  # what comes before must be done
         if running >= (AT_ONCE * max(1, dispatcher.workers) if free else IN_ORDER):
             return None
+        if free and running and buffer.rows < FAN_OUT_FROM and buffer.first >= self._awaited:
+            return None  # more are on their way: few alone are not worth a message
         self._free_sql = buffer.runs[0].sql if free else None
         return buffer.take(MOST_ROWS, MOST_BYTES, free)
 

@@ -21,7 +21,7 @@ from raypg.errors import StatementNotRunError
 from raypg.portable import PortableError, pack_error
 from raypg.server import planning, wire
 from raypg.server.connection import ServerConnection
-from raypg.server.lanes import Done, grouped, sender, singly
+from raypg.server.lanes import Done, Rows, grouped, sender, singly
 from raypg.server.outcomes import ConnectionLost
 from raypg.server.work import Refused, refuse
 
@@ -66,7 +66,7 @@ class _Run:
 
     __slots__ = ("positions", "rows", "sql")
 
-    def __init__(self, sql: str, rows: list[tuple[Any, ...]], positions: Sequence[int]) -> None:
+    def __init__(self, sql: str, rows: Rows, positions: Sequence[int]) -> None:
         self.sql = sql
         self.rows = rows
         self.positions = positions
@@ -81,8 +81,7 @@ class ChunkRequest:
         self._runs: list[_Run] = []  # what is left to do, the next one last
         position = 0
         for sql, count, columns in runs:
-            rows = list(zip(*columns, strict=True)) if columns else [()] * count
-            self._runs.append(_Run(sql, rows, range(position, position + count)))
+            self._runs.append(_Run(sql, Rows(count, columns), range(position, position + count)))
             position += count
         self._runs.reverse()
         self._left = position
@@ -191,7 +190,7 @@ class ChunkRequest:
         merged: list[_Run] = []
         for index in order:
             run = runs[index]
-            if merged and merged[-1].sql == run.sql:
+            if merged and merged[-1].sql == run.sql and len(merged[-1].rows.columns) == len(run.rows.columns):
                 merged[-1] = _Run(run.sql, merged[-1].rows + run.rows, [*merged[-1].positions, *run.positions])
             else:
                 merged.append(run)
@@ -304,7 +303,7 @@ class ChunkRequest:
                 return True
         else:
             rows = run.rows
-        for row in tuple(rows):
+        for row in rows:
             done = await singly(engine, connection, run.sql, verdict, row, in_transaction=True)
             if done.lost is not None:
                 raise done.lost

@@ -15,9 +15,9 @@ import logging
 import random
 import uuid
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import asyncpg
 
@@ -84,7 +84,39 @@ class Done:
     unfit: str = ""
 
 
-Send = Callable[[ServerConnection, Sequence[Any], int, int], Any]
+class Rows:
+    """The parameters of statements, kept in columns as they travel; as rows where they are wanted so."""
+
+    __slots__ = ("columns", "count")
+
+    def __init__(self, count: int, columns: list[list[Any]]) -> None:
+        self.count = count
+        self.columns = columns
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        return zip(*self.columns, strict=True) if self.columns else iter([()] * self.count)
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[Any, ...]: ...
+    @overload
+    def __getitem__(self, index: slice) -> Rows: ...
+    def __getitem__(self, index: int | slice) -> tuple[Any, ...] | Rows:
+        if isinstance(index, int):
+            return tuple(column[index] for column in self.columns)
+        first, end, _ = index.indices(self.count)
+        if first == 0 and end == self.count:
+            return self
+        return Rows(max(0, end - first), [column[first:end] for column in self.columns])
+
+    def __add__(self, other: Rows) -> Rows:
+        columns = [one + two for one, two in zip(self.columns, other.columns, strict=True)]
+        return Rows(self.count + other.count, columns)
+
+
+Send = Callable[[ServerConnection, Rows, int, int], Any]
 
 
 # --- groups ----------------------------------------------------------------------------------------------------------
@@ -103,15 +135,13 @@ def sender(plan: Plan, sql: str, shape: Shape, types: Sequence[ParameterType] | 
     return functools.partial(_send_counting, forms.counting_form(sql), sql, _TAGS[shape.command])
 
 
-async def _send_many(sql: str, connection: ServerConnection, rows: Sequence[Any], first: int, end: int) -> Any:
-    await connection.run(messages.MANY, sql, rows[first:end])
+async def _send_many(sql: str, connection: ServerConnection, rows: Rows, first: int, end: int) -> Any:
+    await connection.run(messages.MANY, sql, list(rows[first:end]))
     return INSERTED
 
 
-async def _send_unnest(
-    form: str, sql: str, connection: ServerConnection, rows: Sequence[Any], first: int, end: int
-) -> Any:
-    columns = [list(column) for column in zip(*rows[first:end], strict=True)]
+async def _send_unnest(form: str, sql: str, connection: ServerConnection, rows: Rows, first: int, end: int) -> Any:
+    columns = rows[first:end].columns
     if not all(_SCALARS.issuperset(map(type, column)) for column in columns):
         # What looks like an array would be taken for more dimensions of it.
         return await _send_many(sql, connection, rows, first, end)
@@ -122,18 +152,16 @@ async def _send_unnest(
 
 
 async def _send_counting(
-    form: str, sql: str, tag: str, connection: ServerConnection, rows: Sequence[Any], first: int, end: int
+    form: str, sql: str, tag: str, connection: ServerConnection, rows: Rows, first: int, end: int
 ) -> Any:
     async def send(raw: asyncpg.Connection) -> Any:
-        return await raw.fetchmany(form, rows[first:end])
+        return await raw.fetchmany(form, list(rows[first:end]))
 
     counts, _ = await connection.run(STEP, sql, send)
     return [f"{tag}{count}" for (count,) in counts]
 
 
-async def _send_returning(
-    form: str, sql: str, connection: ServerConnection, rows: Sequence[Any], first: int, end: int
-) -> Any:
+async def _send_returning(form: str, sql: str, connection: ServerConnection, rows: Rows, first: int, end: int) -> Any:
     numbered = [(*row, number) for number, row in enumerate(rows[first:end])]
 
     async def send(raw: asyncpg.Connection) -> Any:
@@ -148,7 +176,7 @@ async def _send_returning(
 
 
 async def grouped(
-    engine: Engine, connection: ServerConnection, sql: str, verdict: Verdict, rows: Sequence[Any], send: Send
+    engine: Engine, connection: ServerConnection, sql: str, verdict: Verdict, rows: Rows, send: Send
 ) -> Done:
     """Run a group as one transaction; bisect it if a row fails."""
     search = Bisection(len(rows))

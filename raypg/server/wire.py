@@ -6,7 +6,6 @@ the connection dies, more than one of them may have run.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from raypg.core import health
@@ -14,7 +13,7 @@ from raypg.core.sql import Verdict
 from raypg.messages import BOTH, size_of
 from raypg.portable import pack_error
 from raypg.server.connection import ServerConnection
-from raypg.server.lanes import Done, is_of_the_moment, result_of, singly
+from raypg.server.lanes import Done, Rows, is_of_the_moment, result_of, singly
 from raypg.server.outcomes import ConnectionLost, last_words, outcome_of
 from raypg.server.reads import OUT_OF_DATE
 from raypg.server.work import lost_error
@@ -43,7 +42,7 @@ def may_travel(connection: ServerConnection, sql: str, verdict: Verdict) -> bool
     )
 
 
-def how_many(rows: Sequence[Any], first: int) -> int:
+def how_many(rows: Rows, first: int) -> int:
     """How many of *rows*, from *first* on, go into one write."""
     size = 0
     for index in range(first, min(first + MOST, len(rows))):
@@ -53,9 +52,7 @@ def how_many(rows: Sequence[Any], first: int) -> int:
     return min(MOST, len(rows) - first)
 
 
-async def together(
-    engine: Engine, connection: ServerConnection, sql: str, verdict: Verdict, rows: Sequence[Any]
-) -> Done:
+async def together(engine: Engine, connection: ServerConnection, sql: str, verdict: Verdict, rows: Rows) -> Done:
     """Run *rows*, in their order, in one write."""
     count = len(rows)
     prepared = connection.prepared(sql)
