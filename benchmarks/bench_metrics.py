@@ -59,7 +59,7 @@ def switch(worker: Any, on: bool) -> None:
     if on:
         worker._metrics.open()
     else:
-        worker._metrics.close()
+        worker._metrics.pause()
 
 
 def processor_time(_: Any) -> float:
