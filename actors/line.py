@@ -29,17 +29,20 @@ class Line:
         self.pool = pool
         self.where = (pool, worker, incarnation)
         self._task: asyncio.Task[None] | None = None
+        self._closed = False
 
     def open(self) -> None:
         """Begin to talk. Called often; the first time counts."""
-        if self._task is None and not _compat.is_driver():  # a worker in a driver is one without Ray around it
+        if self._closed or self._task is not None:
+            return
+        if not _compat.is_driver():  # a worker in a driver is one without Ray around it
             self._task = asyncio.get_running_loop().create_task(self._run())
 
     def close(self) -> None:
-        """Talk no more, unless it is opened again."""
-        task, self._task = self._task, None
-        if task is not None:
-            task.cancel()
+        """Talk no more, whoever opens it."""
+        self._closed = True
+        if self._task is not None:
+            self._task.cancel()
 
     async def talk(self) -> None:
         """Find the other side, and talk to it until it dies."""

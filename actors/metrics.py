@@ -47,7 +47,7 @@ DURABLE_EVERY = 5.0
 EXPORT_EVERY = 2.0
 """Seconds between two exports to Ray's own metrics, which sends them on every ten seconds unless told otherwise."""
 
-SETTLED_WITHIN = 3.0
+SETTLED_WITHIN = 6.0
 """Seconds in which a new life hears again what was told to the last one, before it says anything."""
 
 DEAD_AFTER = 600.0

@@ -40,12 +40,7 @@ class MetricsLine(Line):
         super().__init__(pool, worker, incarnation)
         self._engine = engine
         self._known: int | None = None  # the last delta that the Metrics actor is known to have; None: it knows nobody
-        self._left = False
         self._kept: deque[Delta] = deque(maxlen=MOST_KEPT)
-
-    def open(self) -> None:
-        if not self._left:
-            super().open()
 
     def deltas(self, known: int) -> list[Delta]:
         """All that happened since delta *known*, until now."""
@@ -55,7 +50,6 @@ class MetricsLine(Line):
 
     async def leave(self) -> None:
         """The worker ends: tell the last."""
-        self._left = True
         self.close()
         metrics = None if self._known is None else cluster.find_metrics()
         if metrics is not None:

@@ -56,10 +56,12 @@ def switch(worker: Any, on: bool) -> None:
     without = {**dict.fromkeys(worker.recording, nothing), "fetched": lambda _, *answer: outcome_of(*answer)}
     for name, function in (worker.recording if on else without).items():
         setattr(Figures, name, function)
+    line = worker._metrics
     if on:
-        worker._metrics.open()
+        line._task, line._closed = None, False
+        line.open()
     else:
-        worker._metrics.close()
+        line.close()
 
 
 def processor_time(_: Any) -> float:

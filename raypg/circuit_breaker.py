@@ -138,14 +138,14 @@ class PoolCircuitBreaker:
             time.sleep(AGAIN_AFTER)
         return self._last_known()
 
-    async def status(self) -> dict[str, Any]:
-        """The same as :meth:`get_status`, for callers who would rather await it."""
+    async def status(self, *, within: float = STATUS_WITHIN) -> dict[str, Any]:
+        """The same as :meth:`get_status`, for callers who would rather await it; takes at most *within* seconds."""
         self._check()
-        return await self._status() if self._pool._started else _never_started(self._pool._config)
+        return await self._status(within) if self._pool._started else _never_started(self._pool._config)
 
-    async def _status(self) -> dict[str, Any]:
+    async def _status(self, within: float) -> dict[str, Any]:
         try:
-            answer = await self._ask("status", within=STATUS_WITHIN)
+            answer = await self._ask("status", within=within)
         except UnavailableError:
             return self._last_known()
         return self._take(answer)

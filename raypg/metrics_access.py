@@ -10,7 +10,7 @@ from raypg.portable import unpack_error
 
 __all__ = ["history", "snapshots"]
 
-ANSWER_WITHIN = 10.0
+ANSWER_WITHIN = 15.0
 """Seconds in which the Metrics actor must answer: it may just be started, or hear again what its last life knew."""
 
 _OTHERWISE = "the Metrics actor does not answer; statements run without it, try again"

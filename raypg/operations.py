@@ -16,7 +16,7 @@ from raypg.core.sql import classify
 from raypg.core.sqlstate import error_category
 from raypg.errors import ConfigError, OutcomeUnknownError, QueryTimeoutError, StatementNotAllowedError, UnavailableError
 from raypg.lease import LeasedConnection, acquire
-from raypg.metrics_access import snapshots
+from raypg.metrics_access import ANSWER_WITHIN, snapshots
 from raypg.metrics_status import comprehensive, counters, statistics
 from raypg.row import Row, row_type
 
@@ -225,7 +225,7 @@ class Operations:
 
     async def get_comprehensive_status(self) -> dict[str, Any]:
         """Everything; see :func:`raypg.metrics_status.comprehensive`."""
-        known, breaker = await asyncio.gather(self._snapshot(), self._pool.circuit_breaker.status())
+        known, breaker = await asyncio.gather(self._snapshot(), self._pool.circuit_breaker.status(within=ANSWER_WITHIN))
         return comprehensive(self._pool.name, known, breaker)
 
     async def stats(self) -> dict[str, Any]:

@@ -42,8 +42,7 @@ class Statement(NamedTuple):
 
 def identify(sql: str) -> Statement:
     """Say what *sql* is: some 5 µs for one that was classified already."""
-    verdict = classify(sql)
-    if verdict.kind != "invalid" and len(sql) <= LONGEST:
+    if len(sql) <= LONGEST and (verdict := classify(sql)).kind != "invalid":
         try:
             return Statement(str(pgparse.fingerprint(str(sql))), verdict.command or "OTHER")
         except (pgparse.PGQueryError, UnicodeEncodeError):

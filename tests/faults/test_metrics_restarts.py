@@ -76,8 +76,11 @@ async def test_a_killed_metrics_actor_comes_back_with_all_it_knew_and_a_gap(pool
     await run(pool, 25)  # while nobody adds up
     await eventually(lambda: untold(pool, 4.0), timeout=20)
     os.kill(pid, signal.SIGKILL)
-    assert await queries(pool) == 175
-    assert await queries(pool) == 175
+
+    async def all_told() -> bool:
+        return await queries(pool) == 175
+
+    await eventually(all_told, timeout=30)
     points: list[tuple[int, float]] = []
 
     async def looked_again() -> bool:
@@ -92,6 +95,22 @@ async def test_a_killed_metrics_actor_comes_back_with_all_it_knew_and_a_gap(pool
     assert any(there[first + gap :])  # … and somebody has again
     await run(pool, 5)
     assert await queries(pool) == 180
+
+
+async def test_a_worker_that_is_taken_away_leaves_its_counts_and_is_not_missed(pool: WorkflowConnectionPool) -> None:
+    await run(pool, 200)
+    assert sorted((await known_of(pool))["workers"]) == [0, 1]
+    await pool.scale(workers=1)
+
+    async def left() -> bool:
+        return len((await known_of(pool))["workers"]) == 1
+
+    await eventually(left, timeout=30)
+    await run(pool, 10)
+    assert await queries(pool) == 210
+    text = (await pool.process({"operation": "export_metrics"}))["prometheus_metrics"]
+    assert text.count("connection_pool_worker_up{") == 1
+    assert "connection_pool_worker_up{" + f'pool="{pool.name}",worker="' in text
 
 
 async def untold(pool: WorkflowConnectionPool, seconds: float) -> bool:

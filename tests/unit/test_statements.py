@@ -89,6 +89,6 @@ def test_ten_megabytes_of_sql_are_grouped_quickly() -> None:
     started = time.perf_counter()
     statement = identify(sql)
     text = shown(sql, statement)
-    assert time.perf_counter() - started < 5.0
+    assert time.perf_counter() - started < 0.5
     assert statement == ("unparsed:SELECT", "SELECT")
     assert text == "SELECT …"
