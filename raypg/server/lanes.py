@@ -30,7 +30,6 @@ from raypg.core.sql import Verdict, shorten
 from raypg.core.sqlstate import bisection_kind, is_rerun_whole_group
 from raypg.errors import OutcomeUnknownError, ResultLostError, StatementNotRunError
 from raypg.portable import PortableError, pack_error, plain_rows
-from raypg.server import witness
 from raypg.server.catalogue import ParameterType
 from raypg.server.connection import STEP, ServerConnection
 from raypg.server.outcomes import ConnectionLost
@@ -165,7 +164,18 @@ async def _send_returning(form: str, sql: str, connection: ServerConnection, row
     numbered = [(*row, number) for number, row in enumerate(rows[first:end])]
 
     async def send(raw: asyncpg.Connection) -> Any:
-        return await witness.watched(raw, sql, raw.fetchmany(form, numbered))
+        if raw.is_in_transaction():
+            return await raw.fetchmany(form, numbered)
+        # If a row cannot be read, all is undone: one by one, only its own statement loses its rows.
+        await raw.execute("BEGIN")
+        try:
+            found = await raw.fetchmany(form, numbered)
+        except BaseException:
+            if not raw.is_closed():
+                await raw.execute("ROLLBACK")
+            raise
+        await raw.execute("COMMIT")
+        return found
 
     records, _ = await connection.run(STEP, sql, send)
     names = tuple(records[0].keys())[1:] if records else None
@@ -194,7 +204,7 @@ async def grouped(
                 result = await send(connection, rows, first, end)
         except ConnectionLost as error:
             done.lost = cause = error
-        except (ResultLostError, OutcomeUnknownError) as error:
+        except (ResultLostError, OutcomeUnknownError) as error:  # of one alone
             cause = error
             search.passed()  # it took effect, or may have: it must not run again
             done.errors.update(dict.fromkeys(range(first, end), pack_error(error)))

@@ -453,3 +453,17 @@ async def test_the_server_restarted_under_load(ray_cluster: Any, how: str) -> No
             await check_ledger(direct, "ledger", listed, UnavailableError)
             await direct.close()
             assert outcomes(listed)["OutcomeUnknownError"] <= 4 * 3
+
+
+async def test_a_new_line_to_a_worker_that_was_thought_lost(ray_cluster: Any, pg: EmbeddedServer) -> None:
+    """It lives, and still has what came over the old line: those answers are nobody's."""
+    async with own_pool(pg, max_connections=5, workers=1) as pool:
+        dispatcher = await pool._dispatcher()
+        for _ in range(5):
+            (line,) = dispatcher._channels.values()
+            slow = [asyncio.create_task(pool.fetchval("select 'slow' from pg_sleep($1)", 0.2)) for _ in range(3)]
+            await eventually(lambda line=line: line.open == 3)
+            line.lose()
+            numbers = await asyncio.gather(*(pool.fetchval("select $1::int", number) for number in range(300)))
+            assert numbers == list(range(300))
+            assert await asyncio.gather(*slow) == ["slow"] * 3

@@ -102,6 +102,16 @@ async def test_up_status_down(command: Command, pg18: EmbeddedServer, direct: as
     command.configure(table_of(name, pg18).replace("max_connections = 3", "max_connections = 4"))
     assert "max_connections: runs with 3, asked for 4" in command.bad("up")
 
+    done = command.good("scale", name, "--workers", "2", "--max-connections", "5")
+    assert done == f"{name}: at most 5 connections, 2 workers\n"
+    assert "each worker needs a connection" in command.bad("scale", name, "--workers", "9")
+    assert "workers='many'" in command.bad("scale", name, "--workers", "many")
+    assert command.good("restart", "--pool", name) == f"{name}: 2 workers replaced, and the pool's own actor\n"
+    shown = command.good("status", name)
+    assert re.search(r"\d of 5 connections, 0 waiting", shown)
+    assert shown.count(" serving ") == 2
+    assert "give the name of one pool" in command("restart").stderr
+
     assert command.good("down", name) == f"{name}: ended\n"
 
     async def none_left() -> bool:

@@ -151,7 +151,7 @@ async def test_lanes_give_what_one_by_one_gives(
     expected = [kind(o, True) if isinstance(o, tuple) else o for o in await one_by_one(direct, sql, rows)]
     expected_rows = await contents(direct, schema)
     await fresh(direct, schema, definition)
-    async with pipeline_of(pool, batch_size=rng.choice([20, 60]), flush_interval=0) as pipeline:
+    async with pipeline_of(pool, batch_size=61, flush_interval=0) as pipeline:
         await add_all(pipeline, sql, rows)
         (step,) = await pipeline.explain()
         assert step.lane == ("single" if table == "trigger" else lane), step

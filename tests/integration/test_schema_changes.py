@@ -136,12 +136,25 @@ async def test_in_a_lease_it_ran_inside_the_transaction(
 async def test_in_a_pipeline_it_has_that_error(
     altered: str, single: WorkflowConnectionPool, table: str, direct: asyncpg.Connection
 ) -> None:
-    async with QueryPipelineNode("unread", single) as pipeline:
-        for number in (1, 2):
-            await pipeline.add_query(altered, [number])
-        first, second = await pipeline.flush()
+    async with QueryPipelineNode("unread", single, flush_interval=0) as pipeline:
+        await pipeline.add_query(altered, [1])
+        (first,) = await pipeline.flush()
+        await pipeline.add_query(altered, [2])
+        (second,) = await pipeline.flush()
     assert isinstance(first.error, ResultLostError)
     assert second.success
+    assert await direct.fetchval(f"select count(*) from {table}") == 3
+
+
+async def test_a_group_whose_rows_cannot_be_read_is_undone_and_runs_one_by_one(
+    altered: str, single: WorkflowConnectionPool, table: str, direct: asyncpg.Connection
+) -> None:
+    async with QueryPipelineNode("unread", single, flush_interval=0) as pipeline:
+        for number in (1, 2):
+            await pipeline.add_query(altered, [number])
+        results = await pipeline.flush()
+    assert all(result.success or isinstance(result.error, ResultLostError) for result in results)
+    assert results[1].success
     assert await direct.fetchval(f"select count(*) from {table}") == 3
 
 
