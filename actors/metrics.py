@@ -124,16 +124,23 @@ class MetricsActor(ServingAll):
 
     # --- from those who look ---
 
-    async def snapshot(self, pools: list[str] | None = None, statements: int = 20, in_detail: bool = True) -> Answer:
+    async def snapshot(
+        self, pools: list[str] | None = None, statements: int = 20, in_detail: bool = True, fresh: bool = True
+    ) -> Answer:
         """Of each of *pools* (all if ``None``) what :meth:`PoolMetrics.snapshot` says, and under ``circuit_breaker``
-        the breaker's ``state``, and whether it was ``forced``, a second ago."""
+        the breaker's ``state``, and whether it was ``forced``, a second ago.
+
+        Args:
+            statements, in_detail: see there.
+            fresh: ask the workers for what happened until now; else it is what they told in the last second.
+        """
         names = sorted(self.pools) if pools is None else pools
         found: dict[str, _Pool | None] = {name: await self.find(name) for name in names}
         for name, known in found.items():
             if known is None and pools is not None:
                 return "error", pack_error(_unknown(name))
         here = {name: known for name, known in found.items() if known is not None}
-        await asyncio.gather(*(self._refresh(known) for known in here.values()))
+        await asyncio.gather(*(self._refresh(known, fresh) for known in here.values()))
         now = self._now()
         return "ok", {name: self._describe(name, known, now, statements, in_detail) for name, known in here.items()}
 
@@ -166,13 +173,15 @@ class MetricsActor(ServingAll):
             "circuit_breaker": self._states.get(name, unknown),
         }
 
-    async def _refresh(self, known: _Pool) -> None:
-        """Hear of every worker what happened until now."""
+    async def _refresh(self, known: _Pool, fresh: bool) -> None:
+        """Hear again what the last life of this actor was told, and, if *fresh*, of every worker what happened until
+        now."""
         if known.missing:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(known.settled.wait(), SETTLED_WITHIN)
             known.missing = set()
-        await asyncio.gather(*(self._pull(known, worker) for worker in tuple(known.workers)))
+        if fresh:
+            await asyncio.gather(*(self._pull(known, worker) for worker in tuple(known.workers)))
 
     async def _pull(self, known: _Pool, worker: int) -> None:
         incarnation, handle = known.workers[worker]
