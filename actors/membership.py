@@ -72,6 +72,7 @@ class Member:
     incarnation: str | None = None
     clock: float | None = None  # of its last answer
     unanswered: int = 0
+    open: int = 0  # connections that it had at its last answer
     unconfirmed: list[int] = field(default_factory=list)
     gone: list[int] = field(default_factory=list)
     draining: bool = False
@@ -342,7 +343,7 @@ class Membership:
         member.answered_at = time.monotonic()
         member.clock = max(state["clock"], member.clock or 0.0)
         member.node = state["node"]
-        member.unconfirmed = state["unconfirmed"]
+        member.open, member.unconfirmed = state["open"], state["unconfirmed"]
         account = self.budget.accounts.get(member.life)
         if account is not None and asked == member.life and state["newest"] == number:
             self.budget.answered(member.life, number, state["used"], state["demand"])
@@ -382,7 +383,8 @@ class Membership:
                     self.budget.stop(member.life)
                 self.changed()
             if member.state == "lost" and member.life is not None and silent > REAP_AFTER:
-                self._reaper.reap(self.budget, member.life, self.name_of(member.life), member.is_lost)
+                name = self.name_of(member.life)
+                self._reaper.reap(self.budget, member.life, name, member.is_lost, had=member.open)
             if member.state == "starting" and not member.node and silent > REAP_AFTER:
                 # It has outlived its Pool actor, or was to start again where it cannot. Whatever it held is swept up.
                 logger.warning(

@@ -124,22 +124,29 @@ class Reaper:
             logger.info("pool %s: %s is gone, with %d connections that had to be ended", self._pool, name, ended)
         self.news()
 
-    def reap(self, budget: Budget[Any], life: Hashable, name: str, still_lost: Callable[[], bool]) -> None:
+    def reap(self, budget: Budget[Any], life: Hashable, name: str, still_lost: Callable[[], bool], had: int) -> None:
         """That life is silent: its connections are ended. It may still be there, and may have been about to connect:
         what it did not hold is free only when the server has given up every client that has not finished connecting.
+
+        But if all that it *had* are gone already, a kernel has closed them: that of its host, when its process died.
 
         Does nothing while it is at it already.
         """
         if life not in self._reaping:
-            task = asyncio.get_running_loop().create_task(self._reap(budget, life, name, still_lost))
+            task = asyncio.get_running_loop().create_task(self._reap(budget, life, name, still_lost, had))
             self._reaping[life] = task
             task.add_done_callback(lambda _: self._reaping.pop(life, None))
 
-    async def _reap(self, budget: Budget[Any], life: Hashable, name: str, still_lost: Callable[[], bool]) -> None:
+    async def _reap(
+        self, budget: Budget[Any], life: Hashable, name: str, still_lost: Callable[[], bool], had: int
+    ) -> None:
         ended = await self._end(name, still_lost)
         if not still_lost() or life not in budget.accounts:
             return
-        budget.ended(life, ended)
+        if had and not ended:
+            budget.leave(life)
+        else:
+            budget.ended(life, ended)
         self.news()
         loop = asyncio.get_running_loop()
         until = loop.time() + self._authentication_timeout

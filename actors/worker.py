@@ -23,7 +23,7 @@ from raypg.core.pool_metrics import Delta
 from raypg.core.quorum import Order
 from raypg.packing import packed
 from raypg.portable import pack_error
-from raypg.server import cursors, ending, worker_status
+from raypg.server import commits, cursors, ending, errand, planning, worker_status
 from raypg.server.chunk import ChunkRequest, ChunkRun
 from raypg.server.connect import Connector
 from raypg.server.connection import STEP
@@ -131,6 +131,7 @@ class PoolWorker:
             "clock": self._engine.now(),
             "unconfirmed": connections.unconfirmed,
             "used": connections.slots,
+            "open": connections.total,
             "demand": self._engine.demand,
         }
 
@@ -280,11 +281,32 @@ class PoolWorker:
 
     @packed
     async def chunk(
-        self, job: str, runs: list[ChunkRun], most: int, token: str | None, place: tuple[str, int, bool] | None = None
+        self,
+        job: str,
+        runs: list[ChunkRun],
+        how: tuple[Any, ...],
+        token: str | None,
+        place: tuple[str, int, bool] | None = None,
     ) -> Answer:
         """Run a chunk of a pipeline, on any connection or (*token*) inside a leased transaction. *place* is its place
         in the order of its pipeline, see :meth:`raypg.server.streams.Streams.turn`."""
-        return await _answer(ChunkRequest.run(self._engine, job, runs, most, token, place))
+        return await _answer(ChunkRequest.run(self._engine, job, runs, how, token, place))
+
+    @packed
+    async def explain(self, job: str, runs: list[tuple[str, int]], how: tuple[Any, ...]) -> Answer:
+        """How a pipeline would run these; see :func:`raypg.server.planning.explain`."""
+        work = functools.partial(planning.explain, self._engine, runs=runs, how=how)
+        return await _answer(errand.run(self._engine, job, work))
+
+    @packed
+    async def before_commit(self, token: str, pipeline: str, batch: str) -> Answer:
+        """What must be known before a leased transaction commits, to find out afterwards whether it did."""
+        return await _answer(commits.before(self._engine, token, pipeline, batch))
+
+    @packed
+    async def fate(self, job: str, known: dict[str, Any]) -> Answer:
+        """What became of a transaction whose COMMIT got no answer; see :func:`raypg.server.commits.fate`."""
+        return await _answer(commits.fate(self._engine, job, known))
 
 
 async def _answer(work: Awaitable[Any]) -> Answer:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from raypg.breaker_config import CircuitBreakerConfig
 from raypg.errors import *  # noqa: F403
 from raypg.errors import __all__ as _errors
-from raypg.pipeline import PipelineResult, QueryPipelineNode
+from raypg.pipeline import PipelineResult, PipelineResults, PlanStep, QueryPipelineNode
 from raypg.pool import WorkflowConnectionPool, get_pool
 from raypg.row import Row
 
@@ -19,6 +19,8 @@ __version__ = "0.1.0"
 __all__ = [
     "CircuitBreakerConfig",
     "PipelineResult",
+    "PipelineResults",
+    "PlanStep",
     "QueryPipelineNode",
     "Row",
     "WorkflowConnectionPool",

@@ -54,6 +54,13 @@ def find_or_start_breaker() -> ActorHandle[Any]:
     return _start(BreakerActor, naming.BREAKER_ACTOR)
 
 
+def find_or_start_pipeline() -> ActorHandle[Any]:
+    """The Pipeline actor, started if it does not run."""
+    from raypg.actors.pipeline import PipelineActor
+
+    return _start(PipelineActor, naming.PIPELINE_ACTOR)
+
+
 def find_metrics() -> ActorHandle[Any] | None:
     """The Metrics actor; ``None`` if there is none."""
     return _named(naming.METRICS_ACTOR)

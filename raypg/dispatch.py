@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import secrets
 import threading
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +16,6 @@ from raypg.channel import Call, Channel
 from raypg.config import PoolConfig
 from raypg.core.sql import classify_under, shorten
 from raypg.errors import (
-    ConnectError,
     ConnectionLostError,
     OutcomeUnknownError,
     PoolClosedError,
@@ -30,17 +28,11 @@ from raypg.portable import unpack_error
 ANSWER_WITHIN = 5.0
 """Seconds in which the Pool actor must answer a question about its workers."""
 
-STARTED_WITHIN = 90.0
-"""Seconds in which a pool must have started: its actors, and its first connections."""
-
 VERIFIED_WITHIN = 10.0
 """Seconds in which the Pool actor must have found out whether a worker lives."""
 
 RECONFIGURED_WITHIN = 30.0
 """Seconds in which all workers must have taken a new configuration, and new ones have started."""
-
-MOST_ATTEMPTS = 100
-"""How often a pool that ends is waited for, ``RETRY_EVERY`` seconds each, before its name is used again."""
 
 LIFE_SIGN_WITHIN = 1.0
 """Seconds in which a worker must say that it is there."""
@@ -134,6 +126,21 @@ class Dispatcher:
             return False
         return all(channel.isolated or not channel.usable for channel in self._channels.values())
 
+    @property
+    def workers(self) -> int:
+        """How many workers take work."""
+        return sum(channel.usable for channel in self._channels.values())
+
+    @property
+    def connections(self) -> int:
+        """How many connections they have together."""
+        return sum(channel.budget for channel in self._channels.values() if channel.usable)
+
+    @property
+    def channels(self) -> list[Channel]:
+        """The lines to all workers that live."""
+        return [channel for channel in self._channels.values() if not channel.closed]
+
     def send_elsewhere(self, call: Call, refusal: BaseException) -> bool:
         """Send a call to another worker than the one that refused it; False if all would refuse."""
         if self.is_final(refusal):
@@ -203,6 +210,8 @@ class Dispatcher:
             if index not in listed:
                 self._channels.pop(index).lose()  # its node is lost, or it has ended
         for index, name, node, budget, incarnation, draining in places:
+            if incarnation is None:
+                continue  # it has just been started; or the Pool actor has, and knows less than we do
             known = self._channels.get(index)
             if known is not None and known.node != node:
                 known.lose()  # another worker has its number now
@@ -210,7 +219,7 @@ class Dispatcher:
             if known is not None and not known.closed:
                 known.budget = budget  # we may know of a newer life of it than the Pool actor does
                 known.draining = draining
-            elif known is None and incarnation is not None:
+            elif known is None:
                 handle = self._handle(name)
                 if handle is not None:
                     known = self._channels[index] = Channel(self, handle, index, node, budget, incarnation)
@@ -350,107 +359,3 @@ class Dispatcher:
             self._parked.clear()
             for channel in self._channels.values():
                 channel.close(error)
-
-
-_dispatchers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, Dispatcher]] = weakref.WeakKeyDictionary()
-
-
-class _Attempt:
-    """The one attempt to reach a pool that an event loop makes at a time, and how the last one failed."""
-
-    def __init__(self) -> None:
-        self.lock = asyncio.Lock()
-        self.failed_at = 0.0
-        self.config: PoolConfig | None = None
-        self.error: ConnectError | None = None
-
-
-_attempts: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, _Attempt]] = weakref.WeakKeyDictionary()
-
-
-async def connect(name: str, config: PoolConfig | None) -> tuple[Dispatcher, bool]:
-    """The dispatcher of pool *name* in the running event loop; handles of one pool share it.
-
-    Args:
-        config: start the pool with it if it does not run, and compare it if it does; ``None`` to only look for it.
-
-    Returns:
-        (dispatcher, whether the pool was started by this call).
-
-    Raises:
-        PoolNotFoundError, PoolConflictError, PoolVersionError, PoolClosedError, ConnectError, ConfigError.
-    """
-    loop = asyncio.get_running_loop()
-    attempt = _attempts.setdefault(loop, {}).setdefault(name, _Attempt())
-    arrived = loop.time()
-    async with attempt.lock:
-        if attempt.failed_at > arrived and attempt.config == config and attempt.error is not None:
-            raise attempt.error  # the same was just tried while we waited: a thousand callers must not try in turn
-        for ended in [other for other in tuple(_dispatchers) if other.is_closed()]:
-            _dispatchers.pop(ended, None)  # a dispatcher holds its loop, so no entry would ever go by itself
-        known = _dispatchers.setdefault(loop, {})
-        found = known.get(name)
-        if found is not None and found.closed is None and config is None:
-            return found, False
-        try:
-            pool, greeting = await _greet(name, config)
-        except PoolNotFoundError:
-            if found is None or found.closed is None:
-                raise
-            raise found.closed from None
-        except ConnectError as error:
-            attempt.failed_at, attempt.config, attempt.error = loop.time(), config, error
-            raise
-        if found is not None and found.pool != pool:
-            found.close(PoolClosedError(f"pool {name!r} was closed, and another one started under its name"))
-        if found is None or found.closed is not None:
-            found = known[name] = Dispatcher(name, pool, greeting)
-        return found, bool(greeting["first"])
-
-
-async def _greet(name: str, config: PoolConfig | None) -> tuple[ActorHandle[Any], dict[str, Any]]:
-    attempts = 0
-    while True:
-        pool = cluster.find(name) if config is None else cluster.find_or_start(config)
-        asked = None if config is None else config.to_dict()
-        try:
-            kind, value = await asyncio.wait_for(pool.hello.remote(messages.hello(), asked), STARTED_WITHIN)
-        except TimeoutError:
-            raise UnavailableError(
-                f"pool {name!r} did not start within {STARTED_WITHIN:g} s; see `ray list actors` and `raypg status`"
-            ) from None
-        except _compat.ActorGone as error:
-            # It ended between our look and our word: a pool that could not start, or was just closed. Once more.
-            attempts += 1
-            if attempts > MOST_ATTEMPTS:
-                raise UnavailableError(f"pool {name!r} does not start: {error}") from error
-            await asyncio.sleep(RETRY_EVERY)
-            continue
-        if kind == "ok":
-            return pool, value
-        problem = unpack_error(value)
-        if kind == "failed":
-            ray.kill(pool)  # it could not start: a corrected configuration must find the name free
-        if isinstance(problem, PoolClosedError) and config is not None and attempts < MOST_ATTEMPTS:
-            attempts += 1  # the last pool of this name is still being ended
-            await asyncio.sleep(RETRY_EVERY)
-            continue
-        raise problem
-
-
-def forget(name: str, error: Exception) -> None:
-    """This process is done with pool *name*: its dispatchers are closed in every loop."""
-    for loop, known in tuple(_dispatchers.items()):
-        dispatcher = known.pop(name, None)
-        if dispatcher is not None and not loop.is_closed():
-            if loop is _running():
-                dispatcher.close(error)
-            else:
-                loop.call_soon_threadsafe(dispatcher.close, error)
-
-
-def _running() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None

@@ -37,6 +37,9 @@ BREAKER_ACTOR = f"raypg:breaker:{PROTOCOL}"
 """Ray name of the Breaker actor; it serves all pools that speak this version of the protocol."""
 
 
+PIPELINE_ACTOR = f"raypg:pipeline:{PROTOCOL}"
+"""Ray name of the Pipeline actor; it serves all pools that speak this version of the protocol."""
+
 METRICS_ACTOR = f"raypg:metrics:{PROTOCOL}"
 """Ray name of the Metrics actor; it serves all pools that speak this version of the protocol."""
 

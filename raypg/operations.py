@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import weakref
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +50,9 @@ class Operations:
     """The operations of one handle. Leases made by ``acquire`` belong to the handle that made them."""
 
     def __init__(self, pool: WorkflowConnectionPool) -> None:
-        self._pool = pool
+        # Weakly: a handle that is dropped with leases must go at once, not when cycles are looked for. They come back
+        # with it.
+        self._pool: WorkflowConnectionPool = weakref.proxy(pool)
         self._leases: dict[str, LeasedConnection] = {}
 
     async def run(self, request: Mapping[str, Any]) -> Any:

@@ -6,11 +6,11 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
-from raypg import _compat, dispatch, messages
+from raypg import _compat, joining, messages
 from raypg.checks import check_statement, check_timeout, checked_settings, rows_of
 from raypg.circuit_breaker import PoolCircuitBreaker
 from raypg.cluster import find
@@ -23,6 +23,9 @@ from raypg.operations import Operations
 from raypg.portable import unpack_error
 from raypg.row import Row, row_type
 from raypg.sync import SyncPool
+
+if TYPE_CHECKING:
+    from raypg.pipeline import QueryPipelineNode
 
 __all__ = ["WorkflowConnectionPool", "get_pool"]
 
@@ -216,6 +219,27 @@ class WorkflowConnectionPool:
         begin = begin_text(isolation, readonly, deferrable)
         return PoolTransaction(self._dispatcher, begin, timeout, lease_timeout, self._users_name)
 
+    def pipeline(self, name: str = "pipeline", **settings: Any) -> QueryPipelineNode:
+        """A pipeline over this pool, whose ``batch_size`` is the pool's ``pipeline_batch_size`` unless it is given.
+
+        Args:
+            name, settings: as :class:`raypg.QueryPipelineNode`.
+
+        Raises:
+            ConfigError: the pool was constructed without ``enable_pipelining=True``, or a setting is wrong.
+        """
+        from raypg.pipeline import QueryPipelineNode
+
+        config = self._config or (None if self._known is None else self._known.config)
+        if config is not None:
+            if not config.enable_pipelining:
+                raise ConfigError(
+                    f"pool {self._name!r} has no pipelines: construct it with enable_pipelining=True, or use "
+                    f"QueryPipelineNode(connection_pool={self._name!r}, …)"
+                )
+            settings.setdefault("batch_size", config.pipeline_batch_size)
+        return QueryPipelineNode(name, self, **settings)
+
     async def reconfigure(self, **changes: Any) -> None:
         """Change settings of the running pool for everybody, e.g. ``max_connections`` or ``lease_timeout``.
 
@@ -297,7 +321,7 @@ class WorkflowConnectionPool:
     async def _initialize(self) -> tuple[Dispatcher, bool]:
         if self._closed is not None:
             raise self._closed
-        found = await dispatch.connect(self._name, None if self._started else self._config)
+        found = await joining.connect(self._name, None if self._started else self._config)
         self._started = True
         self._known = found[0]
         return found
@@ -330,7 +354,7 @@ async def end(name: str, reason: str) -> None:
     except (*_compat.ActorGone, TimeoutError):
         pass
     ray.kill(actor)
-    dispatch.forget(name, PoolClosedError(reason))
+    joining.forget(name, PoolClosedError(reason))
 
 
 async def restart(name: str) -> int:

@@ -86,7 +86,7 @@ class Tunables(BaseModel):
         5.0, "s", "from the breaker's closing to full load"
     )
     metrics_retention_minutes: float = _setting(60, "minutes", "detailed metrics kept; 1 to 10,080 (7 days)")
-    enable_pipelining: bool = _setting(False, "switch", "start the pipeline with the pool")
+    enable_pipelining: bool = _setting(False, "switch", "let pool.pipeline() give pipelines")
     pipeline_batch_size: _Count = _setting(100, "statements", "default size of a pipeline's batch")
     enable_monitoring: bool = _setting(False, "switch", "start the dashboard with the pool")
     monitoring_host: Annotated[str, Field(min_length=1)] = _setting("127.0.0.1", "address", "of the dashboard")

@@ -107,9 +107,8 @@ class CapWatch:
         while True:
             try:
                 self.counts.append(len(await backends_of(self._connection, self._name)))
-            except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
-                if not self._connection.is_closed():
-                    raise
+            except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError):
+                self._connection.terminate()
                 await self._connect_again()
             await asyncio.sleep(self._every)
 

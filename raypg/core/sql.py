@@ -73,12 +73,12 @@ def words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-_EXPRESSION_TAGS: Final = words("""
+EXPRESSION_TAGS: Final = words("""
     A_ArrayExpr A_Const A_Expr A_Indices A_Indirection BitString BoolExpr Boolean BooleanTest CaseExpr
     CaseWhen CoalesceExpr CollateClause Float FuncCall Integer List MinMaxExpr NamedArgExpr NullTest ParamRef
     RowExpr SQLValueFunction SetToDefault String TypeCast TypeName
 """)
-_READ_TAGS: Final = _EXPRESSION_TAGS | words("""
+READ_TAGS: Final = EXPRESSION_TAGS | words("""
     A_Star Alias CTECycleClause CTESearchClause ColumnDef ColumnRef CommonTableExpr GroupingFunc GroupingSet
     JoinExpr JsonAggConstructor JsonArgument JsonArrayAgg JsonArrayConstructor JsonArrayQueryConstructor
     JsonBehavior JsonFormat JsonFuncExpr JsonIsPredicate JsonKeyValue JsonObjectAgg JsonObjectConstructor
@@ -94,7 +94,7 @@ _CLOCKLESS_VALUES: Final = words("""
 """)
 # 'now'::timestamptz and its like are the clock too; a text that merely has the word is not worth the risk.
 _CLOCK_WORDS: Final = re.compile(r"\b(?:now|today|tomorrow|yesterday)\b", re.IGNORECASE)
-_GROUPABLE_FUNCTIONS: Final = functions.PURE - functions.CLOCK
+GROUPABLE_FUNCTIONS: Final = functions.PURE - functions.CLOCK
 
 _WRITES: Final = {
     "SelectStmt": "SELECT",
@@ -150,7 +150,7 @@ def classify(sql: str) -> Verdict:
     if not isinstance(sql, str):
         raise TypeError(f"SQL must be a str, not {type(sql).__name__}")
     text = str(sql)  # the parser refuses subclasses
-    if not _may_be_parsed(text):
+    if not may_be_parsed(text):
         return _scanned(text)
     verdict = _parsed(text)
     _remember(text, verdict)
@@ -177,7 +177,7 @@ def shorten(sql: str, limit: int = 200) -> str:
         limit: most characters to return.
     """
     normal: str | None = None
-    if _may_be_parsed(sql) and len(sql) <= _LONGEST_TO_NORMALIZE:
+    if may_be_parsed(sql) and len(sql) <= _LONGEST_TO_NORMALIZE:
         try:
             normal = pgparse.normalize(str(sql))
         except (pgparse.PGQueryError, UnicodeEncodeError):
@@ -191,7 +191,7 @@ def shorten(sql: str, limit: int = 200) -> str:
     return short if len(short) <= limit else short[: max(limit - 1, 0)] + "…"
 
 
-def _may_be_parsed(sql: str) -> bool:
+def may_be_parsed(sql: str) -> bool:
     return len(sql) <= LONGEST and "\0" not in sql and sql.count("/*") <= _MOST_COMMENTS
 
 
@@ -260,16 +260,16 @@ def _of_node(node: dict[str, Any]) -> Verdict:
         return Verdict(kind, command, reason=f"{command} is not a query")
     if tag == "VariableShowStmt":
         return Verdict("read", "SHOW", retryable=True, clean=True)
-    doubt, parameters = _inspect(node, _READ_TAGS, functions.READ)
+    doubt, parameters = inspect_tree(node, READ_TAGS, functions.READ)
     if tag == "SelectStmt":
         if not doubt:
             return Verdict(
-                "read", "SELECT", retryable=True, clean=True, parameters=parameters, relations=_relations(node)
+                "read", "SELECT", retryable=True, clean=True, parameters=parameters, relations=relations_in(node)
             )
         command = "SELECT INTO" if "intoClause" in body else "SELECT"
         return Verdict("write", command, parameters=parameters, reason=doubt)
     if tag == "ExplainStmt":
-        doubt, _ = _inspect(body["query"], _READ_TAGS, functions.READ)
+        doubt, _ = inspect_tree(body["query"], READ_TAGS, functions.READ)
         if not doubt and any(option["DefElem"]["defname"] == "analyze" for option in body.get("options", ())):
             doubt = "EXPLAIN ANALYZE executes"
         if not doubt:
@@ -299,11 +299,13 @@ def _inserts_one_row_of_values(insert: dict[str, Any]) -> bool:
     # limitOption and op are always there; anything else (ORDER BY, LIMIT, WITH …) is more than VALUES.
     if not select.keys() <= {"valuesLists", "limitOption", "op"} or len(select.get("valuesLists", ())) != 1:
         return False
-    doubt, _ = _inspect(select["valuesLists"], _EXPRESSION_TAGS, _GROUPABLE_FUNCTIONS, clock=False)
+    doubt, _ = inspect_tree(select["valuesLists"], EXPRESSION_TAGS, GROUPABLE_FUNCTIONS, clock=False)
     return not doubt
 
 
-def _inspect(root: object, tags: frozenset[str], callable_: frozenset[str], *, clock: bool = True) -> tuple[str, int]:
+def inspect_tree(
+    root: object, tags: frozenset[str], callable_: frozenset[str], *, clock: bool = True
+) -> tuple[str, int]:
     """Walk a tree without recursion.
 
     Args:
@@ -350,7 +352,7 @@ _LABELS: Final = {
 }
 
 
-def _relations(root: object) -> tuple[str, ...]:
+def relations_in(root: object) -> tuple[str, ...]:
     """What a tree names as tables (names of WITH queries among them), each once."""
     found: dict[str, None] = {}
     todo: list[Any] = [root]

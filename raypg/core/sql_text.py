@@ -8,9 +8,10 @@ length of the text, whatever it holds: about 0.1 s per megabyte of ordinary SQL.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Final
 
-__all__ = ["blank", "first_word", "highest_parameter", "statement_count"]
+__all__ = ["blank", "first_word", "highest_parameter", "mask", "statement_count"]
 
 _STOP: Final = re.compile(r"""[-/'"$]""")
 _LINE: Final = re.compile(r"--[^\r\n]*")
@@ -27,6 +28,28 @@ def blank(sql: str, literal: str = "''") -> str:
     """The text with each comment replaced by a space, and each string by ``literal``."""
     pieces: list[str] = []
     kept = 0  # up to here the text is in pieces
+    for start, end, mark in _hidden(sql):
+        if mark != '"':
+            pieces += (sql[kept:start], " " if mark in "-/" else literal)
+            kept = end
+    pieces.append(sql[kept:])
+    return "".join(pieces)
+
+
+def mask(sql: str) -> str:
+    """The text with each comment made of spaces, and what is in strings and quoted names of ``x``: what is found in it
+    stands at the same place in the text itself."""
+    pieces: list[str] = []
+    kept = 0
+    for start, end, mark in _hidden(sql):
+        pieces += (sql[kept:start], (" " if mark in "-/" else "x") * (end - start))
+        kept = end
+    pieces.append(sql[kept:])
+    return "".join(pieces)
+
+
+def _hidden(sql: str) -> Iterator[tuple[int, int, str]]:
+    """What is no code: (start, end, mark) of each comment (``-``, ``/``), string (``'``, ``$``) and quoted name."""
     position = 0
     while stop := _STOP.search(sql, position):
         start, mark = stop.start(), stop[0]
@@ -35,20 +58,14 @@ def blank(sql: str, literal: str = "''") -> str:
             escaped = sql[start - 1 : start] in ("e", "E") and not _is_word(sql[start - 2 : start - 1])
             found = (_ESCAPE_STRING if escaped else _STRING).match(sql, start)
             start -= escaped
-            instead = literal
         elif mark == '"':
             found = _QUOTED_NAME.match(sql, start)
-            position = found.end() if found else position
-            continue
         elif mark == "$":
             found = None if _is_word(sql[start - 1 : start]) else _DOLLAR.match(sql, start)
-            instead = literal
         elif mark == "-":
             found = _LINE.match(sql, start)
-            instead = " "
         else:
             found = _COMMENT_EDGE.match(sql, start)
-            instead = " "
         if not found:
             continue
         position = found.end()
@@ -57,10 +74,7 @@ def blank(sql: str, literal: str = "''") -> str:
             position = len(sql) if end < 0 else end + len(found[0])
         elif mark == "/":
             position = _end_of_comment(sql, position)
-        pieces += (sql[kept:start], instead)
-        kept = position
-    pieces.append(sql[kept:])
-    return "".join(pieces)
+        yield start, position, mark
 
 
 def _is_word(character: str) -> bool:

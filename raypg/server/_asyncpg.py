@@ -38,6 +38,11 @@ def file_descriptor(raw: asyncpg.Connection) -> int:
     return descriptor
 
 
+def address(raw: asyncpg.Connection) -> str:
+    """Where *raw* is connected to: of several hosts, which one."""
+    return repr(raw._addr)
+
+
 def set_socket_options(raw: asyncpg.Connection, options: Sequence[tuple[int, int, int]]) -> None:
     """Set (level, option, value) on the socket of *raw*, if it is a TCP socket; asyncpg sets no keepalives."""
     transport = raw._transport.get_extra_info("socket")

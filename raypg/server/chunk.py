@@ -1,81 +1,118 @@
-"""A chunk of a pipeline: many statements of one owner, run in order on one connection.
+"""A chunk of a pipeline: many statements of one owner, run on one connection.
 
-Runs of the same plain INSERT go as one ``executemany``: one transaction, pipelined on the wire. Under ``best_effort``
-a group that fails is bisected, so that its good rows commit and each bad one gets its own error. Inside a transaction
-a group that fails is undone to its savepoint and repeated row by row, which names the culprit.
+They run in their order, but for reads that the optimizer moves ahead. The planner says how: each run of one text takes
+a lane of :mod:`raypg.server.lanes`. Inside a transaction a group that fails is undone to its savepoint and repeated row
+by row, which names the culprit.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import asyncpg
 
 from raypg import messages
-from raypg.core.bisection import Bisection, Failure
-from raypg.core.sql import Verdict, classify, shorten
-from raypg.core.sqlstate import bisection_kind
-from raypg.errors import OutcomeUnknownError, StatementNotRunError
+from raypg.core.planner import MOST_CHANGES, Plan
+from raypg.core.sql import Verdict, classify
+from raypg.errors import StatementNotRunError
 from raypg.portable import PortableError, pack_error
+from raypg.server import planning, wire
 from raypg.server.connection import ServerConnection
+from raypg.server.lanes import Done, Rows, grouped, sender, singly
 from raypg.server.outcomes import ConnectionLost
-from raypg.server.work import Refused, lost_error, refuse
+from raypg.server.work import Refused, refuse
 
 if TYPE_CHECKING:
     from raypg.core.fair_queue import Ticket
     from raypg.server.engine import Engine
 
-ChunkRun = tuple[str, list[tuple[Any, ...]]]
-"""(SQL, one tuple of parameters per statement)."""
+ChunkRun = tuple[str, int, list[list[Any]]]
+"""(SQL, number of statements, one list of values for each parameter)."""
 
-Outcome = tuple[int, int, Any, PortableError | None, float, int]
-"""(first position, how many, result of each, error of each, milliseconds each, retries).
+Outcome = tuple[int, int, Any, PortableError | None, Any, int]
+"""(first position, how many, result of each, error of each, milliseconds of each, retries of each).
 
-A result is ``("rows", column names, list of tuples)`` or a command tag. Successes without rows share an outcome.
+A result is ``("rows", column names, list of tuples)`` or a command tag. Successes without rows share an outcome, whose
+milliseconds are then a list, or one number for all.
 """
 
-INSERTED = "INSERT 0 1"
-"""Command tag of each statement of a group: a plain INSERT of one row into a table without triggers and rules."""
+MOST_IN_TRANSACTION = 5_000
+"""Most statements in a group inside a transaction, where they fail together anyway."""
 
 _SAVEPOINT = "raypg_group"
+
+
+class How(NamedTuple):
+    """What the pipeline's user has chosen.
+
+    Attributes:
+        strategy: of the pipeline.
+        most: most statements in one group, and thus in one transaction (``batch_size``).
+        optimize: reads may move ahead of writes.
+        shared_now: ``now()`` may be the same for a group.
+    """
+
+    strategy: str
+    most: int
+    optimize: bool = False
+    shared_now: bool = False
+
+
+class _Run:
+    """Statements of one text, and their positions in the message."""
+
+    __slots__ = ("positions", "rows", "sql")
+
+    def __init__(self, sql: str, rows: Rows, positions: Sequence[int]) -> None:
+        self.sql = sql
+        self.rows = rows
+        self.positions = positions
 
 
 class ChunkRequest:
     """The statements of one message of a pipeline, waiting for or using a connection."""
 
-    __slots__ = ("_done", "_job", "_most", "_position", "_runs", "arrived", "deadline", "future", "ticket", "trips")
+    __slots__ = ("_done", "_how", "_left", "_runs", "arrived", "deadline", "future", "lanes", "ticket", "trips")
 
-    def __init__(self, runs: Sequence[ChunkRun], most: int, arrived: float, deadline: float) -> None:
-        self._runs = list(runs)
-        self._most = most
-        self._position = 0  # of the first statement that has no outcome yet
+    def __init__(self, runs: Sequence[ChunkRun], how: How, arrived: float, deadline: float) -> None:
+        self._runs: list[_Run] = []  # what is left to do, the next one last
+        position = 0
+        for sql, count, columns in runs:
+            self._runs.append(_Run(sql, Rows(count, columns), range(position, position + count)))
+            position += count
+        self._runs.reverse()
+        self._left = position
+        self._how = how
         self._done: list[Outcome] = []
         self.trips = 0
+        self.lanes: Counter[str] = Counter()
         self.arrived = arrived
         self.deadline = deadline
         self.ticket: Ticket[Any] | None = None
-        self.future: asyncio.Future[list[Outcome]] = asyncio.get_running_loop().create_future()
+        self.future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     @staticmethod
     async def run(
         engine: Engine,
         job: str,
         runs: Sequence[ChunkRun],
-        most: int,
+        how: tuple[Any, ...],
         token: str | None,
         place: tuple[str, int, bool] | None = None,
-    ) -> list[Outcome]:
+    ) -> tuple[list[Outcome], int, dict[str, int]]:
         """Run a chunk: on any connection, or inside the leased transaction *token*.
 
         Args:
-            most: most statements in one group, and thus in one transaction (the pipeline's ``batch_size``).
+            how: see :class:`How`.
             place: (pipeline, number of this message, whether the one before it was still under way); messages of one
                 pipeline run in their order.
 
         Returns:
-            Outcomes in order of position. In a transaction they end with the first failure.
+            Outcomes, how often the server was asked, and how many statements took which lane. In a transaction, and
+            under ``sequential``, outcomes end with the first failure.
 
         Raises:
             PoolExhaustedError, ConnectError, PoolClosedError, StatementNotRunError: nothing was run.
@@ -85,33 +122,36 @@ class ChunkRequest:
             name, number, follows = place
             try:
                 await engine.streams.turn(name, number, follows)
-                return await ChunkRequest.run(engine, job, runs, most, token)
+                return await ChunkRequest.run(engine, job, runs, how, token)
             finally:
                 engine.streams.finished(name, number)
         now = engine.now()
-        request = ChunkRequest(runs, most, now, now + engine.config.acquire_timeout)
+        request = ChunkRequest(runs, How(*how), now, now + engine.config.acquire_timeout)
         if token is not None:
             lease = engine.leases.find(token)
             async with lease.lock:
                 lease = engine.leases.find(token)
                 await request._in_transaction(engine, lease.connection, token)
-            return request._done
-        engine.enqueue(job, request, cost=max(1.0, sum(len(rows) for _, rows in runs) / 8))
+            return request._told()
+        engine.enqueue(job, request, cost=max(1.0, request._left / 8))
         engine.pump()
         try:
-            return await request.future
+            await request.future
         except Refused as refused:
             if not request._done:
                 raise
             # It was interrupted half way, and no other connection was to be had: what ran is told, the rest fails.
             request._fail_rest(refused.packed)
-            return request._done
+        return request._told()
+
+    def _told(self) -> tuple[list[Outcome], int, dict[str, int]]:
+        return self._done, self.trips, dict(self.lanes)
 
     # --- as work of the queue ---
 
     @property
     def begun(self) -> bool:
-        return self._position > 0
+        return bool(self._done)
 
     def fail(self, error: PortableError) -> None:
         if not self.future.done():
@@ -120,127 +160,112 @@ class ChunkRequest:
     async def serve(self, engine: Engine, connection: ServerConnection) -> ServerConnection | None:
         engine.figures.waited(engine.now() - self.arrived, connection)
         connection.dirty = True
-        while (group := self._next_group()) is not None:
-            sql, rows = group
-            if not await connection.is_alive():
-                engine.connections.drop(connection)
-                self.deadline = engine.deadline_anew()
-                engine.put_first(self)  # nothing of this group was sent: another connection takes over
-                return None
-            try:
-                await self._best_effort(engine, connection, sql, rows)
-            except ConnectionLost:
-                engine.connections.drop(connection)
+        lost = False
+        try:
+            if self._how.optimize and len(self._runs) > 1 and not self._done:
+                await self._optimize(engine, connection)
+            while self._left and not lost:
+                if not await connection.is_alive():
+                    lost = True  # nothing of what is left was sent: another connection takes over
+                elif self._how.strategy == "sequential":
+                    lost = not await self._sequential(engine, connection)
+                else:
+                    lost = not await self._best_effort(engine, connection)
+        except ConnectionLost:
+            lost = True
+        if lost:
+            engine.connections.drop(connection)
+            if self._left:
                 self.deadline = engine.deadline_anew()
                 engine.put_first(self)
                 return None
         if not self.future.done():
-            self.future.set_result(self._done)
-        return connection
+            self.future.set_result(None)
+        return None if lost else connection
 
-    def _next_group(self) -> ChunkRun | None:
-        """The next statements with the same text, at most ``most`` of them."""
-        left = self._position
-        for sql, rows in self._runs:
-            if left < len(rows):
-                return sql, rows[left : left + self._most]
-            left -= len(rows)
-        return None
+    async def _optimize(self, engine: Engine, connection: ServerConnection) -> None:
+        """Let reads run before writes that they have nothing to do with."""
+        order = await planning.order(engine, connection, [run.sql for run in reversed(self._runs)])
+        runs = self._runs[::-1]
+        merged: list[_Run] = []
+        for index in order:
+            run = runs[index]
+            if merged and merged[-1].sql == run.sql and len(merged[-1].rows.columns) == len(run.rows.columns):
+                merged[-1] = _Run(run.sql, merged[-1].rows + run.rows, [*merged[-1].positions, *run.positions])
+            else:
+                merged.append(run)
+        self._runs = merged[::-1]
 
-    # --- best effort ---
+    # --- best effort, parallel ---
 
-    async def _best_effort(
-        self, engine: Engine, connection: ServerConnection, sql: str, rows: list[tuple[Any, ...]]
-    ) -> None:
-        verdict = classify(sql)
-        refusal = refuse(verdict, sql)
-        if refusal is not None:
-            self._note(len(rows), None, pack_error(refusal), 0.0)
-            return
-        if len(rows) > 1 and verdict.insert_values:
-            try:
-                grouped = await engine.catalogue.may_group(connection, sql, engine.now())
-            except (asyncpg.PostgresError, asyncpg.InterfaceError):
-                grouped = False  # the statement itself will tell what is wrong
-            if grouped:
-                await self._group(engine, connection, sql, rows)
-                return
-        for row in rows:
-            await self._single(engine, connection, sql, row, verdict)
+    async def _best_effort(self, engine: Engine, connection: ServerConnection) -> bool:
+        """Run the next group; False if the connection was lost."""
+        run = self._runs[-1]
+        verdict = classify(run.sql)
+        if self._refuses(run, verdict):
+            return True
+        plan, types = await self._plan(engine, connection, run, min(len(run.rows), self._how.most))
+        if plan.lane != "single":
+            changes = plan.most <= MOST_CHANGES
+            limit = engine.catalogue.limit(run.sql) if changes else None
+            rows = run.rows[: min(self._how.most, plan.most, limit or plan.most)]
+            send = sender(plan, run.sql, planning.shape_of(run.sql), types)
+            started = engine.now()
+            done = await grouped(engine, connection, run.sql, verdict, rows, send)
+            if changes:
+                engine.catalogue.took(run.sql, len(rows), engine.now() - started)
+            if done.unfit:
+                engine.catalogue.refuse(run.sql, engine.now())
+                self.trips += done.trips
+                return True
+            self._note(run, done, plan.lane)
+            return done.lost is None
+        if wire.may_travel(connection, run.sql, verdict) and len(run.rows) > 1:
+            rows = run.rows[: wire.how_many(run.rows, 0)]
+            done = await wire.together(engine, connection, run.sql, verdict, rows)
+        else:
+            done = await singly(engine, connection, run.sql, verdict, run.rows[0])
+        self._note(run, done, "single")
+        return done.lost is None
 
-    async def _single(
-        self,
-        engine: Engine,
-        connection: ServerConnection,
-        sql: str,
-        row: tuple[Any, ...],
-        verdict: Verdict,
-        in_transaction: bool = False,
-    ) -> bool:
-        """Run one statement and note its outcome; True if it succeeded.
-
-        Raises:
-            ConnectionLost: its outcome is noted as unknown, or it stays to be done: it only read, or was not sent, or
-                the transaction around it is lost with it.
-        """
-        started = engine.now()
-        self.trips += 1
+    async def _plan(self, engine: Engine, connection: ServerConnection, run: _Run, count: int) -> tuple[Plan, Any]:
+        if count < 2:
+            return Plan("single", "it is alone"), None
         try:
-            result = await _run_one(connection, sql, row, verdict)
-        except ConnectionLost as lost:
-            harmless = in_transaction or not lost.sent or (verdict.retryable and not lost.by_crash)
-            if not harmless:
-                engine.figures.ran(engine.now() - started, True, sql, lost)
-                self._note(1, None, pack_error(lost_error(lost, sql, verdict.retryable)), _ms(engine, started))
-            raise
-        except Exception as error:
-            engine.figures.ran(engine.now() - started, True, sql, error)
-            self._note(1, None, pack_error(error), _ms(engine, started))
+            return await planning.plan_for(
+                engine,
+                connection,
+                run.sql,
+                count,
+                in_transaction=self._how.strategy == "transactional",
+                shared_now=self._how.shared_now,
+            )
+        except (asyncpg.PostgresError, asyncpg.InterfaceError):
+            return Plan("single", "the catalogue could not be asked"), None  # the statement will tell what is wrong
+
+    def _refuses(self, run: _Run, verdict: Verdict) -> bool:
+        """Whether statements of this text cannot run without a lease; then that is their outcome."""
+        refusal = refuse(verdict, run.sql)
+        if refusal is None:
             return False
-        engine.figures.ran(engine.now() - started, False, sql)
-        self._note(1, result, None, _ms(engine, started))
+        self._note(run, Done(len(run.rows), errors=dict.fromkeys(range(len(run.rows)), pack_error(refusal))), "")
         return True
 
-    async def _group(self, engine: Engine, connection: ServerConnection, sql: str, rows: list[tuple[Any, ...]]) -> None:
-        """Run a group; bisect it if a row fails. Outcomes are noted in order when the whole group is decided."""
-        search = Bisection(len(rows))
-        errors: dict[int, PortableError] = {}
-        started = engine.now()
-        lost: ConnectionLost | None = None
-        cause: Exception | None = None  # of the failures, for the figures
-        in_flight = (0, 0)
-        while lost is None and (span := search.next()) is not None:
-            first, end = in_flight = span
-            self.trips += 1
-            try:
-                if end - first == 1:
-                    await connection.run(messages.BOTH, sql, rows[first])
-                else:
-                    await connection.run(messages.MANY, sql, rows[first:end])
-            except ConnectionLost as error:
-                lost = cause = error
-            except Exception as error:
-                cause = error
-                if search.failed(_kind_of(error)):
-                    errors.update(dict.fromkeys(range(first, end), pack_error(error)))
-            else:
-                search.passed()
-        seconds = engine.now() - started
-        decided = len(rows)
-        if lost is not None:
-            first, end = in_flight
-            # Ranges are tried from left to right: what lies behind was not sent yet.
-            decided = end if lost.sent else first
-            unknown = pack_error(OutcomeUnknownError("the connection died after the statement was sent", shorten(sql)))
-            errors.update(dict.fromkeys(range(first, decided), unknown))
+    # --- one after the other ---
+
+    async def _sequential(self, engine: Engine, connection: ServerConnection) -> bool:
+        """Run the next statement; after a failure nothing is left to do. False if the connection was lost."""
+        run = self._runs[-1]
+        verdict = classify(run.sql)
+        refusal = refuse(verdict, run.sql)
+        if refusal is not None:
+            done = Done(1, errors={0: pack_error(refusal)})
         else:
-            stopped = pack_error(StatementNotRunError("not sent: the server cannot take this statement now"))
-            errors.update((i, stopped) for i, status in enumerate(search.statuses) if status == "untried")
-        self._note_group(decided, errors, seconds * 1000 / len(rows))
-        if decided:
-            engine.figures.ran_together(decided, len(errors), seconds, sql, cause)
-        if lost is not None:
-            raise lost
+            done = await singly(engine, connection, run.sql, verdict, run.rows[0], again=False)
+        self._note(run, done, "single")
+        if done.errors:
+            self._left = 0
+        return done.lost is None
 
     # --- in a transaction ---
 
@@ -248,9 +273,8 @@ class ChunkRequest:
         """Run all, stop at the first failure. A lost connection has rolled back everything."""
         connection.dirty = True
         try:
-            while (group := self._next_group()) is not None:
-                sql, rows = group
-                if not await self._group_in_transaction(engine, connection, sql, rows):
+            while self._left:
+                if not await self._group_in_transaction(engine, connection):
                     return
         except ConnectionLost as lost:
             engine.leases.end(token, "its connection died", dead=True)
@@ -259,74 +283,99 @@ class ChunkRequest:
                 pack_error(StatementNotRunError(f"the server ended the connection ({how}) and rolled all of it back"))
             )
 
-    async def _group_in_transaction(
-        self, engine: Engine, connection: ServerConnection, sql: str, rows: list[tuple[Any, ...]]
-    ) -> bool:
-        verdict = classify(sql)
-        refusal = refuse(verdict, sql)
+    async def _group_in_transaction(self, engine: Engine, connection: ServerConnection) -> bool:
+        run = self._runs[-1]
+        verdict = classify(run.sql)
+        refusal = refuse(verdict, run.sql)
         if refusal is not None:
-            self._note(1, None, pack_error(refusal), 0.0)
+            self._note(run, Done(1, errors={0: pack_error(refusal)}), "single")
             return False
-        if len(rows) > 1 and verdict.insert_values:
-            started = engine.now()
+        if len(run.rows) > 1 and verdict.command in ("INSERT", "UPDATE", "DELETE"):
             await connection.run(messages.STATUS, f"SAVEPOINT {_SAVEPOINT}", ())
-            try:
-                self.trips += 1
-                await connection.run(messages.MANY, sql, rows)
-            except ConnectionLost:
-                raise
-            except Exception:
-                # Which row it was, only the rows themselves can tell.
+            group = await self._try_group(engine, connection, run)
+            if group is None:
+                # Which row it was, if any, only the rows themselves can tell.
                 await connection.run(messages.STATUS, f"ROLLBACK TO SAVEPOINT {_SAVEPOINT}", ())
+                rows = run.rows[:MOST_IN_TRANSACTION]
             else:
                 await connection.run(messages.STATUS, f"RELEASE SAVEPOINT {_SAVEPOINT}", ())
-                self._note(len(rows), INSERTED, None, _ms(engine, started) / len(rows))
-                engine.figures.ran_together(len(rows), 0, engine.now() - started, sql)
+                self._note(run, *group)
                 return True
+        else:
+            rows = run.rows
         for row in rows:
-            if not await self._single(engine, connection, sql, row, verdict, in_transaction=True):
+            done = await singly(engine, connection, run.sql, verdict, row, in_transaction=True)
+            if done.lost is not None:
+                raise done.lost
+            self._note(run, done, "single")
+            if done.errors:
                 return False
         return True
 
+    async def _try_group(self, engine: Engine, connection: ServerConnection, run: _Run) -> tuple[Done, str] | None:
+        """Run a group; ``None`` if it failed, or may not be one."""
+        plan, types = await self._plan(engine, connection, run, min(len(run.rows), MOST_IN_TRANSACTION))
+        if plan.lane == "single":
+            return None
+        rows = run.rows[: min(MOST_IN_TRANSACTION, plan.most)]
+        send = sender(plan, run.sql, planning.shape_of(run.sql), types)
+        started = engine.now()
+        self.trips += 1
+        try:
+            results = await send(connection, rows, 0, len(rows))
+        except ConnectionLost:
+            raise
+        except Exception:
+            return None
+        seconds = engine.now() - started
+        engine.figures.ran_together(len(rows), 0, seconds, run.sql)
+        if type(results) is not list:
+            results = [results] * len(rows)
+        return Done(len(rows), results, milliseconds=seconds * 1000 / len(rows)), plan.lane
+
     # --- noting ---
 
-    def _note(self, count: int, result: Any, error: PortableError | None, milliseconds: float) -> None:
-        self._done.append((self._position, count, result, error, milliseconds, 0))
-        self._position += count
-
-    def _note_group(self, decided: int, errors: dict[int, PortableError], milliseconds: float) -> None:
-        good = 0
-        for index in range(decided):
-            error = errors.get(index)
-            if error is None:
-                good += 1
-                continue
-            if good:
-                self._note(good, INSERTED, None, milliseconds)
-                good = 0
-            self._note(1, None, error, milliseconds)
-        if good:
-            self._note(good, INSERTED, None, milliseconds)
+    def _note(self, run: _Run, done: Done, lane: str) -> None:
+        """Take down the outcomes of the first statements of *run*, and take them out of it."""
+        self.trips += done.trips
+        count = done.decided
+        if lane:
+            self.lanes[lane] += count
+        several = type(done.results) is list
+        timed = type(done.milliseconds) is list
+        index = 0
+        while index < count:
+            position = run.positions[index]
+            milliseconds = done.milliseconds[index] if timed else done.milliseconds
+            retries = done.retries.get(index, 0)
+            error = done.errors.get(index)
+            result = None if error is not None else done.results[index] if several else done.results
+            end = index + 1
+            if type(result) is str:
+                while (
+                    end < count
+                    and end not in done.errors
+                    and run.positions[end] == position + end - index
+                    and (not several or done.results[end] == result)
+                    and done.retries.get(end, 0) == retries
+                ):
+                    end += 1
+                if timed:
+                    milliseconds = done.milliseconds[index:end]
+            self._done.append((position, end - index, result, error, milliseconds, retries))
+            index = end
+        self._left -= count
+        if count == len(run.rows):
+            self._runs.pop()
+        elif count:
+            run.rows = run.rows[count:]
+            run.positions = run.positions[count:]
 
     def _fail_rest(self, error: PortableError) -> None:
-        left = sum(len(rows) for _, rows in self._runs) - self._position
-        if left:
-            self._note(left, None, error, 0.0)
-
-
-async def _run_one(connection: ServerConnection, sql: str, row: tuple[Any, ...], verdict: Verdict) -> Any:
-    (rows, status), names = await connection.run(messages.BOTH, sql, row, reads=verdict.retryable)
-    if rows or verdict.returning or status.startswith(("SELECT", "SHOW", "FETCH", "EXPLAIN")):
-        return "rows", names, rows
-    return status
-
-
-def _kind_of(error: Exception) -> Failure:
-    """How a bisection must take *error*: of a row, of the moment (again), or of the statement or server (stop)."""
-    if isinstance(error, asyncpg.PostgresError) and error.severity:
-        return bisection_kind(error.sqlstate, severity=error.severity_en, server_function=error.server_source_function)
-    return "row"  # a value that does not fit its type: found before it was sent
-
-
-def _ms(engine: Engine, started: float) -> float:
-    return (engine.now() - started) * 1000
+        """What has no outcome yet fails with *error*."""
+        while self._runs:
+            run = self._runs[-1]
+            for position in run.positions:
+                self._done.append((position, 1, None, error, 0.0, 0))
+            self._left -= len(run.rows)
+            self._runs.pop()

@@ -39,7 +39,7 @@ STALL = 0.020
 """Seconds without an answer after which the reads behind the first are queued once more."""
 
 _MODES = frozenset((messages.FETCH, messages.ROW, messages.BOTH, messages.STATUS))
-_OUT_OF_DATE = (
+OUT_OF_DATE = (
     asyncpg.InvalidCachedStatementError,
     asyncpg.InvalidSQLStatementNameError,
     asyncpg.OutdatedSchemaCacheError,
@@ -173,7 +173,7 @@ class Reads:
         engine = self._engine
         engine.pace.note(statement.sql, seconds)
         self._detach(statement)
-        if isinstance(error, _OUT_OF_DATE):
+        if isinstance(error, OUT_OF_DATE):
             statement.alone = True  # that is where such errors are dealt with
             engine.put_first(statement)
             return

@@ -12,7 +12,7 @@ import asyncpg
 import pytest
 import ray
 from load import load
-from pgserver import wheel_server
+from pgserver import main_server
 from pools import CapWatch, own_pool
 from proxy import Proxy
 from waiting import eventually
@@ -56,7 +56,7 @@ async def test_a_cap_above_the_limit_of_the_role_is_lowered(
 
 
 async def test_a_cap_above_the_limit_of_the_server_is_lowered(ray_cluster: Any) -> None:
-    with wheel_server({"max_connections": "14", "superuser_reserved_connections": "3"}) as server:
+    with main_server({"max_connections": "14", "superuser_reserved_connections": "3"}) as server:
         async with contextlib.AsyncExitStack() as stack:
             for _ in range(4):
                 other = await asyncpg.connect(**server.parameters)

@@ -14,7 +14,7 @@ from nodes import Nodes
 from pools import CapWatch, own_pool, worker_pids
 from waiting import eventually
 
-from raypg import ConfigError, LeaseLostError, PoolConflictError, WorkflowConnectionPool
+from raypg import ConfigError, LeaseLostError, PoolConflictError, QueryPipelineNode, WorkflowConnectionPool
 from raypg.embedded import EmbeddedServer
 from raypg.pool import restart
 
@@ -137,19 +137,25 @@ async def test_restarted_under_load(
     three_nodes: tuple[str, str, str], pg: EmbeddedServer, direct: asyncpg.Connection, schema: str, cap: int
 ) -> None:
     """Every process is a new one, and no query has failed; even where old and new must share one connection."""
-    await direct.execute(f"create table {schema}.item (id int)")
+    await direct.execute(f"create table {schema}.item (id int); create table {schema}.filled (id int, at bigserial)")
     count = 1 if cap == 1 else 2
     settings = {"max_connections": cap, "workers": count}
     async with own_pool(pg, **settings) as pool, CapWatch(pg, pool.name) as watch:
         before = await worker_pids(pool.name)
         async with load(pool, 8, 4, f"{schema}.item") as running:
             await eventually(lambda: running.reads > 20)
+            filling = asyncio.create_task(fill(pool, f"{schema}.filled", over := asyncio.Event()))
             assert await restart(pool.name) == count
+            over.set()
+            filled = await filling
             at = running.reads
             await eventually(lambda: running.reads > at + 50, 20)
         assert running.failures == []
         assert running.unknown == []
         await running.check(direct)
+        assert [row[0] for row in await direct.fetch(f"select id from {schema}.filled order by at")] == list(
+            range(filled)
+        )
 
         async def new() -> bool:
             try:
@@ -160,6 +166,22 @@ async def test_restarted_under_load(
         await eventually(new, 20)
         assert await pool.fetchval("select 1") == 1
     assert watch.most <= cap
+
+
+async def fill(pool: WorkflowConnectionPool, table: str, over: asyncio.Event) -> int:
+    """Insert numbers through a pipeline, in order, until *over*; how many."""
+    count = 0
+    async with QueryPipelineNode("fill", pool, batch_size=10, flush_interval=0.01) as pipeline:
+        while not over.is_set():
+            # Two texts in turn, so that order matters and they do not fan out.
+            for sql in (f"insert into {table} values ($1)", f"insert into {table} (id) values ($1)"):
+                await pipeline.add_query(sql, [count])
+                count += 1
+            await asyncio.sleep(0.001)
+        results = await pipeline.flush()
+    assert [result.error for result in results if not result.success] == []
+    assert len(results) == count
+    return count
 
 
 async def all_pids(pool: WorkflowConnectionPool) -> set[int]:

@@ -235,11 +235,7 @@ async def test_pipeline(
 async def test_strategies_of_the_pipeline(name: str) -> None:
     strategy = (await run(name))["strategy"]
     assert strategy == name[3:]
-    if strategy in ("sequential", "parallel"):
-        with pytest.raises(NotImplementedError, match=strategy):
-            QueryPipelineNode(name="p", connection_pool="main_pool", strategy=strategy)
-    else:
-        assert QueryPipelineNode(name="p", connection_pool="main_pool", strategy=strategy).strategy == strategy
+    assert QueryPipelineNode(name="p", connection_pool="main_pool", strategy=strategy).strategy == strategy
 
 
 async def test_performance(
@@ -254,6 +250,28 @@ async def test_performance(
     speedup = re.search(r"Speedup: ([\d.]+)x", capsys.readouterr().out)
     assert speedup is not None
     assert float(speedup[1]) > 5
+
+
+async def test_advanced_patterns(database: asyncpg.Connection, main_pool: WorkflowConnectionPool) -> None:
+    await database.execute(
+        "create table audit_log (what text); create table users (name text, active boolean); "
+        "create table products (stock int); create table orders (id int); "
+        "insert into users values ('ann', true), ('bob', false); insert into products values (5); "
+        "insert into orders values (1), (2)"
+    )
+    names = await run("15_advanced")
+    refused, users, update, count = names["results"]
+    assert isinstance(refused.error, asyncpg.PostgresSyntaxError)
+    assert [row["name"] for row in users.result] == ["ann"]
+    assert update.result == "UPDATE 1"
+    assert [tuple(row) for row in count.result] == [(2,)]
+    assert await database.fetchval("select stock from products") == 4
+    for text in ("INSERT INTO audit_log VALUES (...)", "SELECT * FROM users", "UPDATE products SET stock = stock - 1",
+                 "SELECT COUNT(*) FROM orders"):  # fmt: skip
+        await names["pipeline"].add_query(text)
+    order = [step.statement.split()[0] for step in await names["pipeline"].explain()]
+    assert order == ["SELECT", "SELECT", "INSERT", "UPDATE"]
+    await names["pipeline"].close()
 
 
 def test_all_names_that_the_guide_imports_are_there() -> None:

@@ -194,7 +194,7 @@ async def test_a_pipeline_that_is_dropped_with_queries_says_so(pool: WorkflowCon
 
 
 async def test_an_empty_flush(pool: WorkflowConnectionPool) -> None:
-    for strategy in ("best_effort", "transactional"):
+    for strategy in ("best_effort", "transactional", "sequential", "parallel"):
         async with pipeline_of(pool, strategy=strategy) as pipeline:
             assert list(await pipeline.flush()) == []
             assert pipeline.get_status()["success_rate"] == 1.0
@@ -219,17 +219,13 @@ async def test_an_empty_flush(pool: WorkflowConnectionPool) -> None:
         ({"connection_pool": "x", "flush_interval": float("nan")}, "flush_interval"),
         ({"connection_pool": "x", "strategy": "best-effort"}, "best_effort"),
         ({"connection_pool": "x", "strategy": ["parallel"]}, "strategy"),
+        ({"connection_pool": "x", "on_open": "waits"}, "wait"),
+        ({"connection_pool": "x", "transaction_idle_timeout": 0}, "transaction_idle_timeout"),
     ],
 )
 def test_bad_arguments_are_refused(arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         QueryPipelineNode(**{"name": "p", **arguments})
-
-
-@pytest.mark.parametrize("strategy", ["sequential", "parallel"])
-def test_strategies_that_are_not_there_yet_do_not_pretend(strategy: str) -> None:
-    with pytest.raises(NotImplementedError, match=strategy):
-        QueryPipelineNode(name="p", connection_pool="x", strategy=strategy)
 
 
 async def test_a_pool_that_does_not_run(ray_cluster: Any) -> None:

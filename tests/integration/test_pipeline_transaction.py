@@ -37,7 +37,6 @@ async def test_transactional_commits_all_in_flush_and_nothing_before(pool: Workf
         ((1000, "double"), asyncpg.UniqueViolationError),
         ((5000, None), asyncpg.NotNullViolationError),
         (("5000", "x"), asyncpg.DataError),
-        ((5000,), asyncpg.InterfaceError),
     ],
 )
 async def test_transactional_is_all_or_nothing_and_names_the_culprit(

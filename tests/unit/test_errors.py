@@ -27,6 +27,7 @@ SAMPLES: dict[str, errors.RaypgError] = {
         errors.PoolVersionError("main", {"ray": ("2.60", "2.61")}),
         errors.UnavailableError("now"),
         errors.PoolClosedError("closed"),
+        errors.WorkerDrainingError("draining"),
         errors.CircuitBreakerError("main", "open", "5 failures in a row", 12.5, True),
         errors.PoolExhaustedError("main", 1.5, 10, 20, 4, "full"),
         errors.ConnectError("refused", "authentication_failed", "28P01"),
@@ -84,6 +85,7 @@ def test_its_classes_say_how_to_handle_it(name: str) -> None:
         "PoolExhaustedError",
         "ConnectError",
         "ConnectionLostError",
+        "WorkerDrainingError",
     }
     assert isinstance(error, errors.UnavailableError) == (name in unavailable)
     assert isinstance(error, TimeoutError) == (name in {"PoolExhaustedError", "QueryTimeoutError"})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-import sys
+import tracemalloc
 
 import pytest
 from hypothesis import given
@@ -19,10 +19,9 @@ def name_of(number: int) -> str:
 
 
 def results_of(spans: list[tuple[int, int, object, object]]) -> PipelineResults:
-    results = PipelineResults(name_of)
+    results = PipelineResults(name_of, min((span[0] for span in spans), default=0))
     for first, count, result, error in spans:
         results.add(first, count, result, error, 1.5, 2)  # type: ignore[arg-type]
-    results.complete()
     return results
 
 
@@ -73,11 +72,44 @@ def test_slices() -> None:
     assert results[20:] == []
 
 
-def test_a_million_successes_take_no_memory() -> None:
-    results = results_of([(0, 1_000_000, "INSERT 0 1", None)])
+@pytest.mark.parametrize("size", [1, 100, 10_000])
+def test_a_million_successes_take_little_memory(size: int) -> None:
+    """However they arrive, and with command tags that alternate."""
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        spans = ((first, size, f"UPDATE {first // size % 3}", None, 1.5, 0) for first in range(0, 1_000_000, size))
+        results = PipelineResults(name_of)
+        for span in spans:
+            results.add(*span)
+        taken = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
     assert len(results) == 1_000_000
     assert results[999_999].query_id == "q-999999"
-    assert sum(sys.getsizeof(value) for value in vars(results).values()) < 2000
+    assert taken < 32 * 1_000_000
+
+
+def test_a_part_is_split_off() -> None:
+    results = results_of([(10, 4, "x", None), (14, 2, None, ValueError("bad")), (16, 4, "y", None)])
+    results.callbacks = {11: "early", 17: "late"}
+    done, rest = results.split(5)
+    assert [r.query_id for r in done] == ["q-10", "q-11", "q-12", "q-13", "q-14"]
+    assert [r.query_id for r in rest] == ["q-15", "q-16", "q-17", "q-18", "q-19"]
+    assert [r.callback_id for r in (*done, *rest)] == [None, "early", *[None] * 5, "late", None, None]
+    assert (done.failures, rest.failures) == (1, 1)
+    rest.add(20, 1, "x", None, 0.0, 0)
+    assert rest[-1].result == "x"
+    everything, nothing = rest.split(6)
+    assert everything is rest
+    assert (nothing.first, len(nothing)) == (21, 0)
+
+
+def test_successes_may_turn_into_failures() -> None:
+    results = results_of([(0, 3, "x", None), (3, 1, None, ValueError("bad"))])
+    assert results.fail_all(4, StatementNotRunError("rolled back")) == 3
+    assert [type(r.error) for r in results] == [StatementNotRunError] * 3 + [ValueError]
+    assert (results.failures, [r.result for r in results]) == (4, [None] * 4)
 
 
 def test_empty() -> None:
