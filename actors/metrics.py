@@ -50,6 +50,9 @@ EXPORT_EVERY = 2.0
 SETTLED_WITHIN = 6.0
 """Seconds in which a new life hears again what was told to the last one, before it says anything."""
 
+DEFAULT_MINUTES = 60.0
+"""For how long history is kept until a worker says how long it is to be."""
+
 DEAD_AFTER = 600.0
 """Seconds without a word after which a worker is missed no more, and a pool of such workers is forgotten."""
 
@@ -83,6 +86,9 @@ class MetricsActor(ServingAll):
         self._breaker: ActorHandle[Any] | None = None
         self._epoch = time.time() - time.monotonic()
         self._ray_metrics = RayMetrics()
+        for key in _compat.kv_keys(naming.metrics_key("")):  # who looks now shall find what was known
+            name = key.removeprefix(naming.metrics_key(""))
+            self.pools[name] = _restored(name, DEFAULT_MINUTES, self._now())
         self._keeper = asyncio.get_running_loop().create_task(self._keep())
 
     def __repr__(self) -> str:
@@ -97,6 +103,7 @@ class MetricsActor(ServingAll):
         known = self.pools.get(pool)
         if known is None:
             known = self.pools[pool] = _restored(pool, minutes, self._now())
+            self._make_durable(self._now())
         known.metrics.history.resize(minutes)
         known.workers[worker] = (incarnation, handle[0])
         number = known.metrics.join(worker, incarnation, self._now())
