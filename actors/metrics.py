@@ -103,10 +103,11 @@ class MetricsActor(ServingAll):
         known = self.pools.get(pool)
         if known is None:
             known = self.pools[pool] = _restored(pool, minutes, self._now())
-            self._make_durable(self._now())
         known.metrics.history.resize(minutes)
-        known.workers[worker] = (incarnation, handle[0])
         number = known.metrics.join(worker, incarnation, self._now())
+        if worker not in known.workers:
+            self._make_durable(self._now())  # the next life shall know for whom to wait
+        known.workers[worker] = (incarnation, handle[0])
         self.joined()
         return number
 
