@@ -50,6 +50,9 @@ EXPORT_EVERY = 2.0
 SETTLED_WITHIN = 6.0
 """Seconds in which a new life hears again what was told to the last one, before it says anything."""
 
+DEFAULT_MINUTES = 60.0
+"""For how long history is kept until a worker says how long it is to be."""
+
 DEAD_AFTER = 600.0
 """Seconds without a word after which a worker is missed no more, and a pool of such workers is forgotten."""
 
@@ -83,6 +86,9 @@ class MetricsActor(ServingAll):
         self._breaker: ActorHandle[Any] | None = None
         self._epoch = time.time() - time.monotonic()
         self._ray_metrics = RayMetrics()
+        for key in _compat.kv_keys(naming.metrics_key("")):  # who looks now shall find what was known
+            name = key.removeprefix(naming.metrics_key(""))
+            self.pools[name] = _restored(name, DEFAULT_MINUTES, self._now())
         self._keeper = asyncio.get_running_loop().create_task(self._keep())
 
     def __repr__(self) -> str:
@@ -98,8 +104,10 @@ class MetricsActor(ServingAll):
         if known is None:
             known = self.pools[pool] = _restored(pool, minutes, self._now())
         known.metrics.history.resize(minutes)
-        known.workers[worker] = (incarnation, handle[0])
         number = known.metrics.join(worker, incarnation, self._now())
+        if worker not in known.workers:
+            self._make_durable(self._now())  # the next life shall know for whom to wait
+        known.workers[worker] = (incarnation, handle[0])
         self.joined()
         return number
 
@@ -124,16 +132,23 @@ class MetricsActor(ServingAll):
 
     # --- from those who look ---
 
-    async def snapshot(self, pools: list[str] | None = None, statements: int = 20, in_detail: bool = True) -> Answer:
+    async def snapshot(
+        self, pools: list[str] | None = None, statements: int = 20, in_detail: bool = True, fresh: bool = True
+    ) -> Answer:
         """Of each of *pools* (all if ``None``) what :meth:`PoolMetrics.snapshot` says, and under ``circuit_breaker``
-        the breaker's ``state``, and whether it was ``forced``, a second ago."""
+        the breaker's ``state``, and whether it was ``forced``, a second ago.
+
+        Args:
+            statements, in_detail: see there.
+            fresh: ask the workers for what happened until now; else it is what they told in the last second.
+        """
         names = sorted(self.pools) if pools is None else pools
         found: dict[str, _Pool | None] = {name: await self.find(name) for name in names}
         for name, known in found.items():
             if known is None and pools is not None:
                 return "error", pack_error(_unknown(name))
         here = {name: known for name, known in found.items() if known is not None}
-        await asyncio.gather(*(self._refresh(known) for known in here.values()))
+        await asyncio.gather(*(self._refresh(known, fresh) for known in here.values()))
         now = self._now()
         return "ok", {name: self._describe(name, known, now, statements, in_detail) for name, known in here.items()}
 
@@ -166,13 +181,15 @@ class MetricsActor(ServingAll):
             "circuit_breaker": self._states.get(name, unknown),
         }
 
-    async def _refresh(self, known: _Pool) -> None:
-        """Hear of every worker what happened until now."""
+    async def _refresh(self, known: _Pool, fresh: bool) -> None:
+        """Hear again what the last life of this actor was told, and, if *fresh*, of every worker what happened until
+        now."""
         if known.missing:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(known.settled.wait(), SETTLED_WITHIN)
             known.missing = set()
-        await asyncio.gather(*(self._pull(known, worker) for worker in tuple(known.workers)))
+        if fresh:
+            await asyncio.gather(*(self._pull(known, worker) for worker in tuple(known.workers)))
 
     async def _pull(self, known: _Pool, worker: int) -> None:
         incarnation, handle = known.workers[worker]

@@ -57,11 +57,14 @@ def switch(worker: Any, on: bool) -> None:
     for name, function in (worker.recording if on else without).items():
         setattr(Figures, name, function)
     line = worker._metrics
-    if on:
-        line._task, line._closed = None, False
-        line.open()
-    else:
+
+    def talk() -> None:
         line.close()
+        if on:
+            line._task, line._closed = None, False
+            line.open()
+
+    worker._engine._loop.call_soon_threadsafe(talk)  # this runs in a thread
 
 
 def processor_time(_: Any) -> float:

@@ -33,6 +33,12 @@ def kv_get(key: str) -> bytes | None:
     return value
 
 
+def kv_keys(prefix: str) -> list[str]:
+    """The keys that begin with *prefix*."""
+    found = internal_kv._internal_kv_list(prefix.encode(), namespace=_KV_NAMESPACE)
+    return [key.decode() for key in found]
+
+
 def kv_delete(key: str) -> None:
     """Remove *key*; not an error if it is not there."""
     internal_kv._internal_kv_del(key.encode(), namespace=_KV_NAMESPACE)

@@ -51,6 +51,7 @@ _HISTOGRAMS = {
     "db_client_connection_create_time_seconds": ("connect", "Time to create a connection."),
     "db_client_connection_use_time_seconds": ("use", "Time between borrowing a connection and giving it back."),
 }
+_LIMITS = [str(bound) for bound in BOUNDS]
 _POOL = ("pool",)
 _OTEL = ("db_client_connection_pool_name",)
 
@@ -131,8 +132,9 @@ def _guide(snapshots: Snapshots) -> Iterator[Metric]:
         info.add_metric((pool,), 1)
         for command, times in known["commands"].items():
             queries.add_metric((pool, command), times["count"])
+        told = {error[:2] for error in known["errors"]}
         for category in CATEGORIES:
-            if (category, "") not in {error[:2] for error in known["errors"]}:
+            if (category, "") not in told:
                 errors.add_metric((pool, category, ""), 0)  # else the first error of a kind would be no increase
         for category, sqlstate, count in known["errors"]:
             errors.add_metric((pool, category, sqlstate), count)
@@ -211,5 +213,4 @@ def _opentelemetry(snapshots: Snapshots) -> Iterator[Metric]:
 
 
 def _buckets(times: Mapping[str, Any]) -> list[tuple[str, float]]:
-    limits = [str(bound) for bound in BOUNDS]
-    return [*zip(limits, times["at_most"], strict=True), ("+Inf", times["count"])]
+    return [*zip(_LIMITS, times["at_most"], strict=True), ("+Inf", times["count"])]

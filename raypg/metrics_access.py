@@ -17,14 +17,17 @@ _OTHERWISE = "the Metrics actor does not answer; statements run without it, try 
 
 
 async def snapshots(
-    pools: list[str] | None = None, statements: int = 20, in_detail: bool = True
+    pools: list[str] | None = None, statements: int = 20, in_detail: bool = True, fresh: bool = True
 ) -> dict[str, dict[str, Any]]:
     """Of each of *pools* (all if ``None``) what is known now; see :meth:`raypg.core.pool_metrics.PoolMetrics.snapshot`.
+
+    Args:
+        fresh: ask the workers for what happened until now; else it is what they told in the last second.
 
     Raises:
         UnavailableError: the Metrics actor does not answer, or has not heard of a pool yet.
     """
-    return await _ask("snapshot", pools, statements, in_detail)  # type: ignore[no-any-return]
+    return await _ask("snapshot", pools, statements, in_detail, fresh)  # type: ignore[no-any-return]
 
 
 async def history(pool: str, series: str, seconds: float) -> tuple[int, list[tuple[int, float]]]:

@@ -33,7 +33,7 @@ class _AllPools:
 
     def text(self) -> str:
         up = GaugeMetricFamily("raypg_metrics_up", "Whether raypg's Metrics actor answered this scrape.")
-        asking = asyncio.run_coroutine_threadsafe(snapshots(in_detail=False), background.loop())
+        asking = asyncio.run_coroutine_threadsafe(snapshots(in_detail=False, fresh=False), background.loop())
         try:
             self._known = asking.result(SCRAPED_WITHIN)
             up.add_metric((), 1)

@@ -55,8 +55,11 @@ class Sketch:
     def merge(self, buckets: Mapping[int, int], total: float) -> None:
         """Take in what another sketch has seen."""
         own = self.buckets
-        for bucket, count in buckets.items():
-            own[bucket] = own.get(bucket, 0) + count
+        if own:
+            for bucket, count in buckets.items():
+                own[bucket] = own.get(bucket, 0) + count
+        else:
+            self.buckets = dict(buckets)
         self.total += total
 
     def take(self) -> tuple[dict[int, int], float]:

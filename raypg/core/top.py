@@ -97,7 +97,7 @@ class TopStatements:
 
     def top(self, count: int) -> list[Entry]:
         """The *count* first, by the time they may have taken."""
-        return sorted(self._entries.values(), key=lambda entry: -entry.at_most)[:count]
+        return sorted(self._entries.values(), key=lambda entry: -entry.times.total - entry.missed)[:count]
 
     def __getstate__(self) -> Any:
         return self._size, self._entries, self.floor

@@ -50,6 +50,8 @@ async def test_driver_and_actors_see_one_key_value_store(store: Any) -> None:
     assert await store.get.remote(key) == b"from the driver"
     await store.put.remote(key, b"\0from an actor\xff")
     assert _compat.kv_get(key) == b"\0from an actor\xff", "overwritten"
+    assert _compat.kv_keys(key[:-1]) == [key]
+    assert _compat.kv_keys(f"not-{key}") == []
     await store.delete.remote(key)
     assert _compat.kv_get(key) is None
     _compat.kv_delete(key)

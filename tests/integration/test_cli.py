@@ -261,7 +261,12 @@ async def test_watch_and_metrics(command: Command, pg18: EmbeddedServer) -> None
         assert "select $1 + $2 as answer" in seen
         at = re.search(r"http://\S+/metrics", await shows(output, r"http://\S+/metrics"))
         assert at is not None
-        text = await asyncio.to_thread(lambda: urllib.request.urlopen(at[0], timeout=10).read().decode())
+
+        async def scraped() -> str:
+            text: str = await asyncio.to_thread(lambda: urllib.request.urlopen(at[0], timeout=10).read().decode())
+            return text if f'queries_total{{pool="{name}"' in text else ""
+
+        text = await eventually(scraped)
         assert f'connection_pool_queries_total{{pool="{name}",type="SELECT"}} 7.0' in text
         assert "raypg_metrics_up 1.0" in text
     finally:
