@@ -248,3 +248,19 @@ async def test_a_shutdown_is_a_fatal_if_fast_and_silent_if_immediate(
 def is_active(server: EmbeddedServer) -> bool:
     query = "select count(*) from pg_stat_activity where state = 'active' and wait_event = 'PgSleep'"
     return server.run("psql", "-qAtc", query).stdout.strip() == "1"
+
+
+async def test_the_address_tells_servers_apart(pg: EmbeddedServer, direct: asyncpg.Connection) -> None:
+    other = await asyncpg.connect(**pg.parameters)
+    assert _asyncpg.address(direct) == _asyncpg.address(other)
+    assert str(pg.port) in _asyncpg.address(other)
+    await other.close()
+
+
+async def test_fetchmany_is_one_transaction_and_gives_rows_in_order_without_boundaries(
+    direct: asyncpg.Connection, schema: str
+) -> None:
+    sql = "select g, pg_current_xact_id()::text from generate_series(1, $1::int) g"
+    rows = await direct.fetchmany(sql, [(2,), (0,), (1,)])
+    assert [row[0] for row in rows] == [1, 2, 1]
+    assert len({row[1] for row in rows}) == 1
