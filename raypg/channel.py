@@ -7,6 +7,7 @@ are under way, goes into the next message. Nobody waits for a batch to fill.
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,9 @@ PATIENCE = 1.5
 
 FRESH_LOAD = 1.0
 """Seconds for which what a worker said of its load is believed when it was not asked since."""
+
+
+_lines = itertools.count(1)
 
 
 class Call:
@@ -104,6 +108,10 @@ class Channel:
         self.closed = False
         self.draining = False
         self._dispatcher = dispatcher
+        # A line that is lost may have a successor to the very same life of a worker, which still has what came over it,
+        # and tells that to whoever asks under this name.
+        self._identity = f"{dispatcher.client}/{next(_lines)}"
+        self._numbers = itertools.count(1)
         self._pending: deque[Call] = deque()
         self._batches: dict[int, list[Call]] = {}
         self._untold: dict[int, int] = {}  # batch number → statements without an outcome yet
@@ -183,13 +191,13 @@ class Channel:
         self._sending = False
         try:
             while self._pending and not self.closed and len(self._under_way) < MOST_MESSAGES:
-                number = next(self._dispatcher.numbers)
+                number = next(self._numbers)
                 calls, runs = self._pack(number)
                 if not runs:
                     continue
                 self._batches[number] = calls
                 self._untold[number] = len(calls)
-                message = pack((self._dispatcher.client, self._dispatcher.job, number, runs))
+                message = pack((self._identity, self._dispatcher.job, number, runs))
                 answer = asyncio.wrap_future(self.handle.run.remote(message).future())
                 self._under_way[answer] = self._loop.time()
                 answer.add_done_callback(self._answered)
@@ -310,7 +318,7 @@ class Channel:
         try:
             unfinished = 1
             while unfinished and not self.closed:
-                reply = await self.ask("collect", self._dispatcher.client, self._dispatcher.job)
+                reply = await self.ask("collect", self._identity, self._dispatcher.job)
                 unfinished, parts = self._heard(reply)
                 for part in parts:
                     self._tell(part)
@@ -347,7 +355,7 @@ class Channel:
     def cancel(self, call: Call) -> None:
         """The caller of *call* has left: tell the worker, and nobody else."""
         if call.number in self._batches and not self.closed:
-            self.handle.cancel.remote(self._dispatcher.client, self._dispatcher.job, call.number, call.position)
+            self.handle.cancel.remote(self._identity, self._dispatcher.job, call.number, call.position)
 
     def lose(self) -> None:
         """The worker is gone: what waits goes elsewhere, what was sent is for the dispatcher to judge."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import secrets
 import threading
 from collections.abc import Callable
@@ -55,9 +54,6 @@ class Dispatcher:
         self.pool = pool
         self._loop = asyncio.get_running_loop()
         self._channels: dict[int, Channel] = {}
-        self.numbers = itertools.count(1)
-        """Of batches. A line that is lost may have a successor to the very same life of a worker, which still has the
-        batches of before: none of theirs may be taken for a new one."""
         self._epoch = 0
         self._thread = threading.get_ident()
         self.closed: Exception | None = None

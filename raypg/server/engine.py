@@ -44,6 +44,9 @@ EXPIRY_TICK = 0.05
 MAINTENANCE_TICK = 1.0
 """Seconds between two rounds of maintenance of the connections."""
 
+ASKS_EVERY = 5.0
+"""Seconds within which who waits for outcomes asks for them again, with a good margin."""
+
 CLIENT_FORGOTTEN_AFTER = 60.0
 """Seconds after which outcomes that nobody fetches are thrown away: their process is gone."""
 
@@ -213,17 +216,15 @@ class Engine:
         for lease in self.leases:
             if lease.owner.get("client") == client:
                 self.leases.end(lease.token, "the process that held it died", reclaimed="process died")
-        known = self._clients.get(client)
-        if known is not None:
-            for batch in tuple(known.batches.values()):
+        for line in [line for line in self._clients.values() if line.of == client]:
+            for batch in tuple(line.batches.values()):
                 for position in tuple(batch.statements):
-                    self.cancel(known, batch.number, position)
+                    self.cancel(line, batch.number, position)
 
     # --- queue and lanes ---
 
     def enqueue(self, job: str, work: Any, cost: float) -> None:
-        """Put work in the queue, or fail it at once if the breaker is open or the queue full. The caller pumps when all
-        of it is in."""
+        """Put work in the queue, or fail it at once if it may not run. The caller pumps when all of it is in."""
         if self.draining is not None:
             work.fail(pack_error(self.draining))
             return
@@ -445,5 +446,5 @@ class Engine:
 
     @property
     def untold(self) -> bool:
-        """Whether outcomes have not reached their callers yet."""
-        return any(client.batches for client in self._clients.values())
+        """Whether outcomes have not reached their callers yet, who still ask for them."""
+        return any(client.batches and self.now() - client.seen < ASKS_EVERY for client in self._clients.values())

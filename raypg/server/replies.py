@@ -104,12 +104,13 @@ class BatchState:
 
 
 class Client:
-    """One handle in one event loop of one process, as its worker sees it."""
+    """One line from one event loop of one process, as its worker sees it; *of* is the same for all lines from there."""
 
-    __slots__ = ("batches", "changed", "early", "identity", "job", "seen")
+    __slots__ = ("batches", "changed", "early", "identity", "job", "of", "seen")
 
     def __init__(self, identity: str, job: str) -> None:
         self.identity = identity
+        self.of = identity.partition("/")[0]
         self.job = job
         self.batches: dict[int, BatchState] = {}
         self.early: dict[tuple[int, int], bool] = {}
