@@ -158,7 +158,9 @@ async def test_lanes_give_what_one_by_one_gives(
         results = await pipeline.flush()
         assert [told(result) for result in results] == expected
         assert await contents(direct, schema) == expected_rows
-        assert pipeline.get_status()["lanes"][step.lane] == 60
+        taken = pipeline.get_status()["lanes"]
+        assert sum(taken.values()) == 60
+        assert taken[step.lane] >= 57  # where a message ends with one that is left over, that one goes by itself
 
 
 @pytest.mark.parametrize("_", range(4))
