@@ -43,11 +43,11 @@ class Nodes:
         for process in self.processes(node):
             with contextlib.suppress(psutil.NoSuchProcess):
                 os.kill(process.pid, signal.SIGKILL)
-        self.remove(node)
+        self.remove(node, graceful=False)
 
-    def remove(self, node: str) -> None:
-        """Take *node* away, and wait until Ray knows."""
-        self._cluster.remove_node(self._nodes.pop(node), allow_graceful=False)
+    def remove(self, node: str, *, graceful: bool = True) -> None:
+        """Take *node* away, and wait until Ray knows: at once if it can say so itself."""
+        self._cluster.remove_node(self._nodes.pop(node), allow_graceful=graceful)
         wait_until(lambda: node not in self.alive(), 60, "Ray knows that a node is gone")
 
     @staticmethod

@@ -1,4 +1,5 @@
-"""A Ray cluster of three nodes: the session's own, and two that leave when the tests of this folder are over."""
+"""A Ray cluster of three nodes: the session's own, and two that leave when the tests of a file are over: with them the
+pools of all other tests would be larger."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import ray
 from nodes import Nodes
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def nodes(ray_cluster: Any) -> Iterator[Nodes]:
     """More nodes can be added to the cluster of the session; they are taken away again."""
     more = Nodes()
@@ -20,7 +21,7 @@ def nodes(ray_cluster: Any) -> Iterator[Nodes]:
         more.close()
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def three_nodes(nodes: Nodes) -> tuple[str, str, str]:
     """Ids of three nodes, that of this process first."""
     return ray.get_runtime_context().get_node_id(), nodes.add(labels={"role": "db"}), nodes.add()
