@@ -7,7 +7,6 @@ are under way, goes into the next message. Nobody waits for a batch to fill.
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -108,7 +107,6 @@ class Channel:
         self._pending: deque[Call] = deque()
         self._batches: dict[int, list[Call]] = {}
         self._untold: dict[int, int] = {}  # batch number → statements without an outcome yet
-        self._numbers = itertools.count(1)
         self._loop = asyncio.get_running_loop()
         self._under_way: dict[asyncio.Future[bytes], float] = {}  # messages without an answer → when they were sent
         self._sending = False
@@ -185,7 +183,7 @@ class Channel:
         self._sending = False
         try:
             while self._pending and not self.closed and len(self._under_way) < MOST_MESSAGES:
-                number = next(self._numbers)
+                number = next(self._dispatcher.numbers)
                 calls, runs = self._pack(number)
                 if not runs:
                     continue
