@@ -240,8 +240,9 @@ class Engine:
 
     def put_first(self, work: Any) -> None:
         """Put work back that was taken out but not done: it keeps its turn, and waits no longer than its deadline."""
-        if self.guard.refusing:
-            work.fail(pack_error(self.guard.refusal()))
+        refusal = self.guard.refusal() if self.guard.refusing else None if work.begun else self.draining
+        if refusal is not None:
+            work.fail(pack_error(refusal))
             return
         work.ticket = self.queue.push_front(work, deadline=work.deadline)
         self.pump()
