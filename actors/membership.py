@@ -18,13 +18,13 @@ import itertools
 import logging
 import time
 from collections.abc import Awaitable, Callable, Collection
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 
 from raypg import _compat, naming
+from raypg.actors.member import Life, Member
 from raypg.actors.reaper import Reaper
 from raypg.actors.worker import PoolWorker, application_name
 from raypg.config import PoolConfig
@@ -40,6 +40,9 @@ START_TIMEOUT = 60.0
 PING_WITHIN = 1.0
 """Seconds that a round of pings waits for its answers. Those that come later count, too."""
 
+PAUSE = 0.05
+"""Seconds between two pings to a worker that starts, at least."""
+
 MOST_UNANSWERED = 5
 """Pings to one worker without an answer, after which it is sent no more: they would pile up in its mailbox."""
 
@@ -49,42 +52,12 @@ LOST_AFTER = 4.0
 REAP_AFTER = 6.0
 """Seconds without an answer after which its connections are ended. Longer than a share holds."""
 
+LINGER = 4.0
+"""Seconds that a drained worker stays at least, to refuse what is still sent to it: longer than handles go by what they
+have heard (``STALE``), and by what workers knew then. Of a write that is sent to a dead worker nobody knows."""
+
 ROUNDS = 4
 """Most rounds of pings at a time: to shrink, to hear of it, to grow, to hear of it."""
-
-Life: TypeAlias = "tuple[int, str]"
-"""(number of the worker, incarnation): the one that holds connections."""
-
-State = Literal["starting", "serving", "draining", "lost"]
-
-
-@dataclass(eq=False)
-class Member:
-    """A worker."""
-
-    index: int
-    name: str
-    node: str
-    handle: ActorHandle[Any]
-    since: float
-    answered_at: float
-    state: State = "starting"
-    incarnation: str | None = None
-    clock: float | None = None  # of its last answer
-    unanswered: int = 0
-    open: int = 0  # connections that it had at its last answer
-    unconfirmed: list[int] = field(default_factory=list)
-    gone: list[int] = field(default_factory=list)
-    draining: bool = False
-
-    @property
-    def life(self) -> Life | None:
-        """The key of its account; ``None`` before its first answer."""
-        return None if self.incarnation is None else (self.index, self.incarnation)
-
-    def is_lost(self) -> bool:
-        """Whether it is silent, and nobody knows why."""
-        return self.state == "lost"
 
 
 class Membership:
@@ -103,7 +76,7 @@ class Membership:
         self._reaper = reaper
         self.members: dict[int, Member] = {}
         self.budget: Budget[Life] = Budget(config().max_connections)
-        reaper.has_room = lambda: self.budget.has_room
+        reaper.has_room = self._has_room
         reaper.news = self.news_now
         self.frozen = True
         """Whether no shares are granted yet: what connections there are of before is not known."""
@@ -150,6 +123,10 @@ class Membership:
         """What PostgreSQL shows of the connections of that life."""
         return application_name(_compat.cluster_id(), self._pool, str(life[0]), life[1])
 
+    def _has_room(self) -> bool:
+        """Whether a connection may be opened that is in no account."""
+        return all(member.node for member in self.members.values()) and self.budget.charged < self.cap
+
     def changed(self) -> None:
         """Workers and handles are to hear of it."""
         self.epoch += 1
@@ -193,7 +170,7 @@ class Membership:
 
     def _add(self, index: int, name: str, node: str, handle: ActorHandle[Any]) -> Member:
         now = time.monotonic()
-        member = self.members[index] = Member(index, name, node, handle, now, now)
+        member = self.members[index] = Member(index, name, node, handle, answered_at=now)
         return member
 
     def arrange(self, nodes: _compat.Nodes) -> list[Member]:
@@ -245,13 +222,14 @@ class Membership:
         return self._background(self._drain(member))
 
     async def _drain(self, member: Member) -> None:
-        seconds = self._config().drain_timeout
+        seconds, until = self._config().drain_timeout, time.monotonic() + LINGER
         try:
             in_time = await asyncio.wait_for(member.handle.drain.remote(seconds), seconds + 10)
             if not in_time:
                 logger.warning("pool %s: worker %d was busy longer than drain_timeout", self._pool, member.index)
+            await asyncio.sleep(until - time.monotonic())
             await asyncio.wait_for(member.handle.close.remote("its worker was taken away"), 10.0)
-        except (*_compat.ActorGone, TimeoutError) as error:
+        except Exception as error:  # whatever it was, a worker that takes no more work must not stay
             logger.warning("pool %s: worker %d did not end by itself: %s", self._pool, member.index, error)
         if self.members.get(member.index) is member:
             self._forget(member)
@@ -270,7 +248,9 @@ class Membership:
         until = time.monotonic() + timeout
         waiting = set(members)
         while waiting and (left := until - time.monotonic()) > 0:
-            await asyncio.gather(*(self._ping(member, min(left, PING_WITHIN)) for member in waiting))
+            # At least a pause: who has not answered several pings is sent no more, and waits for nothing.
+            pause = asyncio.sleep(min(left, PAUSE))
+            await asyncio.gather(pause, *(self._ping(member, min(left, PING_WITHIN)) for member in waiting))
             waiting = {m for m in waiting if m.incarnation is None and self.members.get(m.index) is m}
         return len(waiting) < len(members)
 
@@ -289,13 +269,13 @@ class Membership:
 
     def _is_news(self, life: Life) -> bool:
         account = self.budget.accounts.get(life)
-        return account is not None and not self.frozen and not account.unanswered and account.told != account.share
+        return account is not None and not account.unanswered and account.told != account.share
 
     def _divide(self) -> None:
-        if self.frozen:
-            return
-        self.budget.cap = self.cap
-        self.budget.reserved = max(sizing.reserve(self.cap), self._reaper.borrows)
+        budget = self.budget
+        budget.reserved = max(sizing.reserve(self.cap), self._reaper.holds)
+        # While it is not known what there is beside those that we have heard of, they get no more than they have.
+        budget.cap = min(self.cap, budget.charged + budget.reserved) if self.frozen else self.cap
         before = [account.share for account in self.budget.accounts.values()]
         self.budget.divide()
         if before != [account.share for account in self.budget.accounts.values()]:
@@ -310,7 +290,7 @@ class Membership:
         number, life = next(self._numbers), member.life
         gone, member.gone = member.gone, []
         grant: int | None = None
-        if life is not None and not self.frozen:
+        if life is not None:
             grant = self.budget.send(life, number) if life in self.budget.accounts else 0
         least = 0
         if self.keeps:
@@ -318,9 +298,10 @@ class Membership:
             least = sizing.share(self._config().min_connections, self.share(member), whole)
         lost = member.state == "lost"
         member.unanswered += 1
+        member.asked(time.monotonic())
         try:
             state = await member.handle.ping.remote(
-                number, grant, member.clock, least, gone, len(self.members), self.epoch, lost
+                number, member.incarnation, grant, member.clock, least, gone, len(self.members), self.epoch, lost
             )
         except _compat.ActorEnded:
             if self.members.get(member.index) is member:
@@ -367,15 +348,19 @@ class Membership:
         if before is not None:
             self._bury(before)
         self.budget.join(member.life, state["budget"], state["used"])
+        # A life that Ray has started again has the configuration that its first one was made with.
+        member.handle.use.remote(self._config().to_dict())
         if member.draining:
             self.budget.stop(member.life)
+        elif state["draining"]:
+            self.drain(member)  # the Pool actor that had told it so is dead
         self.changed()
 
     def _judge(self) -> None:
         """Who has been silent for too long?"""
         now = time.monotonic()
         for member in tuple(self.members.values()):
-            silent = now - member.answered_at
+            silent = member.silent(now)
             if member.state in ("serving", "draining") and silent > LOST_AFTER:
                 logger.warning("pool %s: worker %d does not answer", self._pool, member.index)
                 member.state = "lost"

@@ -22,7 +22,8 @@ from typing import Any
 import ray
 
 from raypg import _compat, cluster, naming
-from raypg.actors.membership import START_TIMEOUT, Member, Membership
+from raypg.actors.member import PING_EVERY, Member
+from raypg.actors.membership import START_TIMEOUT, Membership
 from raypg.actors.reaper import Reaper
 from raypg.actors.worker import Answer, application_name, application_prefix
 from raypg.config import PoolConfig
@@ -35,9 +36,6 @@ from raypg.server.control import Control
 
 logger = logging.getLogger(__name__)
 
-PING_EVERY = 1.0
-"""Seconds between two rounds of pings."""
-
 LEAST_PAUSE = 0.05
 """Seconds between two rounds of pings, at least."""
 
@@ -45,7 +43,11 @@ ARRANGE_EVERY = 2.0
 """Seconds between two looks at the nodes of the cluster."""
 
 LIMITS_EVERY = 30.0
-"""Seconds between two questions for the limits of a server that has less room than the pool was to have."""
+"""Seconds between two questions for the limits of a server that has less room than the pool was to have, or that could
+not be asked."""
+
+BEGIN_AGAIN = 1.0
+"""Seconds until a Pool actor that was started anew tries again to find its workers, after a fault."""
 
 BREAKER_WITHIN = 5.0
 """Seconds that a start waits for the Breaker to have heard of the workers."""
@@ -83,6 +85,7 @@ class PoolActor:
         self._keepers: list[asyncio.Task[None]] = []
         self._nodes = _compat.Nodes(frozenset(), ())
         self._arranged_at = self._asked_at = 0.0
+        self._limits_known = False
         changed = _compat.kv_get(self._key)
         if changed is not None and _compat.was_restarted():
             self._config = self._config.changed(**json.loads(changed))
@@ -254,8 +257,19 @@ class PoolActor:
 
     def _begin(self) -> asyncio.Task[Answer]:
         if self._opening is None:
-            self._opening = asyncio.get_running_loop().create_task(self._open())
+            work = self._open_again() if _compat.was_restarted() else self._open()
+            self._opening = asyncio.get_running_loop().create_task(work)
         return self._opening
+
+    async def _open_again(self) -> Answer:
+        """The same for a pool that is there: without shares its workers open no connections, so it is tried until it
+        succeeds."""
+        while True:
+            try:
+                return await self._open()
+            except Exception:
+                logger.exception("pool %s: its workers cannot be taken over yet", self._name)
+                await asyncio.sleep(BEGIN_AGAIN)
 
     async def _open(self) -> Answer:
         try:
@@ -266,32 +280,34 @@ class PoolActor:
         workers.find()
         breaker = cluster.find_or_start_breaker()  # its process starts beside those of the workers
         cluster.find_or_start_metrics()
+        if _compat.was_restarted():
+            await self._arrange()
+            await workers.appear(tuple(workers.members.values()), PING_EVERY)
+            await workers.round()  # the rest is done beside the pings: it takes what may have to be lent by a worker
+        elif (failure := await self._start()) is not None:
+            return failure
+        workers.keeps = True
+        loop = asyncio.get_running_loop()
+        self._keepers = [loop.create_task(self._keep()), loop.create_task(self._look_after_connections())]
+        with contextlib.suppress(Exception):  # the pool works without it, but nobody could look at it
+            await asyncio.wait_for(breaker.status.remote(self._name), BREAKER_WITHIN)
+        return "ok", None
+
+    async def _start(self) -> Answer | None:
+        """Start workers and first connections; the error if there are none."""
+        workers = self._workers
         asking = asyncio.ensure_future(self._ask_limits())
         await self._arrange()
-        again = _compat.was_restarted()
-        if (
-            not await workers.appear(tuple(workers.members.values()), PING_EVERY if again else START_TIMEOUT)
-            and not again
-        ):
+        if not await workers.appear(tuple(workers.members.values()), START_TIMEOUT):
             asking.cancel()
             return "error", pack_error(
                 UnavailableError(
                     f"no worker of pool {self._name!r} started within {START_TIMEOUT:g} s; see `ray list actors`"
                 )
             )
-        asked = await asking
-        await self._unfreeze(final=not again and not asked)
+        await self._unfreeze(final=not await asking)
         await workers.round()
-        if not again and (failure := await self._warm_up()) is not None:
-            return failure
-        workers.keeps = True
-        loop = asyncio.get_running_loop()
-        self._keepers = [loop.create_task(self._keep()), loop.create_task(self._look_after_connections())]
-        with contextlib.suppress(
-            *_compat.ActorGone, TimeoutError
-        ):  # the pool works without it, but nobody could look at it
-            await asyncio.wait_for(breaker.status.remote(self._name), BREAKER_WITHIN)
-        return "ok", None
+        return await self._warm_up()
 
     async def _warm_up(self) -> Answer | None:
         """Open the first connections; the error if no worker can open any."""
@@ -308,8 +324,10 @@ class PoolActor:
     async def _ask_limits(self) -> bool:
         """Ask the server what it has room for, and lower the cap to it; whether it could be asked."""
         self._asked_at = time.monotonic()
+        self._limits_known = False
         try:
             found = await self._reaper.limits()
+            self._limits_known = True
         except Exception as error:
             logger.warning("pool %s: the server cannot be asked for its limits: %s", self._name, error)
             return False
@@ -370,16 +388,17 @@ class PoolActor:
     async def _look_after_connections(self) -> None:
         """What takes the server's answer, which may take long: never in the way of the pings."""
         while True:
-            await asyncio.sleep(PING_EVERY)
             try:
+                frozen = self._workers.frozen
+                wanted = self._workers.limit is not None or not self._limits_known
+                if wanted and (frozen or time.monotonic() - self._asked_at > LIMITS_EVERY):
+                    await self._ask_limits()
                 await self._unfreeze()
                 await self._confirm_gone()
-                lowered = self._workers.limit is not None
-                if lowered and time.monotonic() - self._asked_at > LIMITS_EVERY:
-                    await self._ask_limits()
                 await self._reaper.rest()
             except Exception:
                 logger.exception("pool %s: internal error", self._name)
+            await asyncio.sleep(PING_EVERY)
 
     async def _confirm_gone(self) -> None:
         members = tuple(self._workers.members.values())

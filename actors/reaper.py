@@ -20,6 +20,9 @@ from raypg.server.control import Control
 
 logger = logging.getLogger(__name__)
 
+IDLE_FOR = 30.0
+"""Seconds after which an unused control connection is closed."""
+
 GONE_WITHIN = 10.0
 """Seconds to wait for the connections of a dead worker to disappear before they are ended once more."""
 
@@ -28,11 +31,15 @@ AGAIN = 0.5
 
 SELF_REAPING = 2.0
 """Seconds in which the backends of a dead process notice its death by themselves: four times
-``client_connection_check_interval``. Below a cap of 4 control has no connection of its own; if nobody can lend it one
-for so long, it takes one all the same."""
+``client_connection_check_interval``. Below a cap of 4 control has no connection of its own. If nobody can lend it one
+for so long it does without; but to ask after connections that must have ended by now, it takes the place of one."""
 
 AUTHENTICATION_TIMEOUT = 60.0
 """PostgreSQL's default for ``authentication_timeout``, in seconds, until the server has told its own."""
+
+
+class NoRoomError(Exception):
+    """Every connection of the cap is in use: none can be lent for control."""
 
 
 class Reaper:
@@ -50,34 +57,56 @@ class Reaper:
         self._control = control
         self._prefix = prefix
         self._cap = cap
-        self.has_room: Callable[[], bool] = lambda: True
+        self.has_room: Callable[[], bool] = lambda: False
         """Whether a connection may be opened that is in no account."""
         self.news: Callable[[], None] = lambda: None
         """Called when shares may move."""
         self._turn = asyncio.Lock()
         self._reaping: dict[Hashable, asyncio.Task[None]] = {}
         self._authentication_timeout = AUTHENTICATION_TIMEOUT
-        self.borrows = 0
-        """Connections that the division must leave free for control now, though none is kept for it."""
+        self._borrows = False
+
+    @property
+    def holds(self) -> int:
+        """Connections that the division must leave free for control now, though none may be kept for it."""
+        return int(self._borrows or self._control.is_open)
 
     @contextlib.asynccontextmanager
-    async def _looking(self) -> AsyncIterator[Control]:
-        """The control connection. Of a small cap one is borrowed for it, and given back."""
+    async def _looking(self, of_the_dead: bool = False) -> AsyncIterator[Control]:
+        """The control connection. Of a small cap one is borrowed for it, and given back.
+
+        Args:
+            of_the_dead: to ask after connections that nobody uses any more.
+
+        Raises:
+            NoRoomError: none can be lent.
+        """
         async with self._turn:
             if sizing.reserve(self._cap()):
                 yield self._control
                 return
-            self.borrows = 1
+            self._borrows = True
             self.news()
             try:
-                until = asyncio.get_running_loop().time() + SELF_REAPING
-                while not self.has_room() and asyncio.get_running_loop().time() < until:  # noqa: ASYNC110
-                    await asyncio.sleep(0.02)
+                if not self._control.is_open:
+                    await self._wait_for_room(of_the_dead)
                 yield self._control
-                await self._control.close()
             finally:
-                self.borrows = 0
-                self.news()
+                try:
+                    await self._control.close()
+                finally:
+                    self._borrows = False
+                    self.news()
+
+    async def _wait_for_room(self, of_the_dead: bool) -> None:
+        loop = asyncio.get_running_loop()
+        until = loop.time() + SELF_REAPING
+        while not self.has_room():
+            if loop.time() > until:
+                if of_the_dead:
+                    return
+                raise NoRoomError("all connections of the pool are in use, none can be lent for control")
+            await asyncio.sleep(0.02)
 
     # --- questions ---
 
@@ -86,6 +115,7 @@ class Reaper:
 
         Raises:
             ConnectError: it cannot be reached.
+            NoRoomError: it cannot be asked now.
         """
         async with self._looking() as control:
             limits = await control.limits(self._prefix)
@@ -96,7 +126,7 @@ class Reaper:
     async def gone(self, pids: list[int]) -> set[int]:
         """Those of *pids* that the server does not show any more; none if it cannot be asked."""
         try:
-            async with self._looking() as control:
+            async with self._looking(of_the_dead=True) as control:
                 return set(await control.gone(pids))
         except Exception as error:
             logger.debug("pool %s: control connection failed: %s", self._pool, error)
@@ -118,7 +148,7 @@ class Reaper:
 
     async def bury(self, budget: Budget[Any], life: Hashable, name: str) -> None:
         """That life is over for certain: its share is free when its connections are gone."""
-        ended = await self._end(name, lambda: True)
+        ended = await self._end(name, lambda: True, dead=True)
         known = budget.accounts.pop(life, None)
         if known is not None and (ended or known.charge):
             logger.info("pool %s: %s is gone, with %d connections that had to be ended", self._pool, name, ended)
@@ -159,12 +189,12 @@ class Reaper:
         while still_lost():  # noqa: ASYNC110 - there is nothing left to do for it, and it must not begin anew
             await asyncio.sleep(AGAIN)
 
-    async def _end(self, name: str, wanted: Callable[[], bool]) -> int:
+    async def _end(self, name: str, wanted: Callable[[], bool], dead: bool = False) -> int:
         """End the backends of *name* until none is left; how many there were."""
         ended, complained = 0, False
         while wanted():
             try:
-                async with self._looking() as control:
+                async with self._looking(dead) as control:
                     more, clear = await control.end_backends(name, GONE_WITHIN)
             except Exception as error:
                 # If the server is down, the backends are gone with it: look again soon.
@@ -179,8 +209,8 @@ class Reaper:
         return ended
 
     async def rest(self) -> None:
-        """Close the connection if it was not used lately."""
-        await self._control.rest(time.monotonic())
+        """Close the connection if it was not used lately, or if the cap has none to keep for it any more."""
+        await self._control.rest(time.monotonic(), IDLE_FOR if sizing.reserve(self._cap()) else 0.0)
 
     async def close(self) -> None:
         """End what goes on, and the connection."""

@@ -89,6 +89,7 @@ class PoolWorker:
     async def ping(
         self,
         number: int,
+        incarnation: str | None,
         grant: int | None,
         heard: float | None,
         least: int,
@@ -101,6 +102,8 @@ class PoolWorker:
 
         Args:
             number: of this ping; what was sent before one that has arrived already is out of date.
+            incarnation: the life of this worker that it is meant for, if one is known. The share of an earlier life is
+                not ours: the connections of that one may be there still.
             grant: the share; ``None`` leaves it as it is.
             heard: ``clock`` of our answer that the Pool actor has heard last. The share holds for some seconds from
                 then: however late this message comes, it permits nothing that others may have been given meanwhile.
@@ -120,7 +123,7 @@ class PoolWorker:
         if number > self._newest:
             self._newest, self._epoch = number, epoch
             connections.least = least
-            if grant is not None:
+            if grant is not None and incarnation == self._incarnation:
                 connections.grant(grant, 0.0 if heard is None else heard + VALID)
                 self._engine.pump()
         return {
@@ -133,6 +136,7 @@ class PoolWorker:
             "used": connections.slots,
             "open": connections.total,
             "demand": self._engine.demand,
+            "draining": self._engine.draining is not None,
         }
 
     async def drain(self, seconds: float) -> bool:

@@ -111,7 +111,7 @@ class Channel:
         # A line that is lost may have a successor to the very same life of a worker, which still has what came over it,
         # and tells that to whoever asks under this name.
         self._identity = f"{dispatcher.client}/{next(_lines)}"
-        self._numbers = itertools.count(1)
+        self._numbers = itertools.count(1)  # of batches
         self._pending: deque[Call] = deque()
         self._batches: dict[int, list[Call]] = {}
         self._untold: dict[int, int] = {}  # batch number → statements without an outcome yet

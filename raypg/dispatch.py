@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import threading
 from collections.abc import Callable
@@ -25,6 +26,8 @@ from raypg.errors import (
 )
 from raypg.portable import unpack_error
 
+logger = logging.getLogger(__name__)
+
 ANSWER_WITHIN = 5.0
 """Seconds in which the Pool actor must answer a question about its workers."""
 
@@ -36,6 +39,13 @@ RECONFIGURED_WITHIN = 30.0
 
 LIFE_SIGN_WITHIN = 1.0
 """Seconds in which a worker must say that it is there."""
+
+STALE = 2.0
+"""Seconds without a word from any worker after which a handle asks where they are before it sends a write: all may have
+been replaced meanwhile, and of a write that is sent to a dead one nobody knows what became of it."""
+
+FOUND_WITHIN = 2.0
+"""Seconds in which the Pool actor must say where the workers are when callers wait for it."""
 
 RETRY_EVERY = 0.1
 """Seconds between two looks for a worker that can be used."""
@@ -55,6 +65,7 @@ class Dispatcher:
         self._loop = asyncio.get_running_loop()
         self._channels: dict[int, Channel] = {}
         self._epoch = 0
+        self._current_at = 0.0
         self._thread = threading.get_ident()
         self.closed: Exception | None = None
         self._parked: list[Call] = []
@@ -98,12 +109,18 @@ class Dispatcher:
         if self.closed is not None:
             call.future.set_exception(self.closed)
             return
-        channel = self.choose()
+        channel = None if self._is_stale(call) else self.choose()
         if channel is None:
             self._parked.append(call)
             self._find_workers()
         else:
             channel.send(call)
+
+    def _is_stale(self, call: Call) -> bool:
+        """Whether what is known of the workers is too old to send this by."""
+        if self._loop.time() - self._current_at < STALE:
+            return False
+        return not classify_under(call.sql, call.settings).retryable
 
     def choose(self, any_will_do: bool = False) -> Channel | None:
         """The worker to send to: the one on our node if it has room, else the least loaded for its share. One that is
@@ -142,8 +159,8 @@ class Dispatcher:
         return [channel for channel in self._channels.values() if not channel.closed]
 
     def send_elsewhere(self, call: Call, refusal: BaseException) -> bool:
-        """Send a call to another worker than the one that refused it; False if all would refuse."""
-        if self.is_final(refusal):
+        """Send a call to another worker than the one that refused it; False if all would refuse, or have for long."""
+        if self.is_final(refusal) or self._loop.time() - call.since > self.config.acquire_timeout:
             return False
         self._send(call)
         return True
@@ -213,7 +230,7 @@ class Dispatcher:
             if incarnation is None:
                 continue  # it has just been started; or the Pool actor has, and knows less than we do
             known = self._channels.get(index)
-            if known is not None and known.node != node:
+            if known is not None and known.incarnation != incarnation and self._is_other(known, name, node):
                 known.lose()  # another worker has its number now
                 known = None
             if known is not None and not known.closed:
@@ -225,6 +242,13 @@ class Dispatcher:
                     known = self._channels[index] = Channel(self, handle, index, node, budget, incarnation)
                     known.draining = draining
 
+    def _is_other(self, known: Channel, name: str, node: str) -> bool:
+        """Whether the worker of that name is another actor than the one that *known* leads to."""
+        if known.node != node:
+            return True
+        handle = self._handle(name)
+        return handle is not None and handle != known.handle
+
     @staticmethod
     def _handle(name: str) -> ActorHandle[Any] | None:
         try:
@@ -232,11 +256,11 @@ class Dispatcher:
         except ValueError:
             return None  # it is just being ended
 
-    async def refresh(self) -> None:
+    async def refresh(self, within: float = ANSWER_WITHIN) -> None:
         """Ask the Pool actor where the workers are now. Its silence is no news."""
         try:
             reference = self.pool.membership.remote()
-            self._take(await asyncio.wait_for(reference, ANSWER_WITHIN))
+            self._take(await asyncio.wait_for(reference, within))
         except TimeoutError:
             pass
         except _compat.ActorGone:
@@ -248,6 +272,7 @@ class Dispatcher:
 
     def heard_of(self, epoch: int) -> None:
         """A worker knows of the membership of *epoch*."""
+        self._current_at = self._loop.time()
         if epoch > self._epoch:
             self.refresh_soon()
 
@@ -302,31 +327,33 @@ class Dispatcher:
     async def _find(self) -> None:
         """Look for the new life of lost workers until every line stands again, and send what waits meanwhile."""
         while self.closed is None:
-            await self.refresh()
-            for channel in tuple(self._channels.values()):
-                if not channel.closed:
-                    continue
-                line = await self._new_life(channel)
-                if line is not None:
-                    self._channels[channel.index] = line
-            if self.choose() is not None:
-                parked, self._parked = self._parked, []
-                for call in parked:
-                    if not call.future.done():
-                        self._send(call)
-            now = self._loop.time()
-            waiting = []
-            for call in self._parked:
-                if call.future.done():
-                    continue  # its caller has left
-                if now - call.since > self.config.acquire_timeout:
-                    call.future.set_exception(self._no_worker())
-                else:
-                    waiting.append(call)
-            self._parked = waiting
+            try:
+                await self.refresh(FOUND_WITHIN)
+                self._current_at = self._loop.time()  # or nothing better is to be had
+                self._send_parked()
+                for channel in tuple(self._channels.values()):
+                    if channel.closed and (line := await self._new_life(channel)) is not None:
+                        self._channels[channel.index] = line
+            except Exception:  # Ray's own state cannot be asked, say: callers wait here, for their time and no longer
+                logger.exception("pool %s: internal error while looking for workers", self.name)
+            self._send_parked()
             if not self._parked and not any(channel.closed for channel in self._channels.values()):
                 return
             await asyncio.sleep(RETRY_EVERY)
+
+    def _send_parked(self) -> None:
+        """Send what waits for a worker, or tell its callers that they have waited for too long."""
+        parked, self._parked = self._parked, []
+        found, now = self.choose() is not None, self._loop.time()
+        for call in parked:
+            if call.future.done():
+                continue  # its caller has left
+            if found:
+                self._send(call)
+            elif now - call.since > self.config.acquire_timeout:
+                call.future.set_exception(self._no_worker())
+            else:
+                self._parked.append(call)
 
     async def _new_life(self, dead: Channel) -> Channel | None:
         """A line to the restarted worker, as soon as it answers: sooner than the Pool actor's next ping."""

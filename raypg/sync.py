@@ -200,6 +200,14 @@ class SyncPool:
             raise
         background.run(lambda: transaction.__aexit__(None))
 
+    def reconfigure(self, **changes: Any) -> None:
+        """Change settings of the running pool for everybody; see :meth:`WorkflowConnectionPool.reconfigure`."""
+        background.run(lambda: self._pool.reconfigure(**changes))
+
+    def scale(self, *, workers: int | str | None = None, max_connections: int | None = None) -> dict[str, Any]:
+        """Give the running pool another size, for everybody; see :meth:`WorkflowConnectionPool.scale`."""
+        return background.run(lambda: self._pool.scale(workers=workers, max_connections=max_connections))
+
     def close(self) -> None:
         """Close the handle; see :meth:`WorkflowConnectionPool.close`."""
         background.run(self._pool.close)

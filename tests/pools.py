@@ -42,7 +42,7 @@ async def own_pool(server: EmbeddedServer, **settings: Any) -> AsyncIterator[Wor
 
 async def grant(worker: PoolWorker, budget: int, least: int = 0) -> None:
     """Give a worker that is not in Ray a budget for ever, of which it keeps *least* connections open."""
-    await worker.ping(worker._newest + 1, budget, math.inf, least, [], 1, 1)
+    await worker.ping(worker._newest + 1, worker._incarnation, budget, math.inf, least, [], 1, 1)
 
 
 async def worker_pids(name: str) -> dict[int, int]:

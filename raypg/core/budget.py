@@ -80,11 +80,6 @@ class Budget(Generic[Key]):
         not come back yet."""
         return sum(account.charge for account in self.accounts.values())
 
-    @property
-    def has_room(self) -> bool:
-        """Whether one connection may be opened that is in no account."""
-        return self.charged < self.cap
-
     # --- who takes part ---
 
     def join(self, key: Key, told: int = 0, used: int = 0) -> None:

@@ -207,8 +207,10 @@ class ConnectionSet:
         Raises:
             ConnectError: of the first that failed, if no connection exists afterwards.
         """
-        missing = min(least, self.budget) - self.slots
-        results = await asyncio.gather(*(self.open() for _ in range(missing)), return_exceptions=True)
+        opening = []
+        while self.slots < least and self.may_open:
+            opening.append(self.open())
+        results = await asyncio.gather(*opening, return_exceptions=True)
         for result in results:
             if isinstance(result, ServerConnection):
                 self.put_back(result)

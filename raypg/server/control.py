@@ -23,9 +23,6 @@ from raypg.server.connection import ServerConnection
 Backend: TypeAlias = "tuple[int, Any]"
 """(process id, start time): process ids are used again."""
 
-IDLE_FOR = 30.0
-"""Seconds after which an unused control connection is closed."""
-
 _BACKENDS = """
 SELECT pid, backend_start FROM pg_catalog.pg_stat_activity
 WHERE backend_type = 'client backend' AND usename = current_user
@@ -75,6 +72,11 @@ class Control:
         self._connection: ServerConnection | None = None
         self._lock = asyncio.Lock()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether there is one now."""
+        return self._connection is not None
+
     async def _fetch(self, sql: str, *arguments: Any) -> list[asyncpg.Record]:
         async with self._lock:
             connection = await self._opened()
@@ -83,7 +85,10 @@ class Control:
             return records
 
     async def _opened(self) -> ServerConnection:
-        if self._connection is None or not await self._connection.is_alive():
+        if self._connection is not None and not await self._connection.is_alive():
+            self._connection.abandon()
+            self._connection = None
+        if self._connection is None:
             self._connection = await self._connector.open()
         return self._connection
 
@@ -165,10 +170,10 @@ class Control:
                 return len(seen) - len(backends), False
             await asyncio.sleep(AGAIN)
 
-    async def rest(self, now: float) -> None:
-        """Close the connection if nobody has used it lately."""
+    async def rest(self, now: float, seconds: float) -> None:
+        """Close the connection if nobody has used it for so many *seconds*."""
         connection = self._connection
-        if connection is not None and not self._lock.locked() and now - connection.last_used > IDLE_FOR:
+        if connection is not None and not self._lock.locked() and now - connection.last_used > seconds:
             async with self._lock:
                 self._connection = None
                 await connection.close()

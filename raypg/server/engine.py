@@ -225,11 +225,9 @@ class Engine:
 
     def enqueue(self, job: str, work: Any, cost: float) -> None:
         """Put work in the queue, or fail it at once if it may not run. The caller pumps when all of it is in."""
-        if self.draining is not None:
-            work.fail(pack_error(self.draining))
-            return
-        if self.guard.refusing:
-            self._refuse(work, self.guard.refusal())
+        refusal = self.draining or (self.guard.refusal() if self.guard.refusing else None)
+        if refusal is not None:
+            self._refuse(work, refusal)
             return
         try:
             work.ticket = self.queue.push(job, work, cost=cost, deadline=work.deadline)
@@ -239,8 +237,9 @@ class Engine:
 
     def put_first(self, work: Any) -> None:
         """Put work back that was taken out but not done: it keeps its turn, and waits no longer than its deadline."""
-        if self.guard.refusing:
-            self._refuse(work, self.guard.refusal())
+        refusal = self.guard.refusal() if self.guard.refusing else None if work.begun else self.draining
+        if refusal is not None:
+            self._refuse(work, refusal)
             return
         work.ticket = self.queue.push_front(work, deadline=work.deadline)
         self.pump()

@@ -14,7 +14,7 @@ from raypg.core.pool_metrics import MOST_CODES, OTHER, Delta
 from raypg.core.sketch import LEAST, LOWEST, SCALE, Sketch
 from raypg.core.sqlstate import error_category, meaning
 from raypg.core.statements import identify, shown
-from raypg.errors import CircuitBreakerError, ConnectError, PoolClosedError, PoolExhaustedError
+from raypg.errors import CircuitBreakerError, ConnectError, PoolClosedError, PoolExhaustedError, WorkerDrainingError
 from raypg.server.outcomes import ConnectionLost, outcome_of
 from raypg.server.worker_status import gauges
 
@@ -175,7 +175,7 @@ class Figures:
 
     def refused(self, error: BaseException, calls: int = 1) -> None:
         """So many calls never ran, because of *error*."""
-        if isinstance(error, PoolClosedError) or not calls:
+        if isinstance(error, PoolClosedError | WorkerDrainingError) or not calls:  # the latter are run elsewhere
             return
         self.refused_calls += calls
         if isinstance(error, CircuitBreakerError):

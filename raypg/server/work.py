@@ -107,7 +107,7 @@ class Statement:
 
     @property
     def begun(self) -> bool:
-        return self.retried
+        return False  # what waits for its second try only reads
 
     def fail(self, error: PortableError) -> None:
         self.batch.finish(self.position, None, None, error)

@@ -93,7 +93,7 @@ async def test_a_zombie_that_wakes_up(
 
             async def back() -> bool:
                 state, share = (await states(pool))[1]
-                return state == "serving" and share > 0
+                return state == "serving" and share > 0  # how much is a matter of load
 
             await eventually(back, 20, "it serves again")
             reads = running.reads
@@ -121,7 +121,10 @@ async def test_a_worker_killed_with_a_long_query(
 
             async def well() -> bool:
                 found = await states(pool)
-                new = (await worker_pids(pool.name)).get(0) not in (None, pids[0])
+                try:
+                    new = (await worker_pids(pool.name)).get(0) not in (None, pids[0])
+                except ray.exceptions.RayActorError:
+                    return False  # it is just being started
                 return new and sum(share for _, share in found.values()) == 6 and all(s for _, s in found.values())
 
             await after(well, killed, PASSED_ON_WITHIN, "all shares are granted")

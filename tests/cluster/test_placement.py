@@ -71,7 +71,7 @@ async def test_scaled_under_load(three_nodes: tuple[str, str, str], pg: Embedded
             assert (answer["new_size"], answer["workers"]) == (5, 2)
             await settles(pool, [1, 1])
             at = len(watch.counts)
-            assert (await pool.scale(max_connections=12))["new_size"] == 12
+            assert (await asyncio.to_thread(pool.sync.scale, max_connections=12))["new_size"] == 12
             await eventually(lambda: max(watch.counts[at:]) > 8, what="the pool grows")
         assert running.failures == []
         assert running.reads > 500
@@ -186,7 +186,9 @@ async def fill(pool: WorkflowConnectionPool, table: str, over: asyncio.Event) ->
 
 async def all_pids(pool: WorkflowConnectionPool) -> set[int]:
     found = set()
-    for line in (await pool._dispatcher())._channels.values():
+    dispatcher = await pool._dispatcher()
+    await dispatcher.refresh()  # a handle that asks for nothing hears nothing
+    for line in dispatcher._channels.values():
         found.add(await line.handle.__ray_call__.remote(lambda self: __import__("os").getpid()))
     return found
 
