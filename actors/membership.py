@@ -30,6 +30,7 @@ from raypg.actors.worker import PoolWorker, application_name
 from raypg.config import PoolConfig
 from raypg.core import placement, sizing
 from raypg.core.budget import Budget
+from raypg.errors import UnavailableError
 from raypg.messages import Place
 
 logger = logging.getLogger(__name__)
@@ -238,7 +239,12 @@ class Membership:
         """Start another worker on the node of *member*, and drain *member* when it is there."""
         index = next(index for index in itertools.count() if index not in self.members)
         successor = self.start(index, member.node)
-        await self.appear([successor], START_TIMEOUT)
+        if not await self.appear([successor], START_TIMEOUT):
+            self._forget(successor)
+            raise UnavailableError(
+                f"no new worker of pool {self._pool!r} started within {START_TIMEOUT:g} s on node {member.node}: "
+                f"worker {member.index} and those after it go on as they are"
+            )
         await self.drain(member)
 
     # --- pings ---

@@ -225,7 +225,10 @@ class PoolActor:
         self._workers.replacing = True
         try:
             for member in members:
-                await self._workers.replace(member)
+                if self._workers.members.get(member.index) is member:  # it may have died meanwhile
+                    await self._workers.replace(member)
+        except UnavailableError as error:
+            return "error", pack_error(error)
         finally:
             self._workers.replacing = False
         return "ok", len(members)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import secrets
 import threading
 from collections.abc import Callable
@@ -350,7 +351,7 @@ class Dispatcher:
                 continue  # its caller has left
             if found:
                 self._send(call)
-            elif now - call.since > self.config.acquire_timeout:
+            elif now - call.since > min(self.config.acquire_timeout, call.timeout or math.inf):
                 call.future.set_exception(self._no_worker())
             else:
                 self._parked.append(call)

@@ -103,6 +103,11 @@ class CapWatch:
         """Looks per second."""
         return len(self.counts) / self.seconds
 
+    def held(self, cap: int) -> None:
+        """Asserts that never more than *cap* were seen, in at least 20 looks a second."""
+        assert self.rate > 20
+        assert self.most <= cap
+
     async def _watch(self) -> None:
         while True:
             try:

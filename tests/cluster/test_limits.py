@@ -52,7 +52,7 @@ async def test_a_cap_above_the_limit_of_the_role_is_lowered(
         await direct.execute(f"alter role {limited_role} connection limit 9")
         assert (await pool.scale(max_connections=20))["new_size"] == 9
         assert (await pool.scale(max_connections=4))["new_size"] == 4
-    assert watch.most <= 9
+    watch.held(9)
 
 
 async def test_a_cap_above_the_limit_of_the_server_is_lowered(ray_cluster: Any) -> None:
@@ -61,11 +61,13 @@ async def test_a_cap_above_the_limit_of_the_server_is_lowered(ray_cluster: Any) 
             for _ in range(4):
                 other = await asyncpg.connect(**server.parameters)
                 stack.push_async_callback(other.close)
-            async with own_pool(server, max_connections=50, workers=2) as pool:
+            settings = {"max_connections": 50, "workers": 2}
+            async with own_pool(server, **settings) as pool, CapWatch(server, pool.name) as watch:
                 assert await size(pool) == 14 - 3 - 4
                 async with load(pool, 40) as running:
                     await eventually(lambda: running.reads > 300)
                 assert running.failures == []
+            watch.held(14 - 3 - 4)
 
 
 async def test_more_workers_than_connections(ray_cluster: Any, pg: EmbeddedServer) -> None:
