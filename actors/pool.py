@@ -85,7 +85,7 @@ class PoolActor:
         self._keepers: list[asyncio.Task[None]] = []
         self._nodes = _compat.Nodes(frozenset(), ())
         self._arranged_at = self._asked_at = 0.0
-        self._limits_known = False
+        self._limits_known = self._swept = False
         changed = _compat.kv_get(self._key)
         if changed is not None and _compat.was_restarted():
             self._config = self._config.changed(**json.loads(changed))
@@ -351,19 +351,21 @@ class PoolActor:
         those of workers that nobody knows of have ended.
 
         Args:
-            final: do so even if the server cannot be asked.
+            final: do so although the server cannot be asked; those of before are looked for when it can.
         """
         workers = self._workers
-        if not workers.frozen or any(not member.node for member in workers.members.values()):
+        if self._swept or any(not member.node for member in workers.members.values()):
             return
-        try:
-            await self._reaper.sweep(workers.living)
-        except Exception as error:
-            logger.warning("pool %s: cannot look for connections of workers of before: %s", self._name, error)
-            if not final:
+        if not final:
+            try:
+                await self._reaper.sweep(workers.living)
+            except Exception as error:
+                logger.warning("pool %s: cannot look for connections of workers of before: %s", self._name, error)
                 return
-        workers.frozen = False
-        workers.changed()
+            self._swept = True
+        if workers.frozen:
+            workers.frozen = False
+            workers.changed()
 
     async def _arrange(self) -> list[Member]:
         """Bring workers and nodes together; those that were started."""
@@ -396,7 +398,8 @@ class PoolActor:
                 wanted = self._workers.limit is not None or not self._limits_known
                 if wanted and (frozen or time.monotonic() - self._asked_at > LIMITS_EVERY):
                     await self._ask_limits()
-                await self._unfreeze()
+                if frozen or self._limits_known:
+                    await self._unfreeze()
                 await self._confirm_gone()
                 await self._reaper.rest()
             except Exception:

@@ -360,19 +360,19 @@ async def test_the_pool_actor_killed(ray_cluster: Any, pg: EmbeddedServer) -> No
 
         # A fault of ours in one of its rounds is not the last of them.
         def stumble(actor: Any) -> None:
-            async def fault(_: float) -> None:
-                del actor._control.rest
+            async def fault() -> None:
+                del actor._reaper.rest
                 raise RuntimeError("wanted by the test")
 
-            actor._control.rest = fault
+            actor._reaper.rest = fault
 
         await actor.__ray_call__.remote(stumble)
 
         async def stumbled() -> bool:
-            return bool(await actor.__ray_call__.remote(lambda self: "rest" not in vars(self._control)))
+            return bool(await actor.__ray_call__.remote(lambda self: "rest" not in vars(self._reaper)))
 
         await eventually(stumbled)
-        assert not await actor.__ray_call__.remote(lambda self: self._keeper.done())
+        assert not await actor.__ray_call__.remote(lambda self: any(keeper.done() for keeper in self._keepers))
 
 
 async def test_a_process_that_dies_with_a_transaction_leaves_nothing(

@@ -185,7 +185,7 @@ async def test_control_finds_the_named_ones_of_one_worker_and_no_others(
         try:
             assert {pid for pid, _ in await control.backends(BASE)} == ours
             assert await control.backends(BASE.replace("beef", "b__f")) == []
-            assert await control.end_backends(BASE, timeout=10.0) == 0
+            assert await control.end_backends(BASE, timeout=10.0) == (3, True)
         finally:
             await control.close()
         alive = await direct.fetch("select pid from pg_stat_activity where application_name ~* 'raypg:00000000:0'")
