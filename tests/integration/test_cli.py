@@ -225,6 +225,7 @@ def spawn(command: Command, *arguments: str) -> tuple[int, int]:
     """Run ``raypg`` on a terminal of its own: (process id, terminal)."""
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests that run in the background are deaf to it
         os.chdir(command.directory)
         os.execve(RAYPG, [RAYPG, *arguments], {**command.environment, "TERM": "xterm", "COLUMNS": "200"})
     return pid, terminal
