@@ -179,7 +179,7 @@ async def test_only_what_may_leave_something_is_followed_by_a_reset(
         before = resets
         for _ in range(10):
             runs = [(messages.FETCH, sql, [arguments], None, None)]
-            _, unfinished, [part] = unpack(await worker.run(pack(("client", "job", next(numbers), runs))))
+            _, unfinished, [part], _ = unpack(await worker.run(pack(("client", "job", next(numbers), runs))))
             assert (unfinished, part[4]) == (0, None)
         connections = worker._engine.connections
         await eventually(lambda: connections.idle == connections.total)  # after the answer comes the reset
