@@ -244,7 +244,7 @@ async def test_postgresql_has_counted_the_same(ray_cluster: Any) -> None:
     }
     assert servers.keys() == {"INSERTint", "SELECTa", "SELECTpg_"}
     for name, row in servers.items():
-        # A read that stalls behind others is asked once more elsewhere: on a busy machine the server has seen a few more.
+        # A read that stalls behind others is asked once more: on a busy machine the server has seen a few more.
         most = ours[name]["count"] * (1 if name == "INSERTint" else 1.2)
         assert ours[name]["count"] <= row["calls"] <= most
         if row["calls"] == ours[name]["count"]:
