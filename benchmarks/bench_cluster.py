@@ -220,8 +220,9 @@ async def moves(here: Setting) -> None:
         figures,
         [
             "limits 5 s, 5 s, 10 s",
-            "of workers without load: they hold few of their connections, and what a silent one does not hold is withheld\n"
-            "  for authentication_timeout; under load its share has moved after 8 s. Each look waits up to 2 s for the silent one",
+            "of workers without load: they hold few of their connections, and what a silent one does not hold is",
+            "withheld for authentication_timeout; under load its share has moved after 8 s",
+            "each look waits up to 2 s for the silent one",
         ],
     )
     await pool.close()
