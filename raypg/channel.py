@@ -116,7 +116,7 @@ class Channel:
         self._batches: dict[int, list[Call]] = {}
         self._untold: dict[int, int] = {}  # batch number → statements without an outcome yet
         self._loop = asyncio.get_running_loop()
-        self._under_way: dict[asyncio.Future[bytes], float] = {}  # messages without an answer → when they were sent
+        self._under_way: dict[asyncio.Future[bytes], tuple[int, float]] = {}  # no answer yet → number, when it was sent
         self._sending = False
         self._asking = False
         self._patience: asyncio.TimerHandle | None = None
@@ -199,7 +199,7 @@ class Channel:
                 self._untold[number] = len(calls)
                 message = pack((self._identity, self._dispatcher.job, number, runs))
                 answer = asyncio.wrap_future(self.handle.run.remote(message).future())
-                self._under_way[answer] = self._loop.time()
+                self._under_way[answer] = number, self._loop.time()
                 answer.add_done_callback(self._answered)
                 if self._patience is None:
                     self._patience = self._loop.call_later(PATIENCE, self._lose_patience)
@@ -226,7 +226,8 @@ class Channel:
         self._patience = None
         if self.closed or not self._under_way:
             return
-        if self._loop.time() - min(self._under_way.values()) >= PATIENCE and not self._asking:
+        oldest = min(sent for _, sent in self._under_way.values())
+        if self._loop.time() - oldest >= PATIENCE and not self._asking:
             self._asking = True
             self._start(self._ask_after())
         self._patience = self._loop.call_later(PATIENCE, self._lose_patience)
@@ -302,26 +303,30 @@ class Channel:
     # --- receiving ---
 
     def _settle(self, reply: Reply) -> None:
-        unfinished, parts = self._heard(reply)
-        for part in parts:
-            self._tell(part)
-        if unfinished and self._collector is None:
+        self._heard(reply)
+        if self._collector is None and self._owed():
             self._collector = self._start(self._collect())
 
-    def _heard(self, reply: Reply) -> tuple[int, list[Part]]:
+    def _owed(self) -> set[int]:
+        """The batches that were answered before their end. What the worker says of it may be older than what we know:
+        an answer to ``collect`` that says that nothing is left is read after one to a later ``run`` that left some."""
+        return self._untold.keys() - {number for number, _ in self._under_way.values()} if self._untold else set()
+
+    def _heard(self, reply: Reply) -> int:
+        """Take in what a worker says; how many batches it has not told all of."""
         self._load, unfinished, parts, epoch = reply
         self.heard_from()
         self._dispatcher.heard_of(epoch)
-        return unfinished, parts
+        for part in parts:
+            self._tell(part)
+        return unfinished
 
     async def _collect(self) -> None:
         try:
-            unfinished = 1
-            while unfinished and not self.closed:
-                reply = await self.ask("collect", self._identity, self._dispatcher.job)
-                unfinished, parts = self._heard(reply)
-                for part in parts:
-                    self._tell(part)
+            while (owed := self._owed()) and not self.closed:
+                unfinished = self._heard(await self.ask("collect", self._identity, self._dispatcher.job))
+                if not unfinished and owed & self._untold.keys():
+                    self.lose()  # it has forgotten them: nobody may wait for ever
         except WorkerGone:
             self.lose()
         except Exception as error:
