@@ -29,6 +29,7 @@ from pgbouncer import PgBouncer
 CAP = 20
 TASKS = 300
 READS = 20
+CAREFUL = "PgBouncer, one connection a task"
 QUERY = "SELECT balance FROM accounts WHERE id = $1"
 
 
@@ -101,6 +102,22 @@ def direct(parameters: dict[str, Any], first: int) -> Counter[str]:
 
 
 @ray.remote(num_cpus=0.5, max_retries=0)
+def in_turn(parameters: dict[str, Any], first: int) -> Counter[str]:
+    """One connection for the task, and one read after the other on it: what a careful user writes."""
+
+    async def main() -> Counter[str]:
+        connection = await asyncpg.connect(**parameters)
+        try:
+            for n in range(READS):
+                await connection.fetchval(QUERY, (first + n) % 10_000 + 1)
+        finally:
+            await connection.close()
+        return Counter(ok=READS)
+
+    return asyncio.run(main())
+
+
+@ray.remote(num_cpus=0.5, max_retries=0)
 def pooled(pool: str, first: int) -> Counter[str]:
     """The same through raypg."""
 
@@ -131,17 +148,20 @@ async def flood(here: Setting) -> None:
             {
                 "direct": lambda: run("direct", direct, here.server.parameters),
                 "PgBouncer 1.18, transaction mode": lambda: run("PgBouncer 1.18, transaction mode", direct, through),
+                CAREFUL: lambda: run(CAREFUL, in_turn, through),
                 "raypg": lambda: run("raypg", pooled, "flood"),
             },
             rounds=5,
         )
     lines = [
         f"raypg ÷ PgBouncer: {ratio(figures, 'raypg', 'PgBouncer 1.18, transaction mode'):.2f} (at least 1)",
+        f"raypg ÷ {CAREFUL}: {ratio(figures, 'raypg', CAREFUL):.2f} (at least 1)",
         *(
             f"{name}: " + ", ".join(f"{count:,} {what}" for what, count in counts.most_common())
             for name, counts in outcomes.items()
         ),
-        "direct and PgBouncer: a connection for each read; a server of max_connections=100; 8 tasks at a time",
+        "direct and PgBouncer: a connection for each read unless said otherwise; a server of max_connections=100",
+        "8 tasks at a time",
     ]
     report(f"{TASKS} tasks of {READS} point reads, cap {CAP}", "reads/s", figures, lines)
     await pool.close()

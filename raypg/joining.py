@@ -12,7 +12,7 @@ from ray.actor import ActorHandle
 from raypg import _compat, cluster, messages
 from raypg.config import PoolConfig
 from raypg.dispatch import Dispatcher
-from raypg.errors import ConnectError, PoolClosedError, PoolNotFoundError, UnavailableError
+from raypg.errors import PoolClosedError, PoolNotFoundError, UnavailableError
 from raypg.portable import unpack_error
 
 STARTED_WITHIN = 90.0
@@ -27,17 +27,33 @@ RETRY_EVERY = 0.1
 _dispatchers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, Dispatcher]] = weakref.WeakKeyDictionary()
 
 
-class _Attempt:
-    """The one attempt to reach a pool that an event loop makes at a time, and how the last one failed."""
+class _Attempts:
+    """The attempts to reach a pool that one event loop makes: one at a time, and one for all who ask for the same."""
 
     def __init__(self) -> None:
         self.lock = asyncio.Lock()
-        self.failed_at = 0.0
-        self.config: PoolConfig | None = None
-        self.error: ConnectError | None = None
+        self.running: list[tuple[PoolConfig | None, asyncio.Task[tuple[Dispatcher, bool]]]] = []
+
+    def find(self, config: PoolConfig | None) -> asyncio.Task[tuple[Dispatcher, bool]] | None:
+        """The attempt that is made with *config*, if one is."""
+        return next((task for asked, task in self.running if asked == config), None)
+
+    def start(self, name: str, config: PoolConfig | None) -> asyncio.Task[tuple[Dispatcher, bool]]:
+        """Make one. It goes on when the caller that wanted it leaves: others may wait for it."""
+        task = asyncio.get_running_loop().create_task(_join(name, config, self.lock))
+        entry = config, task
+        self.running.append(entry)
+
+        def ended(task: asyncio.Task[tuple[Dispatcher, bool]]) -> None:
+            self.running.remove(entry)
+            if not task.cancelled():
+                task.exception()  # whoever waits gets it; if nobody does, nobody wants to know
+
+        task.add_done_callback(ended)
+        return task
 
 
-_attempts: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, _Attempt]] = weakref.WeakKeyDictionary()
+_attempts: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, _Attempts]] = weakref.WeakKeyDictionary()
 
 
 async def connect(name: str, config: PoolConfig | None) -> tuple[Dispatcher, bool]:
@@ -53,14 +69,22 @@ async def connect(name: str, config: PoolConfig | None) -> tuple[Dispatcher, boo
         PoolNotFoundError, PoolConflictError, PoolVersionError, PoolClosedError, ConnectError, ConfigError.
     """
     loop = asyncio.get_running_loop()
-    attempt = _attempts.setdefault(loop, {}).setdefault(name, _Attempt())
-    arrived = loop.time()
-    async with attempt.lock:
-        if attempt.failed_at > arrived and attempt.config == config and attempt.error is not None:
-            raise attempt.error  # the same was just tried while we waited: a thousand callers must not try in turn
+    found = _dispatchers.get(loop, {}).get(name) if config is None else None
+    if found is not None and found.closed is None:
+        return found, False
+    attempts = _attempts.setdefault(loop, {}).setdefault(name, _Attempts())
+    # A thousand callers must not try in turn: all go on in the same step, and their statements in the same message.
+    running = attempts.find(config)
+    if running is not None:
+        return (await asyncio.shield(running))[0], False
+    return await asyncio.shield(attempts.start(name, config))
+
+
+async def _join(name: str, config: PoolConfig | None, lock: asyncio.Lock) -> tuple[Dispatcher, bool]:
+    async with lock:
         for ended in [other for other in tuple(_dispatchers) if other.is_closed()]:
             _dispatchers.pop(ended, None)  # a dispatcher holds its loop, so no entry would ever go by itself
-        known = _dispatchers.setdefault(loop, {})
+        known = _dispatchers.setdefault(asyncio.get_running_loop(), {})
         found = known.get(name)
         if found is not None and found.closed is None and config is None:
             return found, False
@@ -70,9 +94,6 @@ async def connect(name: str, config: PoolConfig | None) -> tuple[Dispatcher, boo
             if found is None or found.closed is None:
                 raise
             raise found.closed from None
-        except ConnectError as error:
-            attempt.failed_at, attempt.config, attempt.error = loop.time(), config, error
-            raise
         if found is not None and found.pool != pool:
             found.close(PoolClosedError(f"pool {name!r} was closed, and another one started under its name"))
         if found is None or found.closed is not None:

@@ -16,6 +16,7 @@ A statement of a batch is known by its *position*: its index, counted through th
 
 from __future__ import annotations
 
+import functools
 import platform
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -87,6 +88,11 @@ def finished_of(part: Part) -> Iterator[tuple[int, Finished]]:
 
 def hello() -> dict[str, Any]:
     """Who we are: the first message of every handle to a pool."""
+    return {**_versions()}
+
+
+@functools.cache  # to read them takes longer than all else that a process does to join a pool
+def _versions() -> dict[str, Any]:
     return {
         "protocol": PROTOCOL,
         "raypg": version("raypg"),
