@@ -292,6 +292,7 @@ class PoolMetrics:
         return {
             "since": self.since,
             "as_of": now,
+            "heard_at": self.heard_at,
             "window_seconds": WINDOW,
             "workers": {
                 index: {
