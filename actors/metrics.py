@@ -20,6 +20,8 @@ import logging
 import pickle
 import time
 import zlib
+from collections import ChainMap
+from collections.abc import Mapping
 from typing import Any
 
 from ray.actor import ActorHandle
@@ -204,12 +206,21 @@ class MetricsActor(ServingAll):
         return self._epoch + time.monotonic()
 
     def _describe(self, name: str, known: _Pool, now: float, statements: int, in_detail: bool) -> dict[str, Any]:
-        unknown = {"state": None, "forced": False}
         return {
             **known.metrics.snapshot(now, statements, in_detail),
-            "circuit_breaker": self._states.get(name, unknown),
+            "circuit_breaker": self._breaker_of(name),
             "alerts": self._alerts.states(name),
         }
+
+    def _glance(self, name: str, known: _Pool, now: float) -> Mapping[str, Any] | None:
+        """What rules of alerts are about; ``None`` while this life does not know yet what the last one knew: what fires
+        must not be taken for over."""
+        if now - self._born < SETTLED_WITHIN and (known.missing or name not in self._states):
+            return None
+        return ChainMap({"circuit_breaker": self._breaker_of(name)}, known.metrics.parts(now))  # type: ignore[arg-type]
+
+    def _breaker_of(self, pool: str) -> dict[str, Any]:
+        return self._states.get(pool, {"state": None, "forced": False})
 
     async def _refresh(self, known: _Pool, fresh: bool) -> None:
         """Hear again what the last life of this actor was told, and, if *fresh*, of every worker what happened until
@@ -244,22 +255,16 @@ class MetricsActor(ServingAll):
             try:
                 await self._ask_breaker()
                 now, wall = time.monotonic(), self._now()
-                statements = 20 if now >= export_at else 0
-                known = {name: self._describe(name, pool, wall, statements, False) for name, pool in self.pools.items()}
-                self._alerts.evaluate({name: known[name] if self._is_settled(name) else None for name in known}, wall)
+                self._alerts.evaluate({name: self._glance(name, pool, wall) for name, pool in self.pools.items()}, wall)
                 if now >= export_at:
                     export_at = now + EXPORT_EVERY
+                    known = {name: self._describe(name, pool, wall, 20, False) for name, pool in self.pools.items()}
                     self._ray_metrics.export(known)
                 if now >= durable_at:
                     durable_at = now + DURABLE_EVERY
                     self._make_durable(self._now())
             except Exception:
                 logger.exception("metrics: internal error")
-
-    def _is_settled(self, name: str) -> bool:
-        """Whether this life knows of a pool what the last one knew: if not, what fires must not be taken for over."""
-        complete = not self.pools[name].missing and name in self._states
-        return complete or self._now() - self._born > SETTLED_WITHIN
 
     def _make_durable(self, wall: float) -> None:
         for name, pool in tuple(self.pools.items()):

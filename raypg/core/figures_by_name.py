@@ -95,6 +95,10 @@ def _errors(category: str | None) -> Callable[[Snapshot], float]:
     return lambda known: sum(error[2] for error in known["errors"] if category in (None, error[0]))
 
 
+def _failed(category: str) -> Callable[[Snapshot], float]:
+    return lambda known: known["window"]["errors_by_category"][category]
+
+
 def _workers(up: bool) -> Callable[[Snapshot], float]:
     return lambda known: sum(worker["up"] == up for worker in known["workers"].values())
 
@@ -142,6 +146,10 @@ _LAST_MINUTE = {
     "query_time_samples": ("Statements in the last minute whose time is known", _recent("execution", "count")),
     "queries_at_once": ("Statements that ran at the same time in the last minute, on average", _window("busy")),
     "window_seconds": ("Seconds of the last minute: 60", lambda known: known["window_seconds"]),
+}
+_LAST_MINUTE |= {
+    f"{name}_last_minute": (f"Calls that failed in the last minute with an error of category {name}", _failed(name))
+    for name in CATEGORIES
 }
 _COUNTED = {
     "queries_total": ("statements that ran", "queries"),

@@ -102,6 +102,7 @@ def test_what_is_of_alerts_alone() -> None:
         "calls_last_minute": float(KNOWN["window"]["calls"]),
         "pool_exhaustion_events_last_minute": 3060.0,
         "queries_last_minute": 3000.0,
+        "connection_refused_last_minute": 3002.0,
     }
     assert {name: ALL[name] for name in expected} == expected
     assert math.isnan(ALL["replica_lag_seconds"])
