@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import secrets
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from raypg import _compat, naming
@@ -76,7 +78,7 @@ class AlertKeeper:
             "rules": [_shown(rule) for rule in rules],
             "active": [alert.to_dict() for alert in active],
             "history": [alert.to_dict() for alert in fired[:history]],
-            "webhooks": self._webhooks.status(),
+            "webhooks": self._webhooks.status({rule.webhook_url for rule in self.rules.values() if rule.webhook_url}),
             "names": dict(DESCRIPTIONS) if names else {},
         }
 
@@ -93,8 +95,9 @@ class AlertKeeper:
         Raises:
             ConfigError: it is no good, or there are too many.
         """
-        words = "".join(character if character.isalnum() else " " for character in str(given.get("name", ""))).split()
-        rule = make_rule(given, f"{'-'.join(words).lower()[:40] or 'rule'}-{secrets.token_hex(3)}")
+        rule = make_rule(given, secrets.token_hex(3))
+        words = re.sub("[^a-z0-9]+", "-", rule.name.lower()).strip("-")[:40]
+        rule = replace(rule, id=f"{words or 'rule'}-{rule.id}")
         for other in self.rules.values():
             if other.says_the_same(rule):
                 return other.id
