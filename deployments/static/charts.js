@@ -27,6 +27,7 @@ const CHARTS = [
     lines: [{ of: ["errors", "calls"], name: "of calls failed", color: "--chart-5", fill: true }],
     format: format.percent,
     axis: { tickformat: ".2~%" },
+    hover: "%{y:.2~%}",
     least: 0.01,
   },
   {
@@ -39,6 +40,7 @@ const CHARTS = [
     ],
     format: format.ms,
     axis: { ticksuffix: " ms" },
+    hover: "%{y:,.3~r} ms",
     least: 1,
   },
   {
@@ -51,6 +53,7 @@ const CHARTS = [
     ],
     format: format.ms,
     axis: { ticksuffix: " ms" },
+    hover: "%{y:,.3~r} ms",
     least: 1,
   },
   {
@@ -65,7 +68,7 @@ const CHARTS = [
   {
     id: "rows",
     title: "Rows per second",
-    lines: [{ series: "rows", name: "rows written or read", color: "--chart-2", fill: true }],
+    lines: [{ series: "rows", name: "returned or written", color: "--chart-2", fill: true }],
     format: format.short,
   },
 ];
@@ -73,6 +76,9 @@ const CHARTS = [
 const COLORS = ["--chart-5", "--chart-3", "--chart-4", "--chart-2", "--chart-1", "--chart-6"];
 const STATES = { closed: "--ok", half_open: "--warning", open: "--critical" };
 const HEIGHT = 176;
+
+/** Width of a chart, about: lines that have moved by less need not be drawn anew. */
+const PIXELS = 300;
 
 /** Loaded when the rest of the page is there: it is large, and not needed to say what is wrong. */
 function plotly() {
@@ -100,6 +106,8 @@ export class Charts {
     this.probe = el("span", { hidden: true });
     document.body.append(this.probe);
     this.visible = new Set();
+    this.drawn = new Map(); // chart → of what and when its lines are
+    this.turn = 0;
     this.seen = new IntersectionObserver((entries) => this.look(entries), { rootMargin: "100px" });
     this.figures = new Map();
     for (const chart of CHARTS) this.add(chart.id, chart.title);
@@ -117,41 +125,65 @@ export class Charts {
     const plot = el("div", { class: "plot", id: `plot-${id}`, role: "img" });
     const legend = el("ul", { class: "legend" });
     const heading = el("h3", { id: `title-${id}` }, title);
-    const figure = el("figure", { class: `chart chart-${id}`, "aria-labelledby": `title-${id}` }, el("figcaption", {}, heading, legend), plot);
+    const figure = el("figure", { class: `chart chart-${id}`, "aria-labelledby": `title-${id}`, "data-chart": id }, el("figcaption", {}, heading, legend), plot);
     byId("grid").append(figure);
     this.figures.set(id, { plot, legend, title, named: "" });
     this.seen.observe(figure);
   }
 
   look(entries) {
-    for (const entry of entries) {
-      const id = [...entry.target.classList].find((name) => name.startsWith("chart-")).slice(6);
-      if (entry.isIntersecting) this.visible.add(id);
-      else this.visible.delete(id);
+    for (const { target, isIntersecting } of entries) {
+      if (isIntersecting) this.visible.add(target.dataset.chart);
+      else this.visible.delete(target.dataset.chart);
     }
-    this.draw();
+    if (this.latest !== null) this.work();
   }
 
-  /** Show these; drawn are those that can be seen. */
+  /** Show these figures. The words are those of now; lines are drawn anew when they have moved by a pixel. */
   show(series, pool, until) {
     this.latest = { series, pool, until };
-    this.draw();
+    this.drawn.forEach((then, id) => {
+      if (then.pool !== series.pool || then.seconds !== series.seconds || until - then.until >= series.seconds / PIXELS) this.drawn.delete(id);
+    });
+    this.work();
   }
 
+  /** Draw all anew: colors have changed, or what was long ago has come. */
   draw() {
-    if (this.latest === null || document.hidden) return;
+    this.drawn.clear();
+    if (this.latest !== null) this.work();
+  }
+
+  work() {
     const { series, pool, until } = this.latest;
     const points = series.points(until);
-    const x = points.times.map(local);
-    const range = [local(until - series.seconds), local(until)];
     const spans = breakerSpans(pool.breaker, until);
+    const shared = { x: points.times.map(local), range: [local(until - series.seconds), local(until)], pool, spans };
+    const drawings = [];
     for (const chart of CHARTS) {
       const lines = (chart.prefix ? categories(chart, series) : chart.lines).map((line) => ({ ...line, y: valuesOf(line, points) }));
-      const shown = chart.prefix ? lines.filter((line) => line.y.some((value) => value > 0)) : lines;
+      const shown = chart.prefix ? lines.filter((line) => most(line.y) > 0).sort((one, other) => total(other.y) - total(one.y)) : lines;
       this.legend(chart, shown, pool);
-      if (this.library !== null && this.visible.has(chart.id)) this.plot(chart, shown, x, range, pool, spans);
+      drawings.push([chart.id, () => this.plot(chart, shown, shared)]);
     }
-    this.breaker(spans, pool.breaker, range);
+    this.breakerLegend(spans, pool.breaker);
+    drawings.push(["breaker-states", () => this.breaker(shared)]);
+    if (this.library === null || document.hidden) return;
+    const due = drawings.filter(([id]) => this.visible.has(id) && !this.drawn.has(id));
+    due.forEach(([id]) => this.drawn.set(id, { pool: series.pool, seconds: series.seconds, until }));
+    this.next(due, ++this.turn);
+  }
+
+  /** One drawing per frame of the screen, so that the page answers in between. */
+  next(drawings, turn) {
+    if (drawings.length === 0) return;
+    if (turn !== this.turn) {
+      drawings.forEach(([id]) => this.drawn.delete(id)); // by figures that are newer
+      return;
+    }
+    const [[, draw], ...later] = drawings;
+    draw();
+    requestAnimationFrame(() => this.next(later, turn));
   }
 
   legend(chart, lines, pool) {
@@ -172,7 +204,7 @@ export class Charts {
     setAttribute(plot, "aria-label", `Chart of ${chart.title.toLowerCase()}: ${told}`);
   }
 
-  plot(chart, lines, x, range, pool, spans) {
+  plot(chart, lines, { x, range, pool, spans }) {
     const stacked = Boolean(chart.prefix);
     const traces = lines.map((line, index) => ({
       x,
@@ -185,8 +217,7 @@ export class Charts {
       fillcolor: line.fill ? this.color(line.color, 0.16) : this.color(line.color, 0.55),
       stackgroup: line.stack || stacked ? "all" : undefined,
       stackgaps: line.stack || stacked ? "infer zero" : undefined,
-      text: line.y.map((value) => plain(chart.format(value))),
-      hovertemplate: `${plain(line.name)} %{text}<extra></extra>`,
+      hovertemplate: `${plain(line.name)} ${chart.hover ?? "%{y:,.3~r}"}<extra></extra>`,
     }));
     const shapes = spans.filter((span) => span.state !== "closed").map((span) => this.band(span, range));
     let top = Math.max(chart.least ?? 0, ...lines.map((line) => most(line.y) ?? 0));
@@ -202,7 +233,7 @@ export class Charts {
     this.react(chart.id, traces, range, { yaxis, shapes }, HEIGHT);
   }
 
-  breaker(spans, breaker, range) {
+  breakerLegend(spans, breaker) {
     const { legend, plot } = this.figures.get("breaker-states");
     const state = breaker?.state ?? "unknown";
     const entry = legend.firstElementChild ?? legend.appendChild(el("li", {}, el("i", { "aria-hidden": "true" }), el("span"), el("b")));
@@ -211,7 +242,9 @@ export class Charts {
     setText(entry.children[2], format.words(state));
     const told = spans.map((span) => `${format.words(span.state)} from ${format.moment(span.from)}${span.reason ? ` (${span.reason})` : ""}`);
     setAttribute(plot, "aria-label", `Timeline of the breaker: ${told.slice(-5).join("; ") || format.words(state)}`);
-    if (this.library === null || !this.visible.has("breaker-states")) return;
+  }
+
+  breaker({ spans, range }) {
     const shown = spans.filter((span) => local(span.to) > range[0]);
     const trace = {
       type: "bar",
@@ -226,7 +259,7 @@ export class Charts {
       customdata: shown.map((span) => plain(`${format.words(span.state)} since ${format.moment(span.from)}${span.reason ? `: ${span.reason}` : ""}`)),
       hovertemplate: "%{customdata}<extra></extra>",
     };
-    this.react("breaker-states", [trace], range, { yaxis: { visible: false }, bargap: 0.25, hovermode: "closest" }, HEIGHT);
+    this.react("breaker-states", [trace], range, { yaxis: { visible: false }, bargap: 0.55, hovermode: "closest" }, HEIGHT);
   }
 
   band(span, range) {
@@ -286,6 +319,8 @@ function newest(values) {
   for (let index = values.length - 1; index >= Math.max(0, values.length - 3); index -= 1) if (values[index] !== null) return values[index];
   return null;
 }
+
+const total = (values) => values.reduce((sum, value) => sum + (value ?? 0), 0);
 
 function most(values) {
   const known = values.filter((value) => value !== null);

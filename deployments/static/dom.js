@@ -57,9 +57,11 @@ export class Table {
     this.columns = columns;
     this.key = key;
     this.level = level;
-    this.body = el("tbody");
-    const headings = columns.map((column) => el("th", { scope: "col", class: classes(column), title: column.hint }, column.title));
-    this.table = el("table", {}, el("caption", { class: "unseen" }, caption), el("thead", {}, el("tr", {}, ...headings)), this.body);
+    // The roles are those that the elements have; on a phone, where rows are no table to the eye, they stay one to others.
+    this.body = el("tbody", { role: "rowgroup" });
+    const headings = columns.map((column) => el("th", { scope: "col", role: "columnheader", class: classes(column), title: column.hint }, column.title));
+    const head = el("thead", { role: "rowgroup" }, el("tr", { role: "row" }, ...headings));
+    this.table = el("table", { role: "table" }, el("caption", { class: "unseen" }, caption), head, this.body);
     // Focusable, so that the keyboard can scroll it too where it is wider than the screen.
     this.scroller = el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": caption }, this.table);
     this.empty = el("p", { class: "nothing" }, empty);
@@ -75,7 +77,7 @@ export class Table {
       this.body,
       items,
       this.key,
-      () => el("tr", {}, ...this.columns.map((column) => el("td", { class: classes(column), "data-title": column.title }))),
+      () => el("tr", { role: "row" }, ...this.columns.map((column) => el("td", { role: "cell", class: classes(column), "data-title": column.title }))),
       (row, item) => {
         setAttribute(row, "data-level", this.level(item));
         this.columns.forEach((column, index) => {

@@ -2,12 +2,19 @@
 
 const NONE = "–";
 
-/** A number with at most *digits* significant ones, and thin groups of thousands: 1 234, 12.3, 0.0071. */
+/** Formatters are slow to make, and used for every figure of every second. */
+const formatters = new Map();
+
+function rounded(value, digits) {
+  if (!formatters.has(digits)) formatters.set(digits, new Intl.NumberFormat("en", digits ? { maximumSignificantDigits: digits } : { maximumFractionDigits: 0 }));
+  return formatters.get(digits).format(value);
+}
+
+/** A number with at most *digits* significant ones, and groups of thousands: 1,234, 12.3, 0.0071. */
 export function number(value, digits = 3) {
   if (value === null || value === undefined || !Number.isFinite(value)) return NONE;
   const size = Math.abs(value);
-  if (size >= 10 ** digits || Number.isInteger(value)) return Math.round(value).toLocaleString("en");
-  return value.toLocaleString("en", { maximumSignificantDigits: digits });
+  return rounded(value, size >= 10 ** digits || Number.isInteger(value) ? 0 : digits);
 }
 
 /** Large numbers short: 1.2k, 34M. */
@@ -15,7 +22,7 @@ export function short(value) {
   if (value === null || value === undefined || !Number.isFinite(value)) return NONE;
   const size = Math.abs(value);
   for (const [limit, unit] of [[1e9, "G"], [1e6, "M"], [1e4, "k"]]) {
-    if (size >= limit) return `${(value / (unit === "k" ? 1e3 : limit)).toLocaleString("en", { maximumSignificantDigits: 3 })}${unit}`;
+    if (size >= limit) return `${rounded(value / (unit === "k" ? 1e3 : limit), 3)}${unit}`;
   }
   return number(value);
 }
@@ -32,13 +39,13 @@ export function percent(value) {
   if (value === null || value === undefined || !Number.isFinite(value)) return NONE;
   if (value === 0) return "0 %";
   if (value < 0.0001) return "< 0.01 %";
-  return `${(value * 100).toLocaleString("en", { maximumSignificantDigits: value < 0.1 ? 2 : 3 })} %`;
+  return `${rounded(value * 100, value < 0.1 ? 2 : 3)} %`;
 }
 
 /** Seconds as 0.4 s, 12 s, 3 min 4 s, 2 h 5 min. */
 export function duration(seconds) {
   if (seconds === null || seconds === undefined || !Number.isFinite(seconds)) return NONE;
-  if (seconds < 10) return `${(Math.round(seconds * 10) / 10).toLocaleString("en")} s`;
+  if (seconds < 10) return `${rounded(Math.round(seconds * 10) / 10, 2)} s`;
   const whole = Math.round(seconds);
   if (whole < 60) return `${whole} s`;
   if (whole < 3600) return `${Math.floor(whole / 60)} min${whole % 60 ? ` ${whole % 60} s` : ""}`;

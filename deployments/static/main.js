@@ -91,15 +91,13 @@ function showLink(link, since) {
   document.body.dataset.link = link;
   if (link === "live") {
     setText(byId("link-text"), "Live");
-    byId("lost").hidden = true;
+    setText(byId("lost"), "");
     // What happened meanwhile is in the dashboard's history.
     if (before === "lost" && page.series.pool !== null) page.series.show(page.series.pool, page.seconds);
     return;
   }
-  setText(byId("link-text"), "Connection lost");
-  const lost = byId("lost");
-  if (lost.hidden) setText(lost, lostWords());
-  lost.hidden = false;
+  setText(byId("link-text"), "Not connected");
+  setText(byId("lost"), lostWords());
   if (page.state !== null) showNoNews(since);
 }
 
@@ -155,6 +153,7 @@ showTheme();
 choose(byId("windows"), "seconds", page.seconds);
 new Live((state, at) => {
   const first = page.state === null;
+  document.body.dataset.ready = "";
   page.state = state;
   page.at = at;
   showFrame();

@@ -35,7 +35,7 @@ export class Waits {
       byId("waits-body"),
       "Sessions that wait for a lock, and those that hold it",
       [
-        { title: "Session", fill: fillSession },
+        { title: "Session", class: "pid", fill: fillSession },
         { title: "Whose", text: (session) => [session.ours ? "this pool" : null, session.application || session.user].filter(Boolean).join(": "), about: (session) => `user ${session.user ?? "?"}, client ${session.client ?? "local"}` },
         { title: "What it does", fill: fillDoing },
         { title: "For", number: true, text: (session) => format.duration(isWaiting(session) ? session.waiting_seconds : session.seconds) },
@@ -225,7 +225,7 @@ export class Workers {
 }
 
 function workerState(worker) {
-  const words = [worker.silent ? "silent" : format.words(worker.state ?? "up")];
+  const words = [worker.silent ? `silent for ${format.duration(worker.silent)}` : format.words(worker.state ?? "up")];
   if (worker.isolated) words.push("isolated: it alone cannot reach the database");
   return words.join(", ");
 }
