@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import os
 import socket
 import tomllib
@@ -22,6 +21,7 @@ from raypg.config import PoolConfig
 from raypg.core.nearest import did_you_mean
 from raypg.errors import ConfigError, PoolNotFoundError, RaypgError, UnavailableError
 from raypg.naming import check_pool_name
+from raypg.plain import without_nan
 from raypg.pool import end, get_pool
 from raypg.pool import restart as restart_pool
 from raypg.portable import unpack_error
@@ -138,7 +138,7 @@ def status(name: str | None, address: str, as_json: bool) -> None:
         names = [name]
     found = asyncio.run(_all_figures(names))
     if as_json:
-        print(json.dumps(_without_nan(found), indent=2))
+        print(json.dumps(without_nan(found), indent=2))
         return
     console = Console()
     if not found:
@@ -303,14 +303,3 @@ def _why_not(address: str, error: Exception) -> str:
     if "Could not find any running Ray instance" in text:
         return "no Ray cluster runs on this machine; start one with `ray start --head`, or name one with --address"
     return f"cannot use the Ray cluster ({address}): {text}"
-
-
-def _without_nan(value: Any) -> Any:
-    """The same for JSON, which knows no NaN."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _without_nan(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(part) for part in value]
-    return value
