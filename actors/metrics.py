@@ -6,6 +6,7 @@ Its messages:
   ends.
 - ``snapshot``, ``history``, ``histories``, ``newest``: what is known. Workers are asked for what happened since their
   last report.
+- ``alerts``, ``add_alert``, ``delete_alert``: the rules that are watched each second, and what has become of them.
 - ``forget``, ``rest``: a pool has ended.
 
 What it knows is written to Ray's key-value store every few seconds. Its next life reads it there, and workers repeat
@@ -20,18 +21,22 @@ import logging
 import pickle
 import time
 import zlib
+from collections import ChainMap
+from collections.abc import Mapping
 from typing import Any
 
 from ray.actor import ActorHandle
 
 from raypg import _compat, cluster, naming
+from raypg.actors.alerting import AlertKeeper
 from raypg.actors.ray_metrics import RayMetrics
 from raypg.actors.serving_all import ServingAll
 from raypg.actors.worker import Answer
+from raypg.core.alerts import MOST_REMEMBERED
 from raypg.core.history import SERIES
 from raypg.core.nearest import did_you_mean
 from raypg.core.pool_metrics import Delta, PoolMetrics
-from raypg.errors import ConfigError, UnavailableError
+from raypg.errors import ConfigError, RaypgError, UnavailableError
 from raypg.portable import pack_error
 
 logger = logging.getLogger(__name__)
@@ -39,8 +44,8 @@ logger = logging.getLogger(__name__)
 FRESH_WITHIN = 0.5
 """Seconds in which a worker must answer for its figures; else they are as old as its last report."""
 
-BREAKER_EVERY = 1.0
-"""Seconds between two looks at the breakers' states."""
+LOOK_EVERY = 1.0
+"""Seconds between two looks at the breakers' states, and at what the rules of alerts say."""
 
 DURABLE_EVERY = 5.0
 """Seconds between two copies to the key-value store."""
@@ -86,7 +91,9 @@ class MetricsActor(ServingAll):
         self._states: dict[str, dict[str, Any]] = {}
         self._breaker: ActorHandle[Any] | None = None
         self._epoch = time.time() - time.monotonic()
+        self._born = self._now()
         self._ray_metrics = RayMetrics()
+        self._alerts = AlertKeeper()
         for key in _compat.kv_keys(naming.metrics_key("")):  # who looks now shall find what was known
             name = key.removeprefix(naming.metrics_key(""))
             self.pools[name] = _restored(name, DEFAULT_MINUTES, self._now())
@@ -175,6 +182,30 @@ class MetricsActor(ServingAll):
         now = self._now()
         return "ok", {name: known.metrics.history.newest(now) for name, known in self.pools.items()}
 
+    async def alerts(self, pool: str | None = None, history: int = MOST_REMEMBERED, names: bool = True) -> Answer:
+        """What :meth:`AlertKeeper.describe` says."""
+        return "ok", self._alerts.describe(pool, history, names)
+
+    # --- from those who change ---
+
+    async def add_alert(self, rule: dict[str, Any]) -> Answer:
+        """Watch *rule* (see :func:`raypg.core.alert_rule.make_rule`) from now on; the answer is its ``id``."""
+        try:
+            pool = rule.get("pool") if isinstance(rule, dict) else None
+            if isinstance(pool, str) and await self.find(pool) is None:
+                raise ConfigError(f"alert rule: no pool {pool!r} runs{did_you_mean(pool, self.pools)}")
+            return "ok", {"id": self._alerts.add(rule)}
+        except RaypgError as error:
+            return "error", pack_error(error)
+
+    async def delete_alert(self, id: str) -> Answer:
+        """Watch the rule of this id no more; what it fired is resolved."""
+        try:
+            self._alerts.delete(id, self._now())
+        except RaypgError as error:
+            return "error", pack_error(error)
+        return "ok", {"deleted": id}
+
     async def forget(self, pool: str) -> None:
         """*pool* has ended."""
         await super().forget(pool)
@@ -188,11 +219,21 @@ class MetricsActor(ServingAll):
         return self._epoch + time.monotonic()
 
     def _describe(self, name: str, known: _Pool, now: float, statements: int, in_detail: bool) -> dict[str, Any]:
-        unknown = {"state": None, "forced": False}
         return {
             **known.metrics.snapshot(now, statements, in_detail),
-            "circuit_breaker": self._states.get(name, unknown),
+            "circuit_breaker": self._breaker_of(name),
+            "alerts": self._alerts.states(name),
         }
+
+    def _glance(self, name: str, known: _Pool, now: float) -> Mapping[str, Any] | None:
+        """What rules of alerts are about; ``None`` while this life does not know yet what the last one knew: what fires
+        must not be taken for over."""
+        if now - self._born < SETTLED_WITHIN and (known.missing or name not in self._states):
+            return None
+        return ChainMap({"circuit_breaker": self._breaker_of(name)}, known.metrics.parts(now))  # type: ignore[arg-type]
+
+    def _breaker_of(self, pool: str) -> dict[str, Any]:
+        return self._states.get(pool, {"state": None, "forced": False})
 
     async def _refresh(self, known: _Pool, fresh: bool) -> None:
         """Hear again what the last life of this actor was told, and, if *fresh*, of every worker what happened until
@@ -215,20 +256,21 @@ class MetricsActor(ServingAll):
         try:
             self._breaker = self._breaker or cluster.find_breaker()
             if self._breaker is not None:
-                self._states = await asyncio.wait_for(self._breaker.states.remote(), FRESH_WITHIN)
+                # Of a pool that a new life of it does not know yet, what the last one said is what there is.
+                self._states.update(await asyncio.wait_for(self._breaker.states.remote(), FRESH_WITHIN))
         except Exception:
             self._breaker = None  # it is being restarted: what it said last is what there is
 
     async def _keep(self) -> None:
         durable_at = export_at = time.monotonic()
         while True:
-            await asyncio.sleep(BREAKER_EVERY)
+            await asyncio.sleep(LOOK_EVERY)
             try:
                 await self._ask_breaker()
-                now = time.monotonic()
+                now, wall = time.monotonic(), self._now()
+                self._alerts.evaluate({name: self._glance(name, pool, wall) for name, pool in self.pools.items()}, wall)
                 if now >= export_at:
                     export_at = now + EXPORT_EVERY
-                    wall = self._now()
                     known = {name: self._describe(name, pool, wall, 20, False) for name, pool in self.pools.items()}
                     self._ray_metrics.export(known)
                 if now >= durable_at:

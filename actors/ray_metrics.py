@@ -11,7 +11,7 @@ from typing import Any
 
 from ray.util.metrics import Counter, Gauge
 
-from raypg.exposition import Snapshots, families
+from raypg.exposition import ALERT_FIRING, Snapshots, families
 
 
 class RayMetrics:
@@ -20,10 +20,13 @@ class RayMetrics:
     def __init__(self) -> None:
         self._metrics: dict[str, Any] = {}
         self._told: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+        self._firing: list[dict[str, str]] = []
 
     def export(self, snapshots: Snapshots) -> None:
         """Tell Ray how things stand: gauges as they are, of counters what has been added."""
         for family in families(snapshots):
+            if family.name == ALERT_FIRING:
+                self._end_alerts([sample.labels for sample in family.samples if sample.value])
             for sample in family.samples:
                 if sample.name.endswith("_bucket"):
                     continue
@@ -42,3 +45,10 @@ class RayMetrics:
                 self._told[key] = sample.value
                 if added > 0:
                     metric.inc(added, tags=sample.labels)
+
+    def _end_alerts(self, firing: list[dict[str, str]]) -> None:
+        """Ray goes on telling what it was told last: that an alert is over must be said, also if its rule is gone."""
+        for labels in self._firing:
+            if labels not in firing:
+                self._metrics[ALERT_FIRING].set(0.0, tags=labels)
+        self._firing = firing

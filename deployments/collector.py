@@ -14,10 +14,12 @@ from typing import Any
 
 import raypg
 from raypg import _compat, cluster, messages
+from raypg.alerts_access import alerts
 from raypg.asking import ask
 from raypg.config import PoolConfig
 from raypg.deployments.frame import Answers, describe
 from raypg.metrics_access import newest, snapshots
+from raypg.plain import without_nan
 
 __all__ = ["STATEMENTS", "Collector"]
 
@@ -58,6 +60,7 @@ class Collector:
         questions: dict[tuple[str, str], Question] = {
             ("metrics", ""): lambda: snapshots(statements=STATEMENTS, fresh=False),
             ("newest", ""): newest,
+            ("alerts", ""): lambda: alerts(history=HISTORY, within=ANSWERED_WITHIN),
         }
         for name in names:
             questions["status", name] = _of_pool(name, "status")
@@ -67,10 +70,11 @@ class Collector:
                 questions["identity", name] = _identity(name)
         await self._ask(questions)
         now = time.time()
+        told = self._answer("alerts", "") or {}
         return {
             "pools": {name: describe(self._answers(name), now) for name in names},
-            "alerts": {"rules": [], "active": [], "history": []},
-            "names": {},
+            "alerts": {name: without_nan(told.get(name, [])) for name in ("rules", "active", "history")},
+            "names": told.get("names", {}),
             "links": {"ray_dashboard": self._ray_dashboard},
             "version": raypg.__version__,
         }
@@ -85,7 +89,7 @@ class Collector:
             status=self._answer("status", name),
             activity=self._answer("activity", name),
             breaker=self._answer("breaker", name),
-            alerts=[],
+            alerts=[alert for alert in (self._answer("alerts", "") or {}).get("active", ()) if alert["pool"] == name],
         )
 
     def _answer(self, what: str, pool: str, too_old: float = TOO_OLD) -> Any:

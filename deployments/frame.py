@@ -137,7 +137,10 @@ def _breaker(status: Mapping[str, Any] | None) -> dict[str, Any]:
             {name: change[name] for name in ("from", "to", "timestamp", "reason")}
             for change in status["state_transitions"]
         ],
-        "workers": status["workers"],
+        "workers": {
+            index: {name: worker[name] for name in ("state", "isolated", "consecutive_failures")}
+            for index, worker in status["workers"].items()
+        },
     }
 
 

@@ -14,13 +14,21 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from raypg import get_pool
+from raypg.alerts_access import add_alert, alerts, delete_alert
 from raypg.core.history import SERIES
 from raypg.core.nearest import did_you_mean
 from raypg.deployments.assets import Assets
 from raypg.deployments.feed import Feed
 from raypg.deployments.frame import summary
 from raypg.deployments.viewers import Viewers
-from raypg.errors import ConfigError, PoolNotFoundError, RaypgError, UnavailableError
+from raypg.errors import (
+    AlertRuleNotFoundError,
+    ConfigError,
+    PoolNotFoundError,
+    RaypgError,
+    UnavailableError,
+    UnknownFigureError,
+)
 from raypg.exposition import CONTENT_TYPE, render
 from raypg.metrics_access import histories, history, snapshots
 from raypg.plain import without_nan
@@ -99,6 +107,19 @@ def build(feed: Feed, viewers: Viewers) -> FastAPI:
         step, points = await history(pool, metric, seconds)
         return _Answer({"pool": pool, "metric": metric, "step": step, "points": points})
 
+    @app.get("/api/alerts")
+    async def show_alerts(request: Request) -> Response:
+        return _Answer(await alerts(request.query_params.get("pool")))
+
+    @app.post("/api/alerts")
+    async def new_alert(request: Request) -> Response:
+        return _Answer({"id": await add_alert(await _body(request))})
+
+    @app.delete("/api/alerts/{rule}")
+    async def no_alert(rule: str) -> Response:
+        await delete_alert(rule)
+        return _Answer({"deleted": rule})
+
     @app.post("/api/pools/{pool}/breaker")
     async def breaker(pool: str, request: Request) -> Response:
         wanted = await _body(request, {"action", "reason", "by", "ttl"})
@@ -131,9 +152,11 @@ async def _failed(_: Request, error: Exception) -> Response:
         return _Answer({"error": {"type": "HTTPError", "message": error.detail}}, error.status_code)
     if isinstance(error, _ProblemError):
         return _Answer({"error": error.about}, error.status)
-    about = {"type": type(error).__name__, "message": str(error)}
-    if isinstance(error, PoolNotFoundError):
+    about: dict[str, Any] = {"type": type(error).__name__, "message": str(error)}
+    if isinstance(error, PoolNotFoundError | AlertRuleNotFoundError):
         return _Answer({"error": about}, 404)
+    if isinstance(error, UnknownFigureError):
+        about["names"] = sorted(error.known)
     if isinstance(error, ConfigError):
         return _Answer({"error": about}, 422)
     if isinstance(error, UnavailableError | ray.exceptions.RayError | TimeoutError):
@@ -178,7 +201,7 @@ def _seconds(request: Request) -> float:
     return 3600.0
 
 
-async def _body(request: Request, keys: set[str]) -> dict[str, Any]:
+async def _body(request: Request, keys: Collection[str] | None = None) -> dict[str, Any]:
     """The JSON object that was sent, with no other *keys*.
 
     Only ``application/json``: what a form of another site can send without asking is none.
@@ -197,7 +220,7 @@ async def _body(request: Request, keys: set[str]) -> dict[str, Any]:
     if not isinstance(wanted, dict):
         raise ConfigError("the body must be a JSON object")
     for key in wanted:
-        if key not in keys:
+        if keys is not None and key not in keys:
             raise _unknown("key", key, keys)
     return wanted
 

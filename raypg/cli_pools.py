@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import socket
+import time
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from raypg import WorkflowConnectionPool, cluster, messages
+from raypg.alerts_access import alerts
 from raypg.config import PoolConfig
+from raypg.core.alerts import FIRING
 from raypg.core.nearest import did_you_mean
 from raypg.errors import ConfigError, PoolNotFoundError, RaypgError, UnavailableError
 from raypg.naming import check_pool_name
@@ -148,7 +151,21 @@ def status(name: str | None, address: str, as_json: bool) -> None:
 
 
 async def _all_figures(names: list[str]) -> list[dict[str, Any]]:
-    return await asyncio.gather(*map(_figures, names))
+    if not names:
+        return []
+    active, *found = await asyncio.gather(_active_alerts(), *map(_figures, names))
+    return [{**pool, "alerts": None if active is None else active.get(pool["pool_name"], [])} for pool in found]
+
+
+async def _active_alerts() -> dict[str, list[dict[str, Any]]] | None:
+    """The alerts of each pool, pending ones included; ``None`` if that cannot be known."""
+    by_pool: dict[str, list[dict[str, Any]]] = {}
+    try:
+        for alert in (await alerts(history=0, names=False, within=ANSWER_WITHIN))["active"]:
+            by_pool.setdefault(alert["pool"], []).append(alert)
+    except (RaypgError, ray.exceptions.RayError):
+        return None  # the Metrics actor is just being started or restarted
+    return by_pool
 
 
 async def _figures(name: str) -> dict[str, Any]:
@@ -176,6 +193,7 @@ async def _figures(name: str) -> dict[str, Any]:
 def _show(console: Console, pool: dict[str, Any]) -> None:
     if pool["problem"] is not None:
         console.print(f"[bold]{escape(pool['pool_name'])}[/]  [red]{escape(pool['problem'])}[/]", highlight=False)
+        _show_alerts(console, pool["alerts"])
         return
     all_figures = [worker["figures"] for worker in pool["workers"] if worker["figures"]]
     total = sum(figures["total"] for figures in all_figures)
@@ -207,6 +225,7 @@ def _show(console: Console, pool: dict[str, Any]) -> None:
             f"{figures['query_ms']['mean']:.2f}" if figures["query_ms"]["count"] else "-",
         )
     console.print(table)
+    _show_alerts(console, pool["alerts"])
     _show_breaker(console, pool["circuit_breaker"])
     for figures in all_figures:
         if figures["last_error"]:
@@ -227,6 +246,17 @@ def _show_reclaimed(console: Console, all_figures: list[dict[str, Any]]) -> None
     if any(counts.values()):
         told = ", ".join(f"{count} {words[why]}" for why, count in counts.items() if count)
         console.print(f"  leases taken back: {told}", highlight=False)
+
+
+def _show_alerts(console: Console, active: list[dict[str, Any]] | None) -> None:
+    """What fires; nothing if nothing does."""
+    if active is None:
+        console.print("  [yellow]alerts:[/] the Metrics actor does not answer", highlight=False)
+    for alert in active or ():
+        if alert["state"] == FIRING:
+            seconds = time.time() - alert["fired_at"]
+            text = f"{alert['name']} ({alert['severity']}, for {seconds:.0f} s): {alert['message']}"
+            console.print(f"  [red]alert:[/] {escape(text)}", highlight=False, soft_wrap=True)
 
 
 def _show_breaker(console: Console, breaker: dict[str, Any] | None) -> None:

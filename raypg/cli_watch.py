@@ -73,6 +73,7 @@ def _pools(known: Known) -> Table:
         table.add_column(heading, justify="right")
     table.add_column("breaker")
     table.add_column("workers")
+    table.add_column("alerts")
     for name, pool in known.items():
         gauges, window, recent = pool["gauges"], pool["window"], pool["recent"]
         state = pool["circuit_breaker"]["state"] or "?"
@@ -89,6 +90,7 @@ def _pools(known: Known) -> Table:
             _ms(recent["wait"]["p95"]),
             _warn(state.replace("_", " "), state != "closed"),
             _warn(f"{sum(workers)} of {len(workers)}", not all(workers)),
+            _warn(", ".join(alert for alert, _, fires in pool["alerts"] if fires), True),
         )
     return table
 

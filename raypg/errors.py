@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 __all__ = [
+    "AlertRuleNotFoundError",
     "CircuitBreakerError",
     "ConfigError",
     "ConnectError",
@@ -33,6 +34,7 @@ __all__ = [
     "StatementNotRunError",
     "TransactionRolledBackError",
     "UnavailableError",
+    "UnknownFigureError",
     "WorkerDrainingError",
 ]
 
@@ -43,6 +45,48 @@ class RaypgError(Exception):
 
 class ConfigError(RaypgError, ValueError):
     """A setting, argument or operation is wrong. Nothing was started. ``args``: (message,)."""
+
+
+class UnknownFigureError(ConfigError):
+    """The condition of an alert names a figure that there is not. No rule was added.
+
+    Args:
+        condition: the whole text.
+        name: what is no figure.
+        known: the figures that there are.
+        nearest: the one that is most like *name*, if any is near.
+    """
+
+    def __init__(self, condition: str, name: str, known: Sequence[str] = (), nearest: str | None = None) -> None:
+        super().__init__(condition, name, tuple(known), nearest)
+        self.condition = condition
+        self.name = name
+        self.known = tuple(known)
+        self.nearest = nearest
+
+    def __str__(self) -> str:
+        guess = f"did you mean {self.nearest!r}?" if self.nearest else f"there are {', '.join(self.known)}"
+        return f"condition {self.condition!r}: there is no figure {self.name!r} ({guess})"
+
+
+class AlertRuleNotFoundError(RaypgError, LookupError):
+    """No alert rule has this id.
+
+    Args:
+        id: what was asked for.
+        known: the ids that there are.
+        nearest: the one that is most like *id*, if any is near.
+    """
+
+    def __init__(self, id: str, known: Sequence[str] = (), nearest: str | None = None) -> None:
+        super().__init__(id, tuple(known), nearest)
+        self.id = id
+        self.known = tuple(known)
+        self.nearest = nearest
+
+    def __str__(self) -> str:
+        guess = f"did you mean {self.nearest!r}?" if self.nearest else f"there are: {', '.join(self.known) or 'none'}"
+        return f"no alert rule has the id {self.id!r} ({guess})"
 
 
 class StatementNotAllowedError(RaypgError, ValueError):

@@ -16,13 +16,15 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from raypg.core.pool_metrics import BOUNDS, utilization
 from raypg.core.sqlstate import CATEGORIES
 
-__all__ = ["BREAKER_STATES", "CONTENT_TYPE", "Snapshots", "families", "render", "text"]
+__all__ = ["ALERT_FIRING", "BREAKER_STATES", "CONTENT_TYPE", "Snapshots", "families", "render", "text"]
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+ALERT_FIRING = "raypg_alert_firing"
 BREAKER_STATES = ("closed", "open", "half_open", "disabled")
 
 Snapshots = Mapping[str, Mapping[str, Any]]
-"""Name of a pool → what :meth:`raypg.core.pool_metrics.PoolMetrics.snapshot` says, and its ``circuit_breaker``."""
+"""Name of a pool → what :meth:`raypg.core.pool_metrics.PoolMetrics.snapshot` says, its ``circuit_breaker``, and
+``alerts``: (name, severity, whether it fires) of each rule for it."""
 
 _COUNTERS = {
     "connection_pool_exhaustion_events": ("exhausted", "Calls for which no connection became free in time."),
@@ -58,7 +60,7 @@ _OTEL = ("db_client_connection_pool_name",)
 
 def families(snapshots: Snapshots) -> list[Metric]:
     """All metrics of all pools, each family once."""
-    return [*_guide(snapshots), *_opentelemetry(snapshots)]
+    return [*_guide(snapshots), *_opentelemetry(snapshots), _alerts(snapshots)]
 
 
 def render(snapshots: Snapshots) -> str:
@@ -210,6 +212,19 @@ def _opentelemetry(snapshots: Snapshots) -> Iterator[Metric]:
             times = known["lifetime"][key]
             histogram.add_metric((pool,), _buckets(times), times["sum"])
         yield histogram
+
+
+def _alerts(snapshots: Snapshots) -> Metric:
+    firing = GaugeMetricFamily(
+        ALERT_FIRING, "1 for each alert that fires, 0 for the others.", labels=("alertname", "severity", "pool")
+    )
+    for pool, known in snapshots.items():
+        states: dict[tuple[str, str], bool] = {}
+        for name, severity, fires in known["alerts"]:
+            states[name, severity] = fires or states.get((name, severity), False)  # two rules may have one name
+        for (name, severity), fires in states.items():
+            firing.add_metric((name, severity, pool), fires)
+    return firing
 
 
 def _buckets(times: Mapping[str, Any]) -> list[tuple[str, float]]:

@@ -8,7 +8,7 @@ from raypg import cluster
 from raypg.asking import ask
 from raypg.portable import unpack_error
 
-__all__ = ["histories", "history", "newest", "snapshots"]
+__all__ = ["ask_metrics", "histories", "history", "newest", "snapshots"]
 
 ANSWER_WITHIN = 15.0
 """Seconds in which the Metrics actor must answer: it may just be started, or hear again what its last life knew."""
@@ -27,7 +27,7 @@ async def snapshots(
     Raises:
         UnavailableError: the Metrics actor does not answer, or has not heard of a pool yet.
     """
-    return await _ask("snapshot", pools, statements, in_detail, fresh)  # type: ignore[no-any-return]
+    return await ask_metrics("snapshot", pools, statements, in_detail, fresh)  # type: ignore[no-any-return]
 
 
 async def history(pool: str, series: str, seconds: float) -> tuple[int, list[tuple[int, float]]]:
@@ -37,7 +37,7 @@ async def history(pool: str, series: str, seconds: float) -> tuple[int, list[tup
         ConfigError: no such series.
         UnavailableError: as :func:`snapshots`.
     """
-    return await _ask("history", pool, series, seconds)  # type: ignore[no-any-return]
+    return await ask_metrics("history", pool, series, seconds)  # type: ignore[no-any-return]
 
 
 async def histories(pool: str, seconds: float) -> tuple[int, int, dict[str, list[float]]]:
@@ -46,7 +46,7 @@ async def histories(pool: str, seconds: float) -> tuple[int, int, dict[str, list
     Raises:
         UnavailableError: as :func:`snapshots`.
     """
-    return await _ask("histories", pool, seconds)  # type: ignore[no-any-return]
+    return await ask_metrics("histories", pool, seconds)  # type: ignore[no-any-return]
 
 
 async def newest() -> dict[str, tuple[int, dict[str, float]]]:
@@ -55,11 +55,17 @@ async def newest() -> dict[str, tuple[int, dict[str, float]]]:
     Raises:
         UnavailableError: the Metrics actor does not answer.
     """
-    return await _ask("newest")  # type: ignore[no-any-return]
+    return await ask_metrics("newest")  # type: ignore[no-any-return]
 
 
-async def _ask(method: str, *arguments: Any) -> Any:
-    kind, value = await ask(cluster.find_metrics, method, *arguments, within=ANSWER_WITHIN, otherwise=_OTHERWISE)
+async def ask_metrics(method: str, *arguments: Any, within: float = ANSWER_WITHIN) -> Any:
+    """What a *method* of the Metrics actor answers.
+
+    Raises:
+        RaypgError: what it answers is an error.
+        UnavailableError: it does not answer within so many seconds.
+    """
+    kind, value = await ask(cluster.find_metrics, method, *arguments, within=within, otherwise=_OTHERWISE)
     if kind == "error":
         raise unpack_error(value)
     return value

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from raypg.core.figures_by_name import mean, mean_health
 from raypg.core.pool_metrics import utilization
 from raypg.core.sqlstate import CATEGORIES
 
@@ -41,7 +42,7 @@ def statistics(pool: str, known: Snapshot) -> dict[str, Any]:
         "max_connections": int(gauges["max_connections"]),
         "queue_depth": int(gauges["waiting"]),
         "utilization_rate": utilization(gauges),
-        "avg_health_score": _health(gauges),
+        "avg_health_score": mean_health(gauges),
         "avg_acquisition_time_ms": recent["wait"]["mean"] * 1000,
         "avg_query_time_ms": recent["execution"]["mean"] * 1000,
         "query_time_samples": recent["execution"]["count"],
@@ -73,8 +74,8 @@ def counters(pool: str, known: Snapshot) -> dict[str, Any]:
             "error_rate": (counts["errors"] + counts["refused"]) / calls if calls else 0.0,
         },
         "performance": {
-            "avg_acquisition_time_ms": _mean(wait) * 1000,
-            "avg_query_time_ms": _mean(execution) * 1000,
+            "avg_acquisition_time_ms": mean(wait) * 1000,
+            "avg_query_time_ms": mean(execution) * 1000,
             "query_samples": execution["count"],
         },
         "current_state": {
@@ -152,7 +153,7 @@ def _levels(known: Snapshot) -> dict[str, float]:
         "pool_connections_total": gauges["total"],
         "pool_utilization": utilization(gauges),
         "queue_depth": gauges["waiting"],
-        "health_score": _health(gauges),
+        "health_score": mean_health(gauges),
         "health_check_success_rate": (checks - counts["health_check_failures"]) / checks if checks else math.nan,
         "reuse_rate": counts["reused"] / acquired if acquired else 0.0,
         "workers_up": sum(worker["up"] for worker in known["workers"].values()),
@@ -188,7 +189,7 @@ def _of_command(times: Mapping[str, Any]) -> dict[str, float]:
     count = times["count"]
     return {
         "count": count,
-        "avg_time_ms": _mean(times) * 1000,
+        "avg_time_ms": mean(times) * 1000,
         "total_time_ms": times["sum"] * 1000,
         "p95_ms": times["p95"] * 1000,
         "errors": times["errors"],
@@ -226,14 +227,6 @@ def _sizing(known: Snapshot) -> dict[str, Any]:
 
 def _milliseconds(summary: Mapping[str, float]) -> dict[str, float]:
     return {name: value if name == "count" else value * 1000 for name, value in summary.items()}
-
-
-def _mean(times: Mapping[str, Any]) -> float:
-    return float(times["sum"] / times["count"]) if times["count"] else math.nan
-
-
-def _health(gauges: Mapping[str, float]) -> float:
-    return gauges["health"] / gauges["total"] if gauges["total"] else math.nan
 
 
 def _time(seconds: float) -> str:

@@ -49,6 +49,13 @@ def metrics_key(pool: str) -> str:
     return f"metrics/{PROTOCOL}/{pool}"
 
 
+ALERT_RULES_KEY = f"alerts/{PROTOCOL}/rules"
+"""Key under which the rules of alerts are kept in Ray's key-value store."""
+
+ALERT_STATE_KEY = f"alerts/{PROTOCOL}/state"
+"""Key under which is kept what fires, what has fired, and what webhooks were not told yet."""
+
+
 def worker_actor(pool: str, index: int) -> str:
     """Ray name of worker *index* of *pool*: bounded in number, so that metrics labelled with it stay bounded."""
     return f"raypg:{pool}:worker:{index}"

@@ -10,10 +10,13 @@ import math
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final, TypedDict
 
 from raypg.core.history import History
+from raypg.core.lazy import Lazy
 from raypg.core.sketch import Sketch
+from raypg.core.sqlstate import CATEGORIES
 from raypg.core.top import Entry, Group, TopStatements
 
 __all__ = ["BOUNDS", "COUNTERS", "GAUGES", "TIMES", "WINDOW", "Delta", "PoolMetrics", "utilization"]
@@ -130,12 +133,15 @@ class _Window:
             counts.update(part.counts)
         return counts
 
-    def times(self, now: float) -> dict[str, Sketch]:
-        merged = {name: Sketch() for name in TIMES}
+    def times(self, name: str, now: float) -> Sketch:
+        merged = Sketch()
         for part in self._current(now):
-            for name, sketch in part.times.items():
-                merged[name].merge(sketch.buckets, sketch.total)
+            if name in part.times:
+                merged.merge(part.times[name].buckets, part.times[name].total)
         return merged
+
+    def seconds(self, name: str, now: float) -> float:
+        return sum(part.times[name].total for part in self._current(now) if name in part.times)
 
 
 @dataclass
@@ -244,6 +250,7 @@ class PoolMetrics:
         for (category, sqlstate), count in delta["errors"].items():
             room = len(self._errors) < MOST_CODES or (category, sqlstate) in self._errors
             self._errors[category, sqlstate if room else OTHER] += count
+            part.counts[_of(category)] += count
         self._recent.extend({**error, "at": when - error["ago"]} for error in delta["recent"])
         refused = counts.get("refused", 0)
         by_time = {
@@ -287,47 +294,77 @@ class PoolMetrics:
             statements: how many fingerprints to show.
             in_detail: whether with the quantiles of each, which take longer than all the rest.
         """
-        recent, window = self._window.times(now), self._window.counts(now)
-        execution = Sketch()
-        for command in self._commands.values():
-            execution.merge(command.times.buckets, command.times.total)
-        calls = window["queries"] + window["refused"]
-        covered = min(WINDOW + now % PART, max(now - self.since, 1.0))
+        parts = self.parts(now)
         return {
-            "since": self.since,
-            "as_of": now,
-            "window_seconds": WINDOW,
-            "workers": {
-                index: {
-                    "up": self._is_up(worker, now) and bool(worker.gauges),
-                    "incarnation": worker.incarnation,
-                    "as_of": worker.heard_at,
-                    **worker.gauges,
-                }
-                for index, worker in sorted(self._workers.items())
-                if not worker.gone
-            },
-            "gauges": self._gauges(now),
-            "counters": {name: self._counters[name] for name in COUNTERS},
-            "window": {
-                **{name: window[name] for name in COUNTERS},
-                "calls": calls,
-                "error_rate": (window["errors"] + window["refused"]) / calls if calls else 0.0,
-                "queries_per_second": self.history.rate("queries", now, RATE_OVER),
-                "busy": recent["execution"].total / covered,
-            },
-            "recent": {name: sketch.summary() for name, sketch in recent.items()},
-            "lifetime": {name: _histogram(sketch) for name, sketch in {"execution": execution, **self._times}.items()},
+            **{key: dict(part) if isinstance(part, Lazy) else part for key, part in parts.items()},
             "commands": {
                 name: {**_histogram(command.times), "errors": command.errors}
                 for name, command in sorted(self._commands.items())
             },
-            "errors": [(*key, count) for key, count in self._errors.most_common()],
-            "recent_errors": list(self._recent),
             "statements": [_statement(entry, in_detail) for entry in self._statements.top(statements)],
-            "statements_floor": self._statements.floor,
-            "last_adjustment": self._adjusted,
         }
+
+    def parts(self, now: float) -> Lazy:
+        """The same but for ``commands`` and ``statements``, each part made when it is asked for."""
+        return Lazy(
+            {
+                "since": lambda: self.since,
+                "as_of": lambda: now,
+                "heard_at": lambda: self.heard_at,
+                "window_seconds": lambda: WINDOW,
+                "workers": lambda: self._workers_now(now),
+                "gauges": lambda: self._gauges(now),
+                "counters": lambda: {name: self._counters[name] for name in COUNTERS},
+                "window": lambda: self._last_minute(now),
+                "recent": lambda: Lazy({name: partial(self._recently, name, now) for name in TIMES}),
+                "lifetime": lambda: Lazy({name: partial(self._ever, name) for name in TIMES}),
+                "errors": lambda: [(*key, count) for key, count in self._errors.most_common()],
+                "recent_errors": lambda: list(self._recent),
+                "statements_floor": lambda: self._statements.floor,
+                "last_adjustment": lambda: self._adjusted,
+            }
+        )
+
+    def _workers_now(self, now: float) -> dict[int, dict[str, Any]]:
+        return {
+            index: {
+                "up": self._is_up(worker, now) and bool(worker.gauges),
+                "incarnation": worker.incarnation,
+                "as_of": worker.heard_at,
+                **worker.gauges,
+            }
+            for index, worker in sorted(self._workers.items())
+            if not worker.gone
+        }
+
+    def _last_minute(self, now: float) -> dict[str, Any]:
+        counts = self._window.counts(now)
+        calls = counts["queries"] + counts["refused"]
+        covered = min(WINDOW + now % PART, max(now - self.since, 1.0))
+        return {
+            **{name: counts[name] for name in COUNTERS},
+            "calls": calls,
+            "errors_by_category": {name: counts[_of(name)] for name in CATEGORIES},
+            "error_rate": (counts["errors"] + counts["refused"]) / calls if calls else 0.0,
+            "queries_per_second": self.history.rate("queries", now, RATE_OVER),
+            "busy": self._window.seconds("execution", now) / covered,
+        }
+
+    def _recently(self, name: str, now: float) -> dict[str, float]:
+        return self._window.times(name, now).summary()
+
+    def _ever(self, name: str) -> dict[str, Any]:
+        if name != "execution":
+            return _histogram(self._times[name])
+        execution = Sketch()
+        for command in self._commands.values():
+            execution.merge(command.times.buckets, command.times.total)
+        return _histogram(execution)
+
+
+def _of(category: str) -> str:
+    """Under which name errors of a category are counted beside :data:`COUNTERS`."""
+    return f"errors of {category}"
 
 
 def utilization(gauges: Mapping[str, float]) -> float:

@@ -166,10 +166,12 @@ asyncio.run(raypg.get_pool(sys.argv[1]).circuit_breaker.force_open("maintenance 
 """
 
 
-def test_status_says_that_the_breaker_is_open_and_why(command: Command) -> None:
+async def test_status_says_that_the_breaker_is_open_and_why(command: Command) -> None:
     name = unique_name("cli")
     command.good("up", name)
-    assert "circuit breaker" not in command.good("status", name)  # nothing is wrong
+    shown = command.good("status", name)
+    assert "circuit breaker" not in shown  # nothing is wrong
+    assert "alert" not in shown
     forced = run(sys.executable, "-c", FORCE, name, environment=command.environment)
     assert forced.returncode == 0, forced.stderr
     shown = command.good("status", name)
@@ -177,6 +179,17 @@ def test_status_says_that_the_breaker_is_open_and_why(command: Command) -> None:
     assert line.strip() == "circuit breaker: open; until it is lifted: maintenance until noon"
     (told,) = json.loads(command.good("status", name, "--json"))
     assert told["circuit_breaker"]["forced_reason"] == "maintenance until noon"
+
+    def fires() -> str | None:
+        return next((line for line in command.good("status", name).splitlines() if "alert:" in line), None)
+
+    alert = await eventually(fires)
+    assert re.fullmatch(
+        r" *alert: Circuit breaker open \(critical, for \d+ s\): circuit_breaker_open == 1: circuit_breaker_open is 1",
+        alert,
+    )
+    (told,) = json.loads(command.good("status", name, "--json"))
+    assert [(alert["rule_id"], alert["state"]) for alert in told["alerts"]] == [("default-breaker-open", "firing")]
     command.good("down", name)
 
 

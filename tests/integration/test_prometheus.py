@@ -207,6 +207,7 @@ async def test_rays_own_metrics_have_them(pool: WorkflowConnectionPool) -> None:
     assert found["ray_connection_pool_queries_total"] >= 1
     assert found["ray_connection_pool_queries_total"] <= known["queries"]["executed"] + 1
     assert "ray_connection_pool_query_execution_ms" in found
+    assert found["ray_raypg_alert_firing"] == 0
 
 
 async def test_postgresql_has_counted_the_same(ray_cluster: Any) -> None:

@@ -20,6 +20,8 @@ SAMPLES: dict[str, errors.RaypgError] = {
     for error in [
         errors.RaypgError("it"),
         errors.ConfigError("port=0: wrong"),
+        errors.UnknownFigureError("rate > 1", "rate", ["error_rate", "queue_depth"], "error_rate"),
+        errors.AlertRuleNotFoundError("latenzy", ["latency"], "latency"),
         errors.StatementNotAllowedError("BEGIN"),
         errors.PoolNotFoundError("main", ["a", "b"]),
         errors.PoolNotInitializedError("first"),
@@ -90,8 +92,8 @@ def test_its_classes_say_how_to_handle_it(name: str) -> None:
     assert isinstance(error, errors.UnavailableError) == (name in unavailable)
     assert isinstance(error, TimeoutError) == (name in {"PoolExhaustedError", "QueryTimeoutError"})
     assert isinstance(error, ConnectionError) == (name in {"ConnectError", "ConnectionLostError"})
-    assert isinstance(error, ValueError) == (name in {"ConfigError", "StatementNotAllowedError"})
-    assert isinstance(error, LookupError) == (name == "PoolNotFoundError")
+    assert isinstance(error, ValueError) == (name in {"ConfigError", "UnknownFigureError", "StatementNotAllowedError"})
+    assert isinstance(error, LookupError) == (name in {"PoolNotFoundError", "AlertRuleNotFoundError"})
 
 
 def test_texts_say_what_to_do() -> None:

@@ -58,7 +58,11 @@ def snapshot(**more: Any) -> dict[str, Any]:
         ],
         1.0,
     )
-    return {**metrics.snapshot(1.0), "circuit_breaker": {"state": "open", "forced": False}}
+    return {
+        **metrics.snapshot(1.0),
+        "circuit_breaker": {"state": "open", "forced": False},
+        "alerts": [("Slow", "warning", True), ("Slow", "warning", False), ("Down", "critical", False)],
+    }
 
 
 def samples(text: str) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
@@ -102,6 +106,12 @@ def test_well_formed_names_beside_them() -> None:
     assert value(text, "db_client_connection_max", **pool) == 10
 
 
+def test_alerts() -> None:
+    text = render({"p": snapshot()})
+    assert value(text, "raypg_alert_firing", pool="p", alertname="Slow", severity="warning") == 1
+    assert value(text, "raypg_alert_firing", pool="p", alertname="Down", severity="critical") == 0
+
+
 def test_several_pools_share_each_family() -> None:
     text = render({name: snapshot() for name in ("a", "b", "c")})
     types = re.findall(r"^# TYPE (\S+)", text, re.MULTILINE)
@@ -142,7 +152,8 @@ class Collected(Collector):
 
 
 def test_a_pool_that_has_done_nothing() -> None:
-    text = render({"p": {**PoolMetrics(60, 0.0).snapshot(0.0), "circuit_breaker": {"state": None, "forced": False}}})
+    known = {**PoolMetrics(60, 0.0).snapshot(0.0), "circuit_breaker": {"state": None, "forced": False}, "alerts": []}
+    text = render({"p": known})
     assert value(text, "connection_pool_error_rate", pool="p") == 0.0
     assert str(value(text, "connection_pool_query_execution_ms", pool="p", quantile="0.95")) == "nan"
     assert render({}).endswith("\n")
