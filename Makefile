@@ -41,7 +41,7 @@ $(STAMP): pyproject.toml
 demo: setup ## Load 336,776 real flights through a pool on a local Ray cluster, and query them
 	$(VENV)/bin/raypg demo $(ARGS)
 
-system-packages: ## What some tests need of the system: PostgreSQL with TLS and contrib, PgBouncer, Prometheus (root, apt)
+system-packages: ## What some tests need of the system: PostgreSQL with TLS and contrib, PgBouncer, Prometheus, Chromium (root, apt)
 	@bash tests/system-packages.sh
 
 test: setup system-packages ## Run all tests on real PostgreSQL and real Ray

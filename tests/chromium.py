@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import AsyncIterator
-from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -24,6 +23,8 @@ FLAGS = (
     "--disable-component-update",
     "--disable-sync",
 )
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 OF_PLOTLY = "Applying inline style violates"
 """plotly.js brings the styles of its maps, which the page does not use, and may not put into it."""
@@ -76,7 +77,7 @@ class Watch:
 
     def _address(self, url: str) -> None:
         self.requests.append(url)
-        if urlsplit(url).hostname != "127.0.0.1" and not url.startswith(("data:", "about:")):
+        if urlsplit(url).hostname not in LOOPBACK and not url.startswith(("data:", "about:")):
             self.elsewhere.append(url)
 
     def _error(self, error: Error) -> None:
@@ -91,10 +92,5 @@ class Watch:
 
     def check(self) -> None:
         """Asserts that nothing of it happened so far."""
-        assert self.errors == []
-        assert self.elsewhere == []
-
-    @staticmethod
-    async def script(page: Page, expression: str, argument: Any = None) -> Any:
-        """What a piece of JavaScript says on *page*."""
-        return await page.evaluate(expression, argument)
+        assert not self.errors, self.errors
+        assert not self.elsewhere, self.elsewhere

@@ -18,7 +18,10 @@ DROP SCHEMA IF EXISTS shop CASCADE;
 CREATE SCHEMA shop;
 CREATE TABLE shop.customer (id int PRIMARY KEY, name text NOT NULL, city text NOT NULL);
 CREATE TABLE shop."order" (
-    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, customer_id int NOT NULL, state text NOT NULL, amount int NOT NULL
+    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    customer_id int NOT NULL,
+    state text NOT NULL,
+    amount int NOT NULL
 );
 CREATE TABLE shop.event (at timestamptz NOT NULL DEFAULT now(), kind text NOT NULL, amount int NOT NULL);
 CREATE TABLE shop.stock (item int PRIMARY KEY, pieces int NOT NULL);

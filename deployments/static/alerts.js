@@ -26,7 +26,7 @@ export class Alerts {
         { title: "Severity", text: (rule) => rule.severity },
         { title: "Pool", text: (rule) => rule.pool ?? "all" },
         { title: "State", class: "state", fill: fillState },
-        { title: "", class: "tight", fill: (cell, rule) => this.fillDelete(cell, rule) },
+        { title: "Action", class: "tight", fill: (cell, rule) => this.fillDelete(cell, rule) },
       ],
       { key: (rule) => rule.id, empty: "There is no rule.", level: (rule) => worst(rule.alerts) },
     );
@@ -89,7 +89,7 @@ export class Alerts {
     if (threshold !== "") body.threshold = Number.isNaN(Number(threshold)) ? threshold : Number(threshold);
     if (fields.pool.value) body.pool = fields.pool.value;
     if (fields.webhook_url.value) body.webhook_url = fields.webhook_url.value;
-    if (!(await submit(this.form, "/api/alerts", body))) return;
+    if (!(await submit(this.form, "/api/alerts", body, briefly))) return;
     told(this.form, `Added: ${body.name}.`);
     for (const name of ["name", "condition", "threshold", "webhook_url"]) fields[name].value = "";
     fields.name.focus();
@@ -123,6 +123,13 @@ export class Alerts {
       told(this.form, error.message);
     }
   }
+}
+
+/** Without the list of all figures, which is on the page. */
+function briefly(message) {
+  const short = message.replace(/ \(there are [^)]{200,}\)$/, "; see the list of figures below");
+  if (short !== message) byId("alert-figures").open = true;
+  return short;
 }
 
 function rank(rule) {

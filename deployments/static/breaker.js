@@ -75,8 +75,8 @@ function confirmed(pool, reason) {
   return new Promise((resolve) => dialog.addEventListener("close", () => resolve(dialog.returnValue === "yes"), { once: true }));
 }
 
-/** Post a form's body; what is refused is said at the form. True if it was taken. */
-export async function submit(form, path, body) {
+/** Post a form's body; what is refused is said at the form, as *say* words it. True if it was taken. */
+export async function submit(form, path, body, say = (message) => message) {
   const problem = form.querySelector(".error");
   const buttons = [...form.querySelectorAll("button")];
   problem.hidden = true;
@@ -86,7 +86,7 @@ export async function submit(form, path, body) {
     await api(path, { method: "POST", body });
     return true;
   } catch (error) {
-    setText(problem, error.message);
+    setText(problem, say(error.message));
     problem.hidden = false;
     return false;
   } finally {

@@ -63,7 +63,7 @@ export class Table {
     const head = el("thead", { role: "rowgroup" }, el("tr", { role: "row" }, ...headings));
     this.table = el("table", { role: "table" }, el("caption", { class: "unseen" }, caption), head, this.body);
     // Focusable, so that the keyboard can scroll it too where it is wider than the screen.
-    this.scroller = el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": caption }, this.table);
+    this.scroller = el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": `Table: ${caption}` }, this.table);
     this.empty = el("p", { class: "nothing" }, empty);
     parent.append(this.scroller, this.empty);
     this.update([]);

@@ -198,13 +198,16 @@ function fillError(cell, error) {
 
 // --- workers ---
 
+/** Ray's ids are long; the first characters tell nodes apart. */
+const nodeName = (node) => (node ? String(node).slice(0, 8) : "–");
+
 export class Workers {
   constructor() {
     this.table = new Table(
       byId("workers-body"),
       "Workers by node",
       [
-        { title: "Node", text: (worker) => worker.node ?? "–" },
+        { title: "Node", text: (worker) => nodeName(worker.node), about: (worker) => worker.node },
         { title: "Worker", number: true, text: (worker) => worker.index },
         { title: "State", text: workerState },
         { title: "In use", number: true, text: (worker) => format.number(worker.active) },
@@ -242,7 +245,7 @@ export class Leases {
         { title: "For", number: true, text: (lease) => format.duration(lease.age) },
         { title: "Backend", number: true, text: (lease) => lease.backend_pid ?? "–", hint: "pid in pg_stat_activity" },
         { title: "Job", text: (lease) => lease.job ?? "–" },
-        { title: "Node", text: (lease) => lease.node ?? "–" },
+        { title: "Node", text: (lease) => nodeName(lease.node), about: (lease) => lease.node },
         { title: "Process", number: true, text: (lease) => lease.process ?? "–" },
         { title: "Connection", class: "faint", text: (lease) => lease.connection },
       ],

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import asyncpg
@@ -11,6 +11,7 @@ import chromium
 import pytest
 import pytest_asyncio
 from breakers import becomes
+from desk import Desk, Watched
 from pgserver import main_server
 from playwright.async_api import Browser, Page, ViewportSize, expect
 from pools import unique_name
@@ -22,20 +23,6 @@ from raypg.embedded import EmbeddedServer
 CAP = 8
 
 expect.set_options(timeout=15_000)
-
-
-@dataclass(frozen=True)
-class Watched:
-    """What the page shows."""
-
-    pool: WorkflowConnectionPool
-    server: EmbeddedServer
-    url: str
-
-    @property
-    def address(self) -> str:
-        """Of the page, with this pool chosen."""
-        return f"{self.url}#pool={self.pool.name}"
 
 
 @pytest.fixture(scope="session")
@@ -79,14 +66,6 @@ async def browser(victim: EmbeddedServer) -> AsyncIterator[Browser]:
         yield running
 
 
-@dataclass(frozen=True)
-class Desk:
-    """A page of the dashboard, and what must not happen there."""
-
-    page: Page
-    watch: chromium.Watch
-
-
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def desk(browser: Browser, watched: Watched) -> AsyncIterator[Desk]:
     """One page for all tests that need none of their own: loading the library of charts takes a while."""
@@ -102,7 +81,7 @@ async def desk(browser: Browser, watched: Watched) -> AsyncIterator[Desk]:
 async def page(desk: Desk, watched: Watched) -> AsyncIterator[Page]:
     """The page, live, with all well; afterwards nothing has happened on it that must not."""
     if not watched.server.running:
-        watched.server.start()
+        await asyncio.to_thread(watched.server.start)
     await becomes(watched.pool, "closed")
     await expect(desk.page.locator("#link")).to_have_text("Live")
     yield desk.page

@@ -9,7 +9,7 @@ from typing import Any
 import chromium
 import pytest
 from axe_playwright_python.async_playwright import Axe
-from conftest import Desk, Watched  # type: ignore[import-not-found]
+from desk import Desk, Watched
 from playwright.async_api import Browser, Page, ViewportSize, expect
 from waiting import eventually
 
@@ -18,21 +18,36 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 FIRST_PAINT = 1.0
 """Seconds."""
 
-CHARTS = ("connections", "throughput", "error-rate", "execution", "wait", "errors-by-category", "rows", "breaker-states")
+CHARTS = (
+    "connections",
+    "throughput",
+    "error-rate",
+    "execution",
+    "wait",
+    "errors-by-category",
+    "rows",
+    "breaker-states",
+)
 
 POINTS = """id => {
   const plot = document.getElementById(`plot-${id}`);
-  const drawn = [...plot.querySelectorAll(".scatterlayer path, .barlayer path")].map(path => path.getAttribute("d") ?? "");
-  return {points: Math.max(0, ...(plot.data ?? []).map(trace => trace.x.length)), path: Math.max(0, ...drawn.map(d => d.length))};
+  const paths = [...plot.querySelectorAll(".scatterlayer path, .barlayer path")];
+  const longest = numbers => Math.max(0, ...numbers);
+  const isKnown = trace => trace.x.filter((_, index) => trace.y[index] !== null);
+  return {
+    times: (plot.data ?? []).map(isKnown).reduce((one, other) => (other.length > one.length ? other : one), []),
+    path: longest(paths.map(path => path.getAttribute("d")?.length ?? 0)),
+  };
 }"""
+"""The times of the points of a chart's longest line, and how long the text of the longest path that is drawn is."""
 
 PAINT = "() => performance.getEntriesByName('first-contentful-paint')[0]?.startTime ?? null"
 
 
 async def test_the_first_paint_comes_within_a_second(browser: Browser, watched: Watched) -> None:
-    """Of a browser that has nothing of it yet; the best of three, as the machine does other things too."""
-    times = []
-    for _ in range(3):
+    """Of a browser that has nothing of it yet; one of three times, as the machine does other things too."""
+    times: list[float] = []
+    while not times or (min(times) > FIRST_PAINT * 1000 and len(times) < 3):
         context = await browser.new_context()
         page = await context.new_page()
         await page.goto(watched.address, wait_until="commit")
@@ -49,7 +64,13 @@ async def test_all_is_well_in_words_and_figures(page: Page, watched: Watched) ->
     await expect(lights).to_have_count(4)
     await expect(page.get_by_role("button", name=re.compile(r"database OK it answers", re.IGNORECASE))).to_be_visible()
     await expect(page.locator("#pool-database")).to_have_text(str(watched.pool._config.target))
-    tiles = dict(zip(await page.locator("#tiles dt").all_inner_texts(), await page.locator("#tiles .value").all_inner_texts(), strict=True))
+    tiles = dict(
+        zip(
+            await page.locator("#tiles dt").all_inner_texts(),
+            await page.locator("#tiles .value").all_inner_texts(),
+            strict=True,
+        )
+    )
     print(tiles)
     assert tiles["In use"].endswith("/ 8")
     assert float(tiles["Statements"].replace(",", "").replace("k", "e3")) > 10
@@ -67,36 +88,41 @@ async def test_every_chart_has_lines_of_points_and_words(page: Page) -> None:
 
         async def drawn(chart: str = chart) -> Any:
             found = await page.evaluate(POINTS, chart)
-            return found if found["points"] >= (1 if chart == "breaker-states" else 3) and found["path"] > 20 else None
+            enough = 1 if chart == "breaker-states" else 3
+            return found if len(found["times"]) >= enough and found["path"] > 20 else None
 
         found = await eventually(drawn, timeout=30, what=f"chart {chart} is drawn")
-        print(chart, found, await figure.get_attribute("aria-label"))
+        print(chart, len(found["times"]), await figure.get_attribute("aria-label"))
         assert re.match(r"(Chart|Timeline) of .*\w", await figure.get_attribute("aria-label") or "")
-    first = await page.evaluate(POINTS, "throughput")
-
-    async def grows() -> bool:
-        return bool((await page.evaluate(POINTS, "throughput"))["points"] > first["points"])
-
     await page.locator("#plot-throughput").scroll_into_view_if_needed()
-    await eventually(grows, what="a point more")
+    before = await page.evaluate(POINTS, "throughput")
+
+    async def goes_on() -> bool:
+        return bool((await page.evaluate(POINTS, "throughput"))["times"][-1] > before["times"][-1])
+
+    await eventually(goes_on, what="a point more")
 
 
 async def test_after_a_reload_the_history_is_there(page: Page) -> None:
     await page.get_by_role("button", name="2 min").click()
-    newest = await page.evaluate("() => Math.max(...document.getElementById('plot-throughput').data[0].x)")
+    before = (await page.evaluate(POINTS, "throughput"))["times"]
     await page.reload()
-    async def known() -> Any:
-        return await page.evaluate("() => document.getElementById('plot-throughput').data?.[0].x ?? null")
 
-    times = await eventually(known, timeout=30, what="the chart is drawn again")
-    older = [time for time in times if time <= newest]
-    assert len(older) >= 3  # none of them was sent to this page by the frames since it was opened
+    async def times() -> Any:
+        return (await page.evaluate(POINTS, "throughput"))["times"]
+
+    after = await eventually(times, timeout=30, what="the chart is drawn again")
+    again = set(before) & set(after)
+    assert len(again) >= 3  # the page that was opened now has seen none of them happen
+    assert len(again) >= len(before) - (after[-1] - before[-1]) / 1000 - 1
     await expect(page.get_by_role("button", name="2 min")).to_have_attribute("aria-pressed", "true")
 
 
 async def test_a_phone_and_the_dark(browser: Browser, watched: Watched) -> None:
     """Nothing is wider than a phone; colors are dark where the system's are, and light when somebody wants that."""
-    context = await browser.new_context(viewport=ViewportSize(width=390, height=844), color_scheme="dark", has_touch=True)
+    context = await browser.new_context(
+        viewport=ViewportSize(width=390, height=844), color_scheme="dark", has_touch=True
+    )
     watch = chromium.Watch(context)
     page = await context.new_page()
     await page.goto(watched.address)
@@ -119,20 +145,22 @@ async def test_a_phone_and_the_dark(browser: Browser, watched: Watched) -> None:
     await context.close()
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-async def test_keyboard_and_screen_readers(page: Page, theme: str) -> None:
+async def test_keyboard_and_screen_readers(page: Page) -> None:
     """The rules of axe-core: names, roles, contrast, landmarks, order of headings …"""
-    await page.emulate_media(color_scheme=theme)  # type: ignore[arg-type]
     await page.locator("#alert-add").evaluate("details => { details.open = true }")
     found = await Axe().run(page)
+    await page.emulate_media(color_scheme="dark")
+    in_the_dark = await Axe().run(page, options={"runOnly": ["color-contrast"], "resultTypes": ["violations"]})
     await page.emulate_media(color_scheme="light")
-    print(found.generate_report())
-    assert [violation["id"] for violation in found.response["violations"]] == []
+    print(found.generate_report(), in_the_dark.generate_report())
+    violations = [*found.response["violations"], *in_the_dark.response["violations"]]
+    assert [violation["id"] for violation in violations] == []
 
 
 async def test_everything_can_be_reached_by_the_keyboard(page: Page) -> None:
     """In the order of the page, from the way past its head to the last table, each with a name."""
-    await page.evaluate("() => { document.activeElement?.blur(); scrollTo(0, 0) }")
+    await page.reload()
+    await expect(page.locator("#link")).to_have_text("Live")
     seen: list[str] = []
     for _ in range(80):
         await page.keyboard.press("Tab")
@@ -144,13 +172,24 @@ async def test_everything_can_be_reached_by_the_keyboard(page: Page) -> None:
             break
         seen.append(focused)
     print(seen)
-    wanted = ["Skip to what is wrong now", "theme", "database", "breaker", "pool", "alerts", "by", "reason", "ttl", "name"]
+    wanted = [
+        "Skip to what is wrong now",
+        "theme",
+        "database",
+        "breaker",
+        "pool",
+        "alerts",
+        "by",
+        "reason",
+        "ttl",
+        "name",
+    ]
     assert [name for name in wanted if name not in seen] == []
     assert seen.index("database") < seen.index("by") < seen.index("condition")
 
 
 async def test_nothing_leaves_the_machine(desk: Desk) -> None:
     assert any(url.endswith("/static/plotly.min.js") for url in desk.watch.requests)
-    assert any(url.startswith("ws://127.0.0.1:") for url in desk.watch.requests)
+    assert any(url.startswith("ws://") for url in desk.watch.requests)
     assert desk.watch.elsewhere == []
     print(json.dumps(sorted({re.sub(r"\?.*", "", url) for url in desk.watch.requests}), indent=1))
