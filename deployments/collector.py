@@ -57,11 +57,12 @@ class Collector:
     async def look(self) -> dict[str, Any]:
         """The whole frame."""
         names = await asyncio.to_thread(cluster.running_pools)
-        questions: dict[tuple[str, str], Question] = {
-            ("metrics", ""): lambda: snapshots(statements=STATEMENTS, fresh=False),
-            ("newest", ""): newest,
-            ("alerts", ""): lambda: alerts(history=HISTORY, within=ANSWERED_WITHIN),
-        }
+        questions: dict[tuple[str, str], Question] = {}
+        if names:
+            questions["metrics", ""] = lambda: snapshots(statements=STATEMENTS, fresh=False)
+            questions["newest", ""] = newest
+        if cluster.find_metrics() is not None:
+            questions["alerts", ""] = lambda: alerts(history=HISTORY, within=ANSWERED_WITHIN)
         for name in names:
             questions["status", name] = _of_pool(name, "status")
             questions["activity", name] = _of_pool(name, "activity")
@@ -103,7 +104,8 @@ class Collector:
         for key in self._known.keys() - questions.keys():
             if key[0] != "identity" or ("status", key[1]) not in questions:
                 del self._known[key]  # of a pool that is gone
-        await asyncio.wait({self._asking[key] for key in questions if key in self._asking}, timeout=WITHIN)
+        if asked := {self._asking[key] for key in questions if key in self._asking}:
+            await asyncio.wait(asked, timeout=WITHIN)
 
     async def _hear(self, key: tuple[str, str], question: Question) -> None:
         try:

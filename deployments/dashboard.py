@@ -103,6 +103,7 @@ class Dashboard:
                 self._gate.token = access_token.token()  # somebody may have decided on another one
                 if not await asyncio.to_thread(self._watch.is_wanted):
                     logger.info("dashboard %s: nobody wants it any more", self._url)
+                    monitoring.forget_askers(self._app)
                     await asyncio.to_thread(serve.delete, self._app, _blocking=False)
             except Exception:
                 logger.exception("dashboard: internal error")
