@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 import raypg
 from raypg import _compat, cluster, messages
@@ -35,7 +36,7 @@ ANSWERED_WITHIN = 3.0
 """Seconds after which nobody waits for an answer any more."""
 
 IDENTITY_FOR = 30.0
-"""Seconds for which it is taken for known to which database a pool leads."""
+"""Seconds for which it is taken for known to which database a pool leads, and where Ray's own dashboard is."""
 
 STATEMENTS = 20
 """Fingerprints that are shown."""
@@ -52,22 +53,24 @@ class Collector:
     def __init__(self) -> None:
         self._asking: dict[tuple[str, str], asyncio.Task[Any]] = {}
         self._known: dict[tuple[str, str], tuple[float, Any]] = {}
-        self._ray_dashboard = _compat.ray_dashboard_url()
 
     async def look(self) -> dict[str, Any]:
         """The whole frame."""
         names = await asyncio.to_thread(cluster.running_pools)
-        questions: dict[tuple[str, str], Question] = {
-            ("metrics", ""): lambda: snapshots(statements=STATEMENTS, fresh=False),
-            ("newest", ""): newest,
-            ("alerts", ""): lambda: alerts(history=HISTORY, within=ANSWERED_WITHIN),
-        }
+        questions: dict[tuple[str, str], Question] = {}
+        if names:
+            questions["metrics", ""] = lambda: snapshots(statements=STATEMENTS, fresh=False)
+            questions["newest", ""] = newest
+        if cluster.find_metrics() is not None:
+            questions["alerts", ""] = lambda: alerts(history=HISTORY, within=ANSWERED_WITHIN)
         for name in names:
             questions["status", name] = _of_pool(name, "status")
             questions["activity", name] = _of_pool(name, "activity")
             questions["breaker", name] = _of_breaker(name)
             if self._answer("identity", name, IDENTITY_FOR) is None:
                 questions["identity", name] = _identity(name)
+        if self._answer("ray", "", IDENTITY_FOR) is None:
+            questions["ray", ""] = _ray_dashboard
         await self._ask(questions)
         now = time.time()
         told = self._answer("alerts", "") or {}
@@ -75,7 +78,7 @@ class Collector:
             "pools": {name: describe(self._answers(name), now) for name in names},
             "alerts": {name: without_nan(told.get(name, [])) for name in ("rules", "active", "history")},
             "names": told.get("names", {}),
-            "links": {"ray_dashboard": self._ray_dashboard},
+            "links": self._answer("ray", "", float("inf")) or {"ray_dashboard": None},
             "version": raypg.__version__,
         }
 
@@ -101,9 +104,10 @@ class Collector:
             if key not in self._asking:
                 self._asking[key] = asyncio.ensure_future(self._hear(key, question))
         for key in self._known.keys() - questions.keys():
-            if key[0] != "identity" or ("status", key[1]) not in questions:
+            if key[0] not in ("identity", "ray") or (key[1] and ("status", key[1]) not in questions):
                 del self._known[key]  # of a pool that is gone
-        await asyncio.wait({self._asking[key] for key in questions if key in self._asking}, timeout=WITHIN)
+        if asked := {self._asking[key] for key in questions if key in self._asking}:
+            await asyncio.wait(asked, timeout=WITHIN)
 
     async def _hear(self, key: tuple[str, str], question: Question) -> None:
         try:
@@ -141,3 +145,15 @@ def _identity(name: str) -> Question:
         return str(PoolConfig.from_dict(greeting["config"]).target) if kind == "ok" else None
 
     return question
+
+
+async def _ray_dashboard() -> dict[str, Any]:
+    """Where Ray's own dashboard is. Ray names an address also where nobody listens: there, nothing is linked to."""
+    url = await asyncio.to_thread(_compat.ray_dashboard_url)
+    where = urlsplit(url or "")
+    try:
+        _, writer = await asyncio.open_connection(where.hostname, where.port)
+        writer.close()
+    except (OSError, ValueError):
+        url = None
+    return {"ray_dashboard": url}

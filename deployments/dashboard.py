@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 from typing import Any
 
 import uvicorn
@@ -49,9 +50,9 @@ class Dashboard:
         self._app = app
         self._url = url
         self._watch = monitoring.Watch(app)
-        viewers = Viewers()
-        feed = Feed(Collector().look, viewers)
-        self._gate = Gate(build(feed, viewers), access_token.token(), port)
+        self._viewers = Viewers()
+        feed = Feed(Collector().look, self._viewers)
+        self._gate = Gate(build(feed, self._viewers), access_token.token(), port)
         self._server = uvicorn.Server(
             uvicorn.Config(
                 self._gate,
@@ -82,6 +83,10 @@ class Dashboard:
             if task.done():
                 raise RuntimeError(f"the dashboard has stopped: {task}")
 
+    async def who(self) -> dict[str, Any]:
+        """Where it is: its address, its process, and how many watch."""
+        return {"url": self._url, "process": os.getpid(), "viewers": len(self._viewers)}
+
     async def __del__(self) -> None:
         monitoring.unregister(self._app)
         self._server.should_exit = True
@@ -98,6 +103,7 @@ class Dashboard:
                 self._gate.token = access_token.token()  # somebody may have decided on another one
                 if not await asyncio.to_thread(self._watch.is_wanted):
                     logger.info("dashboard %s: nobody wants it any more", self._url)
+                    monitoring.forget_askers(self._app)
                     await asyncio.to_thread(serve.delete, self._app, _blocking=False)
             except Exception:
                 logger.exception("dashboard: internal error")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import Collection
@@ -13,7 +14,7 @@ from fastapi import FastAPI, Request, WebSocket
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
-from raypg import get_pool
+from raypg import cluster, get_pool
 from raypg.alerts_access import add_alert, alerts, delete_alert
 from raypg.core.history import SERIES
 from raypg.core.nearest import did_you_mean
@@ -109,14 +110,18 @@ def build(feed: Feed, viewers: Viewers) -> FastAPI:
 
     @app.get("/api/alerts")
     async def show_alerts(request: Request) -> Response:
+        await _metrics()
         return _Answer(await alerts(request.query_params.get("pool")))
 
     @app.post("/api/alerts")
     async def new_alert(request: Request) -> Response:
-        return _Answer({"id": await add_alert(await _body(request))})
+        rule = await _body(request)
+        await _metrics()
+        return _Answer({"id": await add_alert(rule)})
 
     @app.delete("/api/alerts/{rule}")
     async def no_alert(rule: str) -> Response:
+        await _metrics()
         await delete_alert(rule)
         return _Answer({"deleted": rule})
 
@@ -137,7 +142,9 @@ def build(feed: Feed, viewers: Viewers) -> FastAPI:
 
     @app.get("/metrics")
     async def prometheus() -> Response:
-        return Response(render(await snapshots(in_detail=False, fresh=False)), media_type=CONTENT_TYPE)
+        any_pool = await asyncio.to_thread(cluster.running_pools)
+        found = await snapshots(in_detail=False, fresh=False) if any_pool else {}
+        return Response(render(found), media_type=CONTENT_TYPE)
 
     @app.websocket("/ws")
     async def ws(socket: WebSocket) -> None:
@@ -170,6 +177,11 @@ async def _failed(_: Request, error: Exception) -> Response:
 def _unknown(what: str, name: str, known: Collection[str]) -> _ProblemError:
     names = sorted(known)
     return _ProblemError(422, "ConfigError", f"unknown {what} {name!r}{did_you_mean(name, names)}", names=names)
+
+
+async def _metrics() -> None:
+    """The Metrics actor, which keeps the alerts, is there from now on: rules may be given before any pool runs."""
+    await asyncio.to_thread(cluster.find_or_start_metrics)
 
 
 async def _which(request: Request, feed: Feed) -> str:

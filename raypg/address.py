@@ -11,6 +11,10 @@ from raypg.errors import UnavailableError
 __all__ = ["free_port", "listen", "url_of"]
 
 
+UNTAKEN_WITHIN = 20
+"""Seconds in which a peer must take what was sent to it, before the kernel gives it up."""
+
+
 def listen(host: str, port: int, otherwise: str) -> socket.socket:
     """A socket that listens there; port 0 is any free one.
 
@@ -26,6 +30,8 @@ def listen(host: str, port: int, otherwise: str) -> socket.socket:
         family, kind, protocol, _, address = found[0]
         listening = socket.socket(family, kind, protocol)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; what it accepts inherits it
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNTAKEN_WITHIN * 1000)
         listening.bind(address)
         listening.listen(128)
     except OSError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import socket
 import time
@@ -35,8 +36,12 @@ ANSWER_WITHIN = 10.0
 """Seconds in which a Pool actor must say how things stand."""
 
 
-def up(name: str | None, file: Path | None, address: str) -> None:
-    """Start the pools that file and environment describe, and say of each what came of it."""
+def up(name: str | None, file: Path | None, address: str, dashboard: bool) -> None:
+    """Start the pools that file and environment describe, and say of each what came of it.
+
+    Args:
+        dashboard: start that too, not only for pools that ask for it by ``enable_monitoring``.
+    """
     # Settings first: what is wrong in a file is said even where no cluster is.
     pools = [WorkflowConnectionPool(**settings) for settings in wanted(name, file)]
     connect(address)
@@ -50,6 +55,14 @@ def up(name: str | None, file: Path | None, address: str) -> None:
             continue
         word = "started" if answer["status"] == "initialized" else "runs already"
         console.print(f"{pool.name}: {word}, at most {answer['max_connections']} connections", highlight=False)
+    asking = [pool for pool in pools if dashboard or (pool._config is not None and pool._config.enable_monitoring)]
+    if asking:
+        quiet_serve()
+        try:
+            urls = [asyncio.run(pool.process({"operation": "start_monitoring"}))["dashboard_url"] for pool in asking]
+            console.print("\n".join(f"dashboard: {url}" for url in dict.fromkeys(urls)), highlight=False)
+        except RaypgError as error:
+            failures.append(f"dashboard: {error}")
     if failures:
         raise UnavailableError("\n".join(failures))
 
@@ -318,6 +331,11 @@ def connect(address: str) -> None:
         ray.init(address=address, logging_level="ERROR", log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise UnavailableError(_why_not(address, error)) from None
+
+
+def quiet_serve() -> None:
+    """Serve tells each step on standard error: here only what goes wrong."""
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
 
 
 def _why_not(address: str, error: Exception) -> str:

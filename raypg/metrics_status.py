@@ -129,6 +129,7 @@ def _counts(counts: Mapping[str, int]) -> dict[str, int]:
         "query_retries": counts["retries"],
         "queries_together": counts["together"],
         "rows_fetched": counts["rows"],
+        "rows_written": counts["written"],
         "calls_refused": counts["refused"],
         "calls_rejected": counts["rejected"],
         "pool_exhaustion_events": counts["exhausted"],

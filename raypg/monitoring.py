@@ -18,7 +18,18 @@ from raypg import _compat, access_token, cluster
 from raypg.address import free_port, url_of
 from raypg.errors import UnavailableError
 
-__all__ = ["COMMAND", "Watch", "register", "start", "stop", "stop_all", "unregister", "url_for", "withdraw"]
+__all__ = [
+    "COMMAND",
+    "Watch",
+    "forget_askers",
+    "register",
+    "start",
+    "stop",
+    "stop_all",
+    "unregister",
+    "url_for",
+    "withdraw",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +106,12 @@ def withdraw(pool: str) -> None:
 def register(app: str, url: str) -> None:
     """Dashboard *app* is there; to be said again every few seconds."""
     _compat.kv_put(f"dashboard/app/{app}", json.dumps({"url": url, "at": time.time()}).encode())
+
+
+def forget_askers(app: str) -> None:
+    """Nobody wants dashboard *app* any more."""
+    for who in _askers(app):
+        _compat.kv_delete(_asking(app, who))
 
 
 def unregister(app: str) -> None:
@@ -218,8 +235,7 @@ def _stop(who: str) -> dict[str, Any]:
 def _stop_all() -> list[str]:
     running = _running()
     for app in running:
-        for who in _askers(app):
-            _compat.kv_delete(_asking(app, who))
+        forget_askers(app)
         _end(app)
     return list(running.values())
 

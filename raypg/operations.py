@@ -219,8 +219,12 @@ class Operations:
 
     async def get_comprehensive_status(self) -> dict[str, Any]:
         """Everything; see :func:`raypg.metrics_status.comprehensive`."""
-        known, breaker = await asyncio.gather(self._snapshot(), self._pool.circuit_breaker.status(within=ANSWER_WITHIN))
-        return comprehensive(self._pool.name, known, breaker, monitoring.url_for(self._pool.name))
+        known, breaker, url = await asyncio.gather(
+            self._snapshot(),
+            self._pool.circuit_breaker.status(within=ANSWER_WITHIN),
+            asyncio.to_thread(monitoring.url_for, self._pool.name),
+        )
+        return comprehensive(self._pool.name, known, breaker, url)
 
     async def stats(self) -> dict[str, Any]:
         """What was counted since the pool began."""

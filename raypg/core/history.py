@@ -23,7 +23,8 @@ COUNTS: Final = (
     "execution_seconds",
     "wait_seconds",
     "acquired",
-    "rows",  # that statements have returned or written
+    "rows",  # that statements have written
+    "rows_fetched",
     *(f"errors_{category}" for category in CATEGORIES),
 )
 """Series that add up within a slot."""

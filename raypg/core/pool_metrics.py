@@ -37,7 +37,8 @@ COUNTERS: Final = (
     "connect_failures",
     "health_checks",
     "health_check_failures",
-    "rows",
+    "rows",  # that statements returned
+    "written",  # rows that statements inserted, updated, deleted or copied
 )
 TIMES: Final = ("execution", "wait", "connect", "use", "fetch", "health_check")
 """What is timed, in seconds; ``execution`` comes by statement, see :class:`Group`."""
@@ -261,7 +262,8 @@ class PoolMetrics:
             "execution_seconds": sum(group.seconds for group in groups),
             "wait_seconds": delta["times"].get("wait", ({}, 0.0))[1],
             "acquired": counts.get("acquired", 0),
-            "rows": counts.get("rows", 0),
+            "rows": counts.get("written", 0),
+            "rows_fetched": counts.get("rows", 0),
             **_by_category(delta["errors"]),
         }
         times = {"execution": [(group.buckets, group.seconds) for group in groups]}
