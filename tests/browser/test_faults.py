@@ -60,8 +60,8 @@ async def saturated(watched: Watched) -> AsyncIterator[None]:
 
 async def test_the_server_stops_and_comes_back(page: Page, watched: Watched) -> None:
     await well(page)
-    await asyncio.to_thread(watched.server.kill)
     since = time.monotonic()
+    await asyncio.to_thread(watched.server.kill)
     told("the server was killed", since, await named(page, "database", "does not answer|cannot be opened"))
     await expect(page.locator("#verdict")).to_have_attribute("data-level", "critical")
     await named(page, "breaker", "open")

@@ -148,9 +148,12 @@ async def test_a_phone_and_the_dark(browser: Browser, watched: Watched) -> None:
 async def test_keyboard_and_screen_readers(page: Page) -> None:
     """The rules of axe-core: names, roles, contrast, landmarks, order of headings …"""
     await page.locator("#alert-add").evaluate("details => { details.open = true }")
-    found = await Axe().run(page)
+    lines = {"exclude": [[".plot > *"]]}  # drawings: what they say stands beside them
+    found = await Axe().run(page, context=lines)
     await page.emulate_media(color_scheme="dark")
-    in_the_dark = await Axe().run(page, options={"runOnly": ["color-contrast"], "resultTypes": ["violations"]})
+    in_the_dark = await Axe().run(
+        page, context=lines, options={"runOnly": ["color-contrast"], "resultTypes": ["violations"]}
+    )
     await page.emulate_media(color_scheme="light")
     print(found.generate_report(), in_the_dark.generate_report())
     violations = [*found.response["violations"], *in_the_dark.response["violations"]]
@@ -161,6 +164,7 @@ async def test_everything_can_be_reached_by_the_keyboard(page: Page) -> None:
     """In the order of the page, from the way past its head to the last table, each with a name."""
     await page.reload()
     await expect(page.locator("#link")).to_have_text("Live")
+    await page.locator("#alert-add").evaluate("details => { details.open = true }")
     seen: list[str] = []
     for _ in range(80):
         await page.keyboard.press("Tab")
