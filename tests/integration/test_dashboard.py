@@ -84,7 +84,10 @@ async def test_pools_metrics_and_history(http: aiohttp.ClientSession, pool: Work
         ("/static/../dashboard.py", 404, []),
         ("/static/..%2Fdashboard.py", 404, ["no file"]),
         ("/static/nothing.js", 404, ["no file"]),
+        ("/static/a%00b.js", 404, ["no file"]),
+        (f"/static/{'x' * 1000}.js", 404, ["no file"]),
     ],
+    ids=lambda value: str(value)[:40] if isinstance(value, str) else "",
 )
 async def test_what_is_wrong_is_said_as_json(
     http: aiohttp.ClientSession, pool: WorkflowConnectionPool, path: str, status: int, words: list[str]
