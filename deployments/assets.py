@@ -66,8 +66,11 @@ def plotly() -> Path | None:
 
 
 def _is_ours(file: Path) -> bool:
-    real = file.resolve()
-    return real.is_relative_to(STATIC.resolve()) and real.is_file() and not any(p.startswith(".") for p in file.parts)
+    try:
+        real = file.resolve()
+        return real.is_relative_to(STATIC.resolve()) and real.is_file() and not real.name.startswith(".")
+    except (OSError, ValueError):  # a name that can be none of a file
+        return False
 
 
 def _read(file: Path, of_a_package: bool) -> _Asset:

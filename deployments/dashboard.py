@@ -22,7 +22,7 @@ from raypg.deployments.collector import Collector
 from raypg.deployments.feed import Feed
 from raypg.deployments.gate import Gate
 from raypg.deployments.routes import build
-from raypg.deployments.viewers import Viewers
+from raypg.deployments.viewers import MOST_VIEWERS, Viewers
 
 __all__ = ["DEPLOYMENT", "Dashboard", "application"]
 
@@ -60,6 +60,7 @@ class Dashboard:
                 access_log=False,  # an address may hold the token
                 server_header=False,
                 lifespan="off",
+                limit_concurrency=2 * MOST_VIEWERS,
                 ws_max_size=1024,  # nothing is expected from viewers
                 ws_per_message_deflate=False,
                 proxy_headers=False,  # who asks is decided by the connection itself

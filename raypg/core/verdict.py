@@ -63,7 +63,7 @@ def lights(
         alerts: the pool's own that fire or are about to.
     """
     return {
-        "database": _database(activity, snapshot),
+        "database": _database(activity, snapshot, status),
         "breaker": _breaker(breaker),
         "pool": _pool(status, snapshot),
         "alerts": _alerts(alerts),
@@ -92,7 +92,7 @@ def _light(problems: Iterable[tuple[Level, str]], otherwise: str) -> Light:
 # --- the database ---
 
 
-def _database(activity: Status | None, snapshot: Status | None) -> Light:
+def _database(activity: Status | None, snapshot: Status | None, status: Status | None) -> Light:
     if activity is None:
         return {"level": "unknown", "text": "nobody could ask it: the Pool actor does not answer"}
     if activity["error"] is not None:
@@ -100,9 +100,9 @@ def _database(activity: Status | None, snapshot: Status | None) -> Light:
         level: Level = "warning" if short is not None and short < UNANSWERED_LONG else "critical"
         return {"level": level, "text": f"the database does not answer: {activity['error']}"}
     if activity.get("unseen"):
-        failed = _connect_error(snapshot)
+        failed = _connect_error(snapshot, status)
         if failed is not None:
-            return {"level": "critical", "text": f"connections cannot be opened: {failed}"}
+            return {"level": "critical", "text": f"the database does not answer: {failed}"}
         return {"level": "ok", "text": f"nothing said against it ({activity['unseen']})"}
     problems: list[tuple[Level, str]] = []
     blocked = [session for session in activity["sessions"] if (session["waiting_seconds"] or 0.0) >= BLOCKED_FROM]
@@ -137,12 +137,13 @@ def _who(session: Status) -> str:
     return f"session {session['pid']}" + (f" ({named})" if named else "")
 
 
-def _connect_error(snapshot: Status | None) -> str | None:
-    """The last failed attempt to connect, if that was just now."""
-    if snapshot is None:
-        return None
-    for error in reversed(snapshot["recent_errors"]):
-        if error["category"] in CONNECT_ERRORS and snapshot["as_of"] - error["at"] <= RECENT:
+def _connect_error(snapshot: Status | None, status: Status | None) -> str | None:
+    """Why the last attempt of a worker to connect failed, if it did, or one of just now."""
+    for worker in (status or {}).get("workers", ()):
+        if worker["figures"] and worker["figures"].get("last_error"):
+            return str(worker["figures"]["last_error"])
+    for error in reversed((snapshot or {}).get("recent_errors", ())):
+        if error["category"] in CONNECT_ERRORS and snapshot is not None and snapshot["as_of"] - error["at"] <= RECENT:
             return str(error["message"])
     return None
 

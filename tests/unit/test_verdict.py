@@ -161,5 +161,8 @@ def test_where_nobody_can_look_failed_attempts_to_connect_tell() -> None:
     metrics["recent_errors"] = [{"category": "connection_refused", "at": NOW - 1, "message": "nobody listens at h:1"}]
     unseen = {"error": None, "unseen": "too small"}
     assert "nobody listens at h:1" in told(snapshot=metrics, activity=unseen)["database"]["text"]
+    refused = worker(0, figures={"active": 0, "waiting": 0, "connections": {}, "last_error": "nobody listens at h:2"})
+    found = told(status=status(refused), activity=unseen)["database"]
+    assert (found["level"], "nobody listens at h:2" in found["text"]) == ("critical", True)
     metrics["recent_errors"][0]["at"] = NOW - 60
     assert told(snapshot=metrics, activity=unseen)["database"]["level"] == "ok"
