@@ -21,8 +21,9 @@ function isObject(value) {
 }
 
 /**
- * Calls onFrame(state, at) for each frame, and onLink("live" | "lost", since) when that changes.
- * `at` is the dashboard's clock, seconds since the epoch; `since` this browser's, in milliseconds.
+ * Calls onFrame(state, at) for each frame, and onLink("live" | "lost", since, why) as often as that is seen.
+ * `at` is the dashboard's clock, seconds since the epoch; `since` this browser's, in milliseconds; `why` the dashboard's
+ * own words, if it has refused.
  */
 export class Live {
   constructor(onFrame, onLink) {
@@ -45,6 +46,7 @@ export class Live {
     const scheme = location.protocol === "https:" ? "wss" : "ws";
     const socket = new WebSocket(`${scheme}://${location.host}/ws`);
     this.socket = socket;
+    this.taken = false;
     socket.addEventListener("message", (event) => this.socket === socket && this.take(JSON.parse(event.data)));
     socket.addEventListener("close", () => this.socket === socket && this.lose());
   }
@@ -55,6 +57,7 @@ export class Live {
     else return this.lose(); // one is missing: only a new state helps
     this.seq = message.seq;
     this.heard = Date.now();
+    this.taken = true;
     this.delay = FIRST_DELAY;
     this.onLink("live", this.heard);
     return this.onFrame(this.state, message.at);
@@ -69,9 +72,19 @@ export class Live {
     this.socket = null;
     socket?.close();
     this.onLink("lost", this.heard);
+    if (!this.taken) this.ask();
     // Not all pages at the same moment, when the dashboard comes back.
     this.timer ??= setTimeout(() => this.open(), this.delay * (0.5 + Math.random() / 2));
     this.delay = Math.min(this.delay * 2, LONGEST_DELAY);
+  }
+
+  /** Why a connection was refused, a WebSocket does not say; other requests are told. */
+  async ask() {
+    try {
+      await api("/api/pools");
+    } catch (error) {
+      if (error.detail !== null && this.socket === null) this.onLink("lost", this.heard, error.message);
+    }
   }
 
   /** Do not wait any longer: somebody looks, or the network is back. */
@@ -93,13 +106,11 @@ export async function api(path, options = {}) {
   try {
     response = await fetch(path, init);
   } catch {
-    throw new Error("The dashboard cannot be reached.");
+    throw Object.assign(new Error("The dashboard cannot be reached."), { detail: null });
   }
   const answer = await response.json().catch(() => null);
   if (!response.ok) {
-    const error = new Error(answer?.error?.message ?? `The dashboard answered ${response.status}.`);
-    error.detail = answer?.error ?? null;
-    throw error;
+    throw Object.assign(new Error(answer?.error?.message ?? `The dashboard answered ${response.status}.`), { detail: answer?.error ?? null });
   }
   return answer;
 }

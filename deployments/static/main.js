@@ -49,6 +49,7 @@ function showFrame() {
   setText(byId("version"), version ?? "");
   showRayDashboard(links?.ray_dashboard);
   if (pool === undefined) {
+    setText(byId("empty-title"), name === undefined ? "No pool runs in this Ray cluster" : `The pool “${name}” has ended`);
     document.title = "raypg";
     return;
   }
@@ -83,7 +84,7 @@ function showRayDashboard(address) {
 
 // --- the connection ---
 
-function showLink(link, since) {
+function showLink(link, since, why) {
   const before = page.link;
   page.link = link;
   page.since = since;
@@ -97,11 +98,12 @@ function showLink(link, since) {
     return;
   }
   setText(byId("link-text"), "Not connected");
-  setText(byId("lost"), lostWords());
+  setText(byId("lost"), lostWords(why));
   if (page.state !== null) showNoNews(since);
 }
 
-function lostWords() {
+function lostWords(why) {
+  if (why !== undefined) return `The dashboard refuses: ${why}`;
   const old = page.state === null ? "" : ` What you see is from ${format.moment(page.since / 1000)}.`;
   return `The connection to the dashboard is lost.${old} Trying again by itself.`;
 }

@@ -1,6 +1,6 @@
 """Takes the pictures of the dashboard that the README shows: a real pool under load, its server stopped, the dark.
 
-Run as ``make screenshots``; they are written to docs/. It takes a few minutes, for the charts to have something to show.
+Run as ``make screenshots``; they are written to docs/. It takes some minutes, for the charts to have something to show.
 """
 
 from __future__ import annotations
