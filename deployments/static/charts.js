@@ -3,6 +3,18 @@
 import { byId, el, setAttribute, setText } from "./dom.js";
 import * as format from "./format.js";
 
+/** A chart of quantiles in milliseconds. */
+function times(prefix) {
+  const colors = { p50: "--chart-2", p95: "--chart-1", p99: "--chart-4" };
+  return {
+    lines: Object.entries(colors).map(([name, color]) => ({ series: `${prefix}${name}_ms`, name, color })),
+    format: format.ms,
+    axis: { ticksuffix: " ms" },
+    hover: "%{y:,.3~r} ms",
+    least: 1,
+  };
+}
+
 const CHARTS = [
   {
     id: "connections",
@@ -30,32 +42,8 @@ const CHARTS = [
     hover: "%{y:.2~%}",
     least: 0.01,
   },
-  {
-    id: "execution",
-    title: "Execution time",
-    lines: [
-      { series: "p50_ms", name: "p50", color: "--chart-2" },
-      { series: "p95_ms", name: "p95", color: "--chart-1" },
-      { series: "p99_ms", name: "p99", color: "--chart-4" },
-    ],
-    format: format.ms,
-    axis: { ticksuffix: " ms" },
-    hover: "%{y:,.3~r} ms",
-    least: 1,
-  },
-  {
-    id: "wait",
-    title: "Wait for a connection",
-    lines: [
-      { series: "wait_p50_ms", name: "p50", color: "--chart-2" },
-      { series: "wait_p95_ms", name: "p95", color: "--chart-1" },
-      { series: "wait_p99_ms", name: "p99", color: "--chart-4" },
-    ],
-    format: format.ms,
-    axis: { ticksuffix: " ms" },
-    hover: "%{y:,.3~r} ms",
-    least: 1,
-  },
+  { id: "execution", title: "Execution time", ...times("") },
+  { id: "wait", title: "Wait for a connection", ...times("wait_") },
   {
     id: "errors-by-category",
     title: "Errors per second",
