@@ -4,7 +4,8 @@ Its messages:
 
 - ``join``, ``report``, ``leave``: a worker says that it is there, what has happened since it last said so, that it
   ends.
-- ``snapshot``, ``history``: what is known. Workers are asked for what happened since their last report.
+- ``snapshot``, ``history``, ``histories``, ``newest``: what is known. Workers are asked for what happened since their
+  last report.
 - ``alerts``, ``add_alert``, ``delete_alert``: the rules that are watched each second, and what has become of them.
 - ``forget``, ``rest``: a pool has ended.
 
@@ -168,6 +169,18 @@ class MetricsActor(ServingAll):
         if known is None:
             return "error", pack_error(_unknown(pool))
         return "ok", known.metrics.history.values(series, seconds, self._now())
+
+    async def histories(self, pool: str, seconds: float) -> Answer:
+        """(Seconds from one point to the next, when the first begins, series → values) of all series."""
+        known: _Pool | None = await self.find(pool)
+        if known is None:
+            return "error", pack_error(_unknown(pool))
+        return "ok", known.metrics.history.all_values(seconds, self._now())
+
+    async def newest(self) -> Answer:
+        """Of each pool the last second that is over: (when it began, series → value)."""
+        now = self._now()
+        return "ok", {name: known.metrics.history.newest(now) for name, known in self.pools.items()}
 
     async def alerts(self, pool: str | None = None, history: int = MOST_REMEMBERED, names: bool = True) -> Answer:
         """What :meth:`AlertKeeper.describe` says."""

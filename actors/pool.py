@@ -4,7 +4,7 @@ Its messages:
 
 - ``hello``: a handle says who it is and what it wants; the answer is the pool's membership, or why not.
 - ``membership``: where the workers are now; ``verify``: whether one of them lives.
-- ``status``, ``reconfigure``, ``replace_workers``, ``close``.
+- ``status``, ``activity``, ``reconfigure``, ``replace_workers``, ``close``.
 
 Once a second it pings its workers, see :mod:`raypg.actors.membership`.
 """
@@ -21,7 +21,9 @@ from typing import Any
 
 import ray
 
-from raypg import _compat, cluster, naming
+from raypg import _compat, cluster, monitoring, naming
+from raypg.actors.inherited import warn_of_runtime_env
+from raypg.actors.looking import Looking
 from raypg.actors.member import PING_EVERY, Member
 from raypg.actors.membership import START_TIMEOUT, Membership
 from raypg.actors.reaper import Reaper
@@ -94,7 +96,8 @@ class PoolActor:
         self._prefix = application_prefix(self._cluster, name)
         self._reaper = Reaper(name, Control(self._connector), self._prefix, lambda: self._workers.cap)
         self._workers = Membership(name, lambda: self._config, self._reaper, self._next_life())
-        self._warn_of_runtime_env()
+        self._looking = Looking(self._reaper.activity)
+        warn_of_runtime_env(name)
         if _compat.was_restarted():
             self._begin()  # the workers have outlived us: find them again, without being asked
 
@@ -110,19 +113,6 @@ class PoolActor:
         life = int(_compat.kv_get(f"{self._key}/life") or 0) + 1
         _compat.kv_put(f"{self._key}/life", str(life).encode())
         return life
-
-    def _warn_of_runtime_env(self) -> None:
-        environment = dict(ray.get_runtime_context().runtime_env)
-        inherited = [
-            key for key in ("working_dir", "py_modules", "env_vars", "pip", "conda", "uv") if environment.get(key)
-        ]
-        if inherited:
-            logger.warning(
-                "pool %s inherits %s of the job that made it, and outlives that job: make pools that are shared "
-                "between jobs with `raypg up`, or from a job without a runtime_env",
-                self._name,
-                ", ".join(inherited),
-            )
 
     # --- messages ---
 
@@ -179,6 +169,10 @@ class PoolActor:
                 for member, answer in zip(members, answers, strict=True)
             ],
         }
+
+    async def activity(self) -> dict[str, Any]:
+        """Who waits for whom on the server, or that it does not answer; see :meth:`Looking.activity`."""
+        return await self._looking.activity()
 
     async def reconfigure(self, changes: dict[str, Any]) -> Answer:
         """Change settings of the running pool: a smaller cap as connections come back, a larger one at once; more
@@ -253,6 +247,7 @@ class PoolActor:
                     with contextlib.suppress(*_compat.ActorGone, TimeoutError):
                         await asyncio.wait_for(serving_all.forget.remote(self._name), PING_EVERY)
                     serving_all.rest.remote()
+            monitoring.withdraw(self._name)
             _compat.kv_delete(naming.metrics_key(self._name))
             _compat.kv_delete(self._key)
 

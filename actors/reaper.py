@@ -123,6 +123,21 @@ class Reaper:
             self._authentication_timeout = limits.authentication_timeout
         return limits
 
+    async def activity(self) -> dict[str, Any]:
+        """Who waits for whom on the server; see :func:`raypg.server.activity.describe`. For those who watch: nothing is
+        taken from the pool for it.
+
+        Raises:
+            ConnectError: the server cannot be reached.
+            NoRoomError: there is no connection for it.
+        """
+        if sizing.reserve(self._cap()):
+            return await self._control.activity(self._prefix)  # between the questions of the others
+        if self._turn.locked() or not self.has_room():
+            raise NoRoomError(f"a pool of {self._cap()} connections has none to look with")
+        async with self._looking() as control:
+            return await control.activity(self._prefix)
+
     async def gone(self, pids: list[int]) -> set[int]:
         """Those of *pids* that the server does not show any more; none if it cannot be asked."""
         try:

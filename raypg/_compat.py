@@ -23,8 +23,14 @@ ActorEnded = (ActorDiedError, ActorUnschedulableError)
 
 
 def kv_put(key: str, value: bytes) -> None:
-    """Store *value* in Ray's cluster-wide key-value store; it outlives every actor. Never put a secret there."""
+    """Store *value* in Ray's cluster-wide key-value store; it outlives every actor. Never put a secret of a database
+    there."""
     internal_kv._internal_kv_put(key.encode(), value, overwrite=True, namespace=_KV_NAMESPACE)
+
+
+def kv_put_new(key: str, value: bytes) -> bool:
+    """Store *value* unless there is one under *key* already; whether it was stored. Of several, one succeeds."""
+    return not internal_kv._internal_kv_put(key.encode(), value, overwrite=False, namespace=_KV_NAMESPACE)
 
 
 def kv_get(key: str) -> bytes | None:
@@ -42,6 +48,21 @@ def kv_keys(prefix: str) -> list[str]:
 def kv_delete(key: str) -> None:
     """Remove *key*; not an error if it is not there."""
     internal_kv._internal_kv_del(key.encode(), namespace=_KV_NAMESPACE)
+
+
+def serve_runs() -> bool:
+    """Whether Ray Serve runs in this cluster. It must not be imported to find out: that takes a second."""
+    try:
+        ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+    except ValueError:
+        return False
+    return True
+
+
+def ray_dashboard_url() -> str | None:
+    """Where Ray's own dashboard is, if it runs."""
+    address = internal_kv._internal_kv_get(b"dashboard", namespace=b"dashboard")
+    return f"http://{address.decode()}" if address else None
 
 
 def cluster_id() -> str:

@@ -1,5 +1,5 @@
-"""The command ``raypg``: demo, up, status, restart, scale, down, metrics. What a command needs is imported when it
-runs."""
+"""The command ``raypg``: demo, up, status, restart, scale, down, dashboard, token, metrics. What a command needs is
+imported when it runs."""
 
 from __future__ import annotations
 
@@ -59,6 +59,9 @@ def up(
     config: Annotated[
         Path | None, typer.Option(help="File with [pools.NAME] tables; default: ./raypg.toml if it is there.")
     ] = None,
+    dashboard: Annotated[
+        bool, typer.Option("--dashboard", help="And the dashboard, as for pools with enable_monitoring = true.")
+    ] = False,
     address: Address = "auto",
 ) -> None:
     """Start pools in a Ray cluster, or join those that run.
@@ -67,7 +70,7 @@ def up(
     """
     from raypg import cli_pools
 
-    cli_pools.up(name, config, address)
+    cli_pools.up(name, config, address, dashboard)
 
 
 @app.command()
@@ -123,6 +126,35 @@ def down(name: Annotated[str, typer.Argument(help="Pool to end.")], address: Add
     from raypg import cli_pools
 
     cli_pools.down(name, address)
+
+
+@app.command()
+def dashboard(
+    host: Annotated[str, typer.Option(help="Address of this node to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 = any free one.", min=0, max=65535)] = 8080,
+    stop: Annotated[
+        bool, typer.Option("--stop", help="End all dashboards of the cluster, whoever wants them.")
+    ] = False,
+    address: Address = "auto",
+) -> None:
+    """Start the dashboard of a Ray cluster on this node, or say where it runs.
+
+    It goes on until `raypg dashboard --stop`. Anything but loopback needs the token that `raypg token` prints.
+    """
+    from raypg import cli_dashboard
+
+    if stop:
+        cli_dashboard.stop(address)
+    else:
+        cli_dashboard.start(host, port, address)
+
+
+@app.command()
+def token(address: Address = "auto") -> None:
+    """Print the cluster's token, which opens its dashboard to others than those on the same machine."""
+    from raypg import cli_dashboard
+
+    cli_dashboard.token(address)
 
 
 metrics = typer.Typer(help="Metrics for Prometheus and Grafana.", no_args_is_help=True, rich_markup_mode=None)

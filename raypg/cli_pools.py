@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
+import logging
 import os
 import socket
 import time
@@ -25,6 +25,7 @@ from raypg.core.alerts import FIRING
 from raypg.core.nearest import did_you_mean
 from raypg.errors import ConfigError, PoolNotFoundError, RaypgError, UnavailableError
 from raypg.naming import check_pool_name
+from raypg.plain import without_nan
 from raypg.pool import end, get_pool
 from raypg.pool import restart as restart_pool
 from raypg.portable import unpack_error
@@ -35,8 +36,12 @@ ANSWER_WITHIN = 10.0
 """Seconds in which a Pool actor must say how things stand."""
 
 
-def up(name: str | None, file: Path | None, address: str) -> None:
-    """Start the pools that file and environment describe, and say of each what came of it."""
+def up(name: str | None, file: Path | None, address: str, dashboard: bool) -> None:
+    """Start the pools that file and environment describe, and say of each what came of it.
+
+    Args:
+        dashboard: start that too, not only for pools that ask for it by ``enable_monitoring``.
+    """
     # Settings first: what is wrong in a file is said even where no cluster is.
     pools = [WorkflowConnectionPool(**settings) for settings in wanted(name, file)]
     connect(address)
@@ -50,6 +55,14 @@ def up(name: str | None, file: Path | None, address: str) -> None:
             continue
         word = "started" if answer["status"] == "initialized" else "runs already"
         console.print(f"{pool.name}: {word}, at most {answer['max_connections']} connections", highlight=False)
+    asking = [pool for pool in pools if dashboard or (pool._config is not None and pool._config.enable_monitoring)]
+    if asking:
+        quiet_serve()
+        try:
+            urls = [asyncio.run(pool.process({"operation": "start_monitoring"}))["dashboard_url"] for pool in asking]
+            console.print("\n".join(f"dashboard: {url}" for url in dict.fromkeys(urls)), highlight=False)
+        except RaypgError as error:
+            failures.append(f"dashboard: {error}")
     if failures:
         raise UnavailableError("\n".join(failures))
 
@@ -141,7 +154,7 @@ def status(name: str | None, address: str, as_json: bool) -> None:
         names = [name]
     found = asyncio.run(_all_figures(names))
     if as_json:
-        print(json.dumps(_without_nan(found), indent=2))
+        print(json.dumps(without_nan(found), indent=2))
         return
     console = Console()
     if not found:
@@ -320,6 +333,11 @@ def connect(address: str) -> None:
         raise UnavailableError(_why_not(address, error)) from None
 
 
+def quiet_serve() -> None:
+    """Serve tells each step on standard error: here only what goes wrong."""
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+
+
 def _why_not(address: str, error: Exception) -> str:
     causes = [error]
     while causes[-1].__cause__ is not None and isinstance(causes[-1].__cause__, Exception):
@@ -333,14 +351,3 @@ def _why_not(address: str, error: Exception) -> str:
     if "Could not find any running Ray instance" in text:
         return "no Ray cluster runs on this machine; start one with `ray start --head`, or name one with --address"
     return f"cannot use the Ray cluster ({address}): {text}"
-
-
-def _without_nan(value: Any) -> Any:
-    """The same for JSON, which knows no NaN."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _without_nan(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(part) for part in value]
-    return value

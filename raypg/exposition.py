@@ -33,6 +33,7 @@ _COUNTERS = {
     "connection_pool_query_retries": ("retries", "Reads that were sent again after their connection was lost."),
     "connection_pool_queries_together": ("together", "Reads that shared a write to the server with others."),
     "connection_pool_rows_fetched": ("rows", "Rows that statements returned."),
+    "connection_pool_rows_written": ("written", "Rows that statements inserted, updated, deleted or copied."),
     "connection_pool_connections_acquired": ("acquired", "Times that a connection was handed to a caller."),
     "connection_pool_connections_reused": ("reused", "Of these, times that it had been used before."),
     "connection_pool_connections_released": ("released", "Times that a connection was given back."),

@@ -8,7 +8,7 @@ from raypg import cluster
 from raypg.asking import ask
 from raypg.portable import unpack_error
 
-__all__ = ["ask_metrics", "history", "snapshots"]
+__all__ = ["ask_metrics", "histories", "history", "newest", "snapshots"]
 
 ANSWER_WITHIN = 15.0
 """Seconds in which the Metrics actor must answer: it may just be started, or hear again what its last life knew."""
@@ -38,6 +38,24 @@ async def history(pool: str, series: str, seconds: float) -> tuple[int, list[tup
         UnavailableError: as :func:`snapshots`.
     """
     return await ask_metrics("history", pool, series, seconds)  # type: ignore[no-any-return]
+
+
+async def histories(pool: str, seconds: float) -> tuple[int, int, dict[str, list[float]]]:
+    """The last *seconds* of every series: (seconds of a step, when the first begins, series → values).
+
+    Raises:
+        UnavailableError: as :func:`snapshots`.
+    """
+    return await ask_metrics("histories", pool, seconds)  # type: ignore[no-any-return]
+
+
+async def newest() -> dict[str, tuple[int, dict[str, float]]]:
+    """Of each pool the last second that is over: (when it began, series → value).
+
+    Raises:
+        UnavailableError: the Metrics actor does not answer.
+    """
+    return await ask_metrics("newest")  # type: ignore[no-any-return]
 
 
 async def ask_metrics(method: str, *arguments: Any, within: float = ANSWER_WITHIN) -> Any:

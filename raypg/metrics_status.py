@@ -88,11 +88,14 @@ def counters(pool: str, known: Snapshot) -> dict[str, Any]:
     }
 
 
-def comprehensive(pool: str, known: Snapshot, breaker: Mapping[str, Any]) -> dict[str, Any]:
+def comprehensive(
+    pool: str, known: Snapshot, breaker: Mapping[str, Any], dashboard_url: str | None = None
+) -> dict[str, Any]:
     """Everything: :func:`statistics`, the circuit breaker, and the details.
 
     Args:
         breaker: what :meth:`raypg.circuit_breaker.PoolCircuitBreaker.get_status` says.
+        dashboard_url: where it can be watched, if it can.
     """
     return {
         **statistics(pool, known),
@@ -115,7 +118,7 @@ def comprehensive(pool: str, known: Snapshot, breaker: Mapping[str, Any]) -> dic
             "workload_forecast": {"queries_per_second": known["window"]["queries_per_second"]},
         },
         "adaptive_control": _sizing(known),
-        "monitoring": {"dashboard_enabled": False, "dashboard_url": None},
+        "monitoring": {"dashboard_enabled": dashboard_url is not None, "dashboard_url": dashboard_url},
     }
 
 
@@ -126,6 +129,7 @@ def _counts(counts: Mapping[str, int]) -> dict[str, int]:
         "query_retries": counts["retries"],
         "queries_together": counts["together"],
         "rows_fetched": counts["rows"],
+        "rows_written": counts["written"],
         "calls_refused": counts["refused"],
         "calls_rejected": counts["rejected"],
         "pool_exhaustion_events": counts["exhausted"],

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import asyncpg
 
-from raypg import messages
+from raypg import messages, monitoring
 from raypg.core.nearest import did_you_mean
 from raypg.core.sql import classify
 from raypg.core.sqlstate import error_category
@@ -23,10 +23,6 @@ from raypg.row import Row, row_type
 if TYPE_CHECKING:
     from raypg.pool import WorkflowConnectionPool
 
-_LATER = {
-    "start_monitoring": "the dashboard",
-    "stop_monitoring": "the dashboard",
-}
 _FETCH_MODES = ("one", "all", "many")
 
 
@@ -40,6 +36,8 @@ _KEYS: dict[str, frozenset[str]] = {
     "get_pool_statistics": frozenset(),
     "get_comprehensive_status": frozenset(),
     "export_metrics": frozenset(),
+    "start_monitoring": frozenset(),
+    "stop_monitoring": frozenset(),
     "adjust_pool_size": frozenset({"new_size"}),
     "close": frozenset(),
 }
@@ -60,18 +58,14 @@ class Operations:
 
         Raises:
             ConfigError: not a mapping, unknown operation, unknown or missing key.
-            NotImplementedError: an operation of a part of raypg that is not there yet.
         """
         if not isinstance(request, Mapping):
             raise ConfigError(f"process() takes a dict with the key 'operation', not {type(request).__name__}")
         name = request.get("operation")
         if not isinstance(name, str):
             raise ConfigError(f"operation={name!r}: must be a string, one of {', '.join(_KEYS)}")
-        if name in _LATER:
-            raise NotImplementedError(f"operation {name!r} comes with {_LATER[name]}; see the CHANGELOG")
         if name not in _KEYS:
-            names = [*_KEYS, *_LATER]
-            raise ConfigError(f"unknown operation {name!r}{did_you_mean(str(name), names)}")
+            raise ConfigError(f"unknown operation {name!r}{did_you_mean(str(name), _KEYS)}")
         operation: Callable[..., Awaitable[Any]] = getattr(self, name)
         keys = _KEYS[name]
         arguments = {key: value for key, value in request.items() if key != "operation"}
@@ -225,8 +219,12 @@ class Operations:
 
     async def get_comprehensive_status(self) -> dict[str, Any]:
         """Everything; see :func:`raypg.metrics_status.comprehensive`."""
-        known, breaker = await asyncio.gather(self._snapshot(), self._pool.circuit_breaker.status(within=ANSWER_WITHIN))
-        return comprehensive(self._pool.name, known, breaker)
+        known, breaker, url = await asyncio.gather(
+            self._snapshot(),
+            self._pool.circuit_breaker.status(within=ANSWER_WITHIN),
+            asyncio.to_thread(monitoring.url_for, self._pool.name),
+        )
+        return comprehensive(self._pool.name, known, breaker, url)
 
     async def stats(self) -> dict[str, Any]:
         """What was counted since the pool began."""
@@ -237,6 +235,23 @@ class Operations:
         from raypg.exposition import render  # not for those who only use a pool
 
         return {"prometheus_metrics": render({self._pool.name: await self._snapshot()})}
+
+    async def start_monitoring(self) -> dict[str, Any]:
+        """Have a dashboard on ``monitoring_host``:``monitoring_port`` of this node, which shows all pools of the
+        cluster: ``{status, dashboard_url}``, ``started`` or ``already_running``.
+
+        The pool need not run yet, and is not started for it. The dashboard ends with the last pool that asked for it.
+
+        Raises:
+            UnavailableError: the port is in use; names it.
+        """
+        config = self._pool._config or (await self._pool._dispatcher()).config
+        return await monitoring.start(self._pool.name, config.monitoring_host, config.monitoring_port)
+
+    async def stop_monitoring(self) -> dict[str, Any]:
+        """This pool wants no dashboard any more: ``{status, dashboard_url, running_for}``, ``stopped`` or
+        ``not_running``. It goes on for the other pools that have asked for it (``running_for``)."""
+        return await monitoring.stop(self._pool.name)
 
     # --- inside ---
 

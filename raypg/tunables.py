@@ -88,7 +88,9 @@ class Tunables(BaseModel):
     metrics_retention_minutes: float = _setting(60, "minutes", "detailed metrics kept; 1 to 10,080 (7 days)")
     enable_pipelining: bool = _setting(False, "switch", "let pool.pipeline() give pipelines")
     pipeline_batch_size: _Count = _setting(100, "statements", "default size of a pipeline's batch")
-    enable_monitoring: bool = _setting(False, "switch", "start the dashboard with the pool")
+    enable_monitoring: bool = _setting(
+        False, "switch", "have `raypg up` start the dashboard too; elsewhere start_monitoring does"
+    )
     monitoring_host: Annotated[str, Field(min_length=1)] = _setting("127.0.0.1", "address", "of the dashboard")
     monitoring_port: Annotated[int, Field(ge=0, le=65535)] = _setting(
         8080, "port", "of the dashboard; 0 = any free one"

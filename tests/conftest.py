@@ -122,3 +122,11 @@ def ray_cluster() -> Iterator[Any]:
     finally:
         ray.shutdown()
         shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def serving(ray_cluster: Any) -> None:
+    """Ray Serve runs, without HTTP of its own, until the cluster ends."""
+    from ray import serve
+
+    serve.start(proxy_location="Disabled")

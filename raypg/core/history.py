@@ -8,20 +8,45 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Mapping
-from typing import Final
+from typing import Any, Final
 
 from raypg.core.sketch import Sketch
+from raypg.core.sqlstate import CATEGORIES
 
-__all__ = ["COUNTS", "LEVELS", "QUANTILES", "SERIES", "History", "bytes_needed"]
+__all__ = ["COUNTS", "LEVELS", "QUANTILES", "SERIES", "History", "Times", "bytes_needed"]
 
-COUNTS: Final = ("queries", "calls", "errors", "exhausted", "execution_seconds", "wait_seconds", "acquired")
+COUNTS: Final = (
+    "queries",
+    "calls",
+    "errors",
+    "exhausted",
+    "execution_seconds",
+    "wait_seconds",
+    "acquired",
+    "rows",  # that statements have written
+    "rows_fetched",
+    *(f"errors_{category}" for category in CATEGORIES),
+)
 """Series that add up within a slot."""
 
 LEVELS: Final = ("active", "idle", "total", "waiting")
 """Series of which a slot keeps the last value."""
 
-QUANTILES: Final = {"p50_ms": 0.5, "p95_ms": 0.95, "p99_ms": 0.99}
-"""Series of the time that statements took, in milliseconds."""
+TIMED: Final = ("execution", "wait")
+"""What takes time: statements on the server, and callers until they have a connection."""
+
+QUANTILES: Final = {
+    "p50_ms": ("execution", 0.5),
+    "p95_ms": ("execution", 0.95),
+    "p99_ms": ("execution", 0.99),
+    "wait_p50_ms": ("wait", 0.5),
+    "wait_p95_ms": ("wait", 0.95),
+    "wait_p99_ms": ("wait", 0.99),
+}
+"""Series of times, in milliseconds: of what, and which quantile of it."""
+
+Times = Mapping[str, "list[tuple[dict[int, int], float]]"]
+"""What took how long, by the names of :data:`TIMED`; see :meth:`raypg.core.sketch.Sketch.take`."""
 
 SERIES: Final = (*COUNTS, *LEVELS, *QUANTILES)
 
@@ -52,7 +77,7 @@ class _Ring:
         self._columns = [array("d", [math.nan]) * size for _ in SERIES]
         self._newest = -1
         self._open = -1  # the slot whose times are still coming in
-        self._times = Sketch()
+        self._times = {name: Sketch() for name in TIMED}
 
     def touch(self, slot: int) -> int:
         """Index of *slot*, which is there from now on."""
@@ -69,7 +94,7 @@ class _Ring:
         seconds: float,
         counts: Mapping[str, float],
         levels: Mapping[str, float],
-        times: list[tuple[dict[int, int], float]],
+        times: Times,
     ) -> None:
         slot = int(now // self.step)
         if slot <= self._newest - self.size:
@@ -80,19 +105,26 @@ class _Ring:
             self.touch(earlier)  # it was looked at, and nothing has happened
         if slot > self._open:
             self._open = slot
-            self._times = Sketch()
+            self._times = {name: Sketch() for name in TIMED}
         index = self.touch(slot)
         for number, name in enumerate(SERIES):
             if name in counts:
                 self._columns[number][index] += counts[name]
             elif name in levels:
                 self._columns[number][index] = levels[name]
-        if times and slot == self._open:
-            for buckets, total in times:
-                self._times.merge(buckets, total)
-            values = self._times.quantiles(list(QUANTILES.values()))
-            for number, value in enumerate(values, len(COUNTS) + len(LEVELS)):
-                self._columns[number][index] = value * 1000
+        if slot == self._open:
+            self._add_times(index, times)
+
+    def _add_times(self, index: int, times: Times) -> None:
+        for name in TIMED:
+            if not times.get(name):
+                continue
+            for buckets, total in times[name]:
+                self._times[name].merge(buckets, total)
+            wanted = [series for series, (of, _) in QUANTILES.items() if of == name]
+            values = self._times[name].quantiles([QUANTILES[series][1] for series in wanted])
+            for series, value in zip(wanted, values, strict=True):
+                self._columns[SERIES.index(series)][index] = value * 1000
 
     def resized(self, size: int) -> _Ring:
         """The same with another size: of its slots the newest that fit."""
@@ -120,8 +152,14 @@ class History:
     """
 
     def __init__(self, minutes: float) -> None:
+        self.series = SERIES
         self.minutes = minutes
         self._rings = [_Ring(step, size) for step, size in _sizes(minutes)]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if state.get("series") != SERIES:
+            raise ValueError("a history with other series cannot be taken over")
+        self.__dict__.update(state)
 
     def resize(self, minutes: float) -> None:
         """Keep it for so long from now on."""
@@ -136,7 +174,7 @@ class History:
         seconds: float,
         counts: Mapping[str, float],
         levels: Mapping[str, float],
-        times: list[tuple[dict[int, int], float]],
+        times: Times,
     ) -> bool:
         """Take in what happened in the last *seconds* before *now* (seconds since the epoch).
 
@@ -168,8 +206,24 @@ class History:
         """
         if series not in SERIES:
             raise KeyError(series)
-        ring = next((ring for ring in self._rings if ring.step * ring.size >= seconds), self._rings[-1])
-        last = int(now // ring.step)
-        first = int((now - seconds) // ring.step) + 1
+        ring, first, last = self._reach(seconds, now)
         found = ring.values(SERIES.index(series), first, last)
         return ring.step, [(slot * ring.step, value) for slot, value in found]
+
+    def all_values(self, seconds: float, now: float) -> tuple[int, int, dict[str, list[float]]]:
+        """The same of every series: (seconds of a step, when the first step begins, series → values)."""
+        ring, first, last = self._reach(seconds, now)
+        first = max(first, last - ring.size + 1)
+        columns = {name: ring.values(number, first, last) for number, name in enumerate(SERIES)}
+        return ring.step, first * ring.step, {name: [value for _, value in of] for name, of in columns.items()}
+
+    def newest(self, now: float) -> tuple[int, dict[str, float]]:
+        """The last second that is over: (when it began, series → value)."""
+        slot = int(now) - 1
+        values = {name: self._rings[0].values(number, slot, slot) for number, name in enumerate(SERIES)}
+        return slot, {name: found[0][1] for name, found in values.items()}
+
+    def _reach(self, seconds: float, now: float) -> tuple[_Ring, int, int]:
+        """The finest ring that reaches so far back, and the first and last of its slots in that time."""
+        ring = next((ring for ring in self._rings if ring.step * ring.size >= seconds), self._rings[-1])
+        return ring, int((now - seconds) // ring.step) + 1, int(now // ring.step)

@@ -37,7 +37,8 @@ COUNTERS: Final = (
     "connect_failures",
     "health_checks",
     "health_check_failures",
-    "rows",
+    "rows",  # that statements returned
+    "written",  # rows that statements inserted, updated, deleted or copied
 )
 TIMES: Final = ("execution", "wait", "connect", "use", "fetch", "health_check")
 """What is timed, in seconds; ``execution`` comes by statement, see :class:`Group`."""
@@ -261,9 +262,14 @@ class PoolMetrics:
             "execution_seconds": sum(group.seconds for group in groups),
             "wait_seconds": delta["times"].get("wait", ({}, 0.0))[1],
             "acquired": counts.get("acquired", 0),
+            "rows": counts.get("written", 0),
+            "rows_fetched": counts.get("rows", 0),
+            **_by_category(delta["errors"]),
         }
-        levels = self._gauges(now)
-        self.history.add(when, delta["seconds"], by_time, levels, [(group.buckets, group.seconds) for group in groups])
+        times = {"execution": [(group.buckets, group.seconds) for group in groups]}
+        if "wait" in delta["times"]:
+            times["wait"] = [delta["times"]["wait"]]
+        self.history.add(when, delta["seconds"], by_time, self._gauges(now), times)
 
     def _command(self, name: str) -> _Command:
         if name not in self._commands and len(self._commands) >= MOST_COMMANDS:
@@ -367,6 +373,14 @@ def utilization(gauges: Mapping[str, float]) -> float:
     """Share of the connections that there may be which is in use."""
     cap = gauges["max_connections"]
     return gauges["active"] / cap if cap else 0.0
+
+
+def _by_category(errors: Mapping[tuple[str, str], int]) -> Counter[str]:
+    """Series of the history → errors of that category."""
+    found: Counter[str] = Counter()
+    for (category, _), count in errors.items():
+        found[f"errors_{category}"] += count
+    return found
 
 
 def _histogram(sketch: Sketch) -> dict[str, Any]:

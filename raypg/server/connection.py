@@ -325,6 +325,8 @@ class ServerConnection:
     def _noticed(self, status: str) -> str:
         if status in ("DISCARD ALL", "DEALLOCATE ALL"):
             _asyncpg.forget_statements(self.raw)  # a transaction would not survive finding it out
+        if self.guard is not None:
+            self.guard.figures.wrote(status)
         return status
 
     async def _send(self, mode: int, sql: str, arguments: Any, simple: bool) -> tuple[Any, tuple[str, ...] | None]:
@@ -333,6 +335,8 @@ class ServerConnection:
             return await arguments(raw), None
         if mode == messages.MANY:
             await raw.executemany(sql, arguments)
+            if self.guard is not None:
+                self.guard.figures.wrote_each(sql, len(arguments))
             return None, None
         if mode == messages.STATUS and not arguments:
             return self._noticed(await raw.execute(sql)), None

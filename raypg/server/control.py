@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 import asyncpg
 
 from raypg.core.limits import Limits
+from raypg.server import activity
 from raypg.server.connect import Connector
 from raypg.server.connection import ServerConnection
 
@@ -110,6 +111,17 @@ class Control:
         if await self._pooled():
             return None
         return Limits(**(await self._fetch(_LIMITS, prefix))[0])
+
+    async def activity(self, prefix: str) -> dict[str, Any]:
+        """Who waits for whom now; see :func:`raypg.server.activity.describe`.
+
+        Args:
+            prefix: what the application name of each of our connections begins with.
+
+        Raises:
+            ConnectError: the server cannot be reached.
+        """
+        return activity.describe(await self._fetch(activity.QUERY, prefix, activity.MOST_BLOCKED))
 
     async def backends(self, name: str) -> list[Backend]:
         """(process id, start time) of the client backends of the life of a worker that *name* is of."""

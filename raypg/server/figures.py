@@ -81,6 +81,7 @@ class Figures:
         "together",
         "use",
         "wait",
+        "written",
     )
 
     def __init__(self) -> None:
@@ -92,6 +93,7 @@ class Figures:
         self.first_uses = 0  # acquisitions of a connection that nobody had used
         self.released = 0
         self.rows = 0
+        self.written = 0
         self.health_check_failures = 0
         self.wait, self.connect, self.use = Sketch(), Sketch(), Sketch()
         self.fetch, self.health_check = Sketch(), Sketch()
@@ -204,6 +206,17 @@ class Figures:
         outcome = outcome_of(mode, records, status)
         self.fetch.add(time.monotonic() - started)
         return outcome
+
+    def wrote(self, status: str) -> None:
+        """A statement ended with this command tag; the count in it, if it writes rows, is at its end."""
+        if status[:1] in "IUDMC":  # INSERT 0 7, UPDATE 7, DELETE 7, MERGE 7, COPY 7; but CREATE TABLE …
+            count = status.rpartition(" ")[2]
+            if count.isdigit():
+                self.written += int(count)
+
+    def wrote_each(self, sql: str, times: int) -> None:
+        """*sql* ran so many times, and nobody has told how many rows it wrote: one each, if it writes."""
+        self.wrote(f"{sql.lstrip()[:1].upper()} {times}")
 
     def portion(self, seconds: float, rows: int) -> None:
         """A portion of a cursor took so long."""
@@ -327,6 +340,7 @@ class Figures:
             "health_checks": checks,
             "health_check_failures": self.health_check_failures,
             "rows": self.rows,
+            "written": self.written,
         }
 
     def as_dict(self) -> dict[str, Any]:

@@ -157,6 +157,7 @@ async def _send_counting(
         return await raw.fetchmany(form, list(rows[first:end]))
 
     counts, _ = await connection.run(STEP, sql, send)
+    _wrote(connection, sum(count for (count,) in counts))
     return [f"{tag}{count}" for (count,) in counts]
 
 
@@ -178,11 +179,18 @@ async def _send_returning(form: str, sql: str, connection: ServerConnection, row
         return found
 
     records, _ = await connection.run(STEP, sql, send)
+    _wrote(connection, len(records))
     names = tuple(records[0].keys())[1:] if records else None
     results: list[tuple[str, Any, list[Any]]] = [("rows", names, []) for _ in numbered]
     for row in plain_rows(records):
         results[row[0]][2].append(row[1:])
     return results
+
+
+def _wrote(connection: ServerConnection, rows: int) -> None:
+    """Its command tag does not tell."""
+    if connection.guard is not None:
+        connection.guard.figures.written += rows
 
 
 async def grouped(

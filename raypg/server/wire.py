@@ -75,6 +75,7 @@ async def together(engine: Engine, connection: ServerConnection, sql: str, verdi
         if error is None:
             engine.guard.succeeded(token, seconds, now)
             (payload, status), names = outcome_of(BOTH, *result)
+            engine.figures.wrote(status)
             done.results[index] = result_of(payload, names, status, verdict)
         elif isinstance(error, Exception):
             if engine.guard.answered(token, seconds, now, error):

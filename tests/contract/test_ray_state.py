@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import ray
 
-from raypg import _compat
+from raypg import _compat, access_token
+from raypg.errors import ConfigError
 
 pytestmark = [pytest.mark.contract, pytest.mark.usefixtures("ray_cluster")]
 
@@ -55,6 +56,31 @@ async def test_driver_and_actors_see_one_key_value_store(store: Any) -> None:
     await store.delete.remote(key)
     assert _compat.kv_get(key) is None
     _compat.kv_delete(key)
+
+
+async def test_of_two_who_store_a_key_that_is_not_there_one_succeeds(store: Any) -> None:
+    key = f"test/{uuid.uuid4().hex}"
+    assert _compat.kv_put_new(key, b"first")
+    assert not _compat.kv_put_new(key, b"second")
+    assert await store.get.remote(key) == b"first"
+    _compat.kv_delete(key)
+
+
+def test_the_cluster_has_one_token_and_the_environment_decides_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = access_token.token()
+    assert len(made) >= 32
+    assert access_token.token() == access_token.decide() == made
+    for wrong in ("short", "with a blank in it", "ümlaut-ümlaut-ümlaut"):
+        monkeypatch.setenv(access_token.VARIABLE, wrong)
+        with pytest.raises(ConfigError, match="RAYPG_TOKEN") as caught:
+            access_token.decide()
+        assert wrong not in str(caught.value)
+    monkeypatch.setenv(access_token.VARIABLE, "a-token-of-ones-own")
+    assert access_token.decide() == "a-token-of-ones-own"
+    monkeypatch.delenv(access_token.VARIABLE)
+    assert access_token.token() == "a-token-of-ones-own"
+    monkeypatch.setenv(access_token.VARIABLE, made)
+    access_token.decide()
 
 
 async def test_what_an_actor_stored_outlives_it() -> None:

@@ -46,6 +46,17 @@ def _small_pool(server: EmbeddedServer, **settings: Any) -> Iterator[WorkflowCon
 
 
 @pytest.fixture(scope="session")
+def dashboard(serving: None, pool: WorkflowConnectionPool) -> Iterator[str]:
+    """Where the dashboard of all pools of `ray_cluster` is; `pool` has asked for it."""
+    handle = WorkflowConnectionPool(name=pool.name, monitoring_port=0)
+    answer = asyncio.run(handle.process({"operation": "start_monitoring"}))
+    assert answer["status"] == "started"
+    yield answer["dashboard_url"]
+    ended = asyncio.run(handle.process({"operation": "stop_monitoring"}))
+    assert ended["status"] == "stopped"
+
+
+@pytest.fixture(scope="session")
 def command_cluster(pg18: EmbeddedServer) -> Iterator[LocalCluster]:
     """A Ray cluster with job submission, for what is run as a command. Its nodes know where `pg18` is by the PG*
     variables, and its password also as ``DB_PASSWORD``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import pty
@@ -288,6 +289,37 @@ async def test_watch_and_metrics(command: Command, pg18: EmbeddedServer) -> None
         ended = await asyncio.to_thread(lambda: [os.waitpid(pid, 0)[1] for pid in (watching, serving)])
     assert ended == [0, 0]
     command.good("down", name)
+
+
+def test_the_dashboard_where_serve_does_not_run_and_its_port_is_busy(command: Command) -> None:
+    """`raypg up` starts Serve for it, and it shows pools that other jobs have made."""
+    name, other = unique_name("cli"), unique_name("cli")
+    command.configure(
+        f"[pools.{name}]\nmax_connections = 2\nenable_monitoring = true\nmonitoring_port = 0\n"
+        f"[pools.{other}]\nmax_connections = 3\n"
+    )
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # somebody else has it
+            busy = stack.enter_context(socket.socket())
+            busy.bind(("127.0.0.1", 8000))
+            busy.listen()
+        done = command("up", name)
+    assert done.returncode == 0, done.stderr
+    assert "Serve is started without HTTP" in done.stderr
+    (url,) = re.findall(r"^dashboard: (http://localhost:\d+)$", done.stdout, re.MULTILINE)
+    try:
+        command.good("up", other)
+        with urllib.request.urlopen(f"{url}/api/pools", timeout=10) as answer:
+            shown = json.load(answer)
+        assert (shown[name]["max_connections"], shown[other]["max_connections"]) == (2, 3)
+        port = url.rpartition(":")[2]
+        assert command.good("dashboard", "--port", port) == f"dashboard: {url} (runs already)\n"
+        assert len(command.good("token").strip()) >= 16
+    finally:
+        assert f"{url}: ended" in command.good("dashboard", "--stop")
+    assert command.good("dashboard", "--stop") == "no dashboard runs in this Ray cluster\n"
+    command.good("down", name)
+    command.good("down", other)
 
 
 def test_files_for_prometheus_and_grafana(command: Command) -> None:

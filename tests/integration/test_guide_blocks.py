@@ -9,6 +9,7 @@ import inspect
 import logging
 import os
 import re
+import socket
 import time
 import types
 from collections.abc import AsyncIterator
@@ -17,9 +18,11 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import asyncpg
 import pytest
 from pools import backends_of
+from waiting import eventually
 
 import raypg
 from raypg import QueryPipelineNode, WorkflowConnectionPool, get_pool
@@ -137,7 +140,7 @@ async def test_metrics_before_the_first_query(
         assert alerts == []
         assert metrics["pattern_insights"]["detected_patterns"] == []
         assert metrics["adaptive_control"]["recommended_size"] == 2
-        assert metrics["monitoring"] == {"dashboard_enabled": False, "dashboard_url": None}
+        assert set(metrics["monitoring"]) == {"dashboard_enabled", "dashboard_url"}
     finally:
         await pool.close()
 
@@ -272,6 +275,46 @@ async def test_advanced_patterns(database: asyncpg.Connection, main_pool: Workfl
     order = [step.statement.split()[0] for step in await names["pipeline"].explain()]
     assert order == ["SELECT", "SELECT", "INSERT", "UPDATE"]
     await names["pipeline"].close()
+
+
+def is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        return probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+async def test_dashboard(database: asyncpg.Connection, serving: None) -> None:
+    """It starts before the pool does, takes an alert, shows the pool when that is there, and stops."""
+    await eventually(lambda: is_free(8080), timeout=120, what="port 8080, which the guide uses, is free")
+    names = await run("16_dashboard", WorkflowConnectionPool=WorkflowConnectionPool)
+    pool = names["pool"]
+    try:
+        async with aiohttp.ClientSession("http://localhost:8080") as http:
+            async with http.get("/api/pools") as answer:
+                assert "monitored_pool" not in await answer.json()  # nobody has used it
+            await run("17_custom_alerts")  # and it need not run for that
+            assert await pool.fetchval("select current_database()") == await database.fetchval(
+                "select current_database()"
+            )
+            async with http.get("/api/alerts") as answer:
+                (rule,) = [r for r in (await answer.json())["rules"] if r["name"] == "High Latency Alert"]
+            assert rule["condition"] == "avg_query_time_ms > 100"
+            assert (rule["duration_seconds"], rule["severity"]) == (60, "warning")
+
+            async def shown() -> bool:
+                async with http.get("/api/pools") as answer:
+                    return "monitored_pool" in await answer.json()
+
+            await eventually(shown)
+            async with http.delete(f"/api/alerts/{rule['id']}") as answer:
+                assert answer.status == 200
+        await run("18_stop_dashboard", pool=pool)
+        assert is_free(8080)
+        await run("18_stop_dashboard", pool=pool)
+        status = await pool.process({"operation": "get_comprehensive_status"})
+        assert set(status["monitoring"]) == {"dashboard_enabled", "dashboard_url"}
+    finally:
+        await pool.close()
 
 
 def test_all_names_that_the_guide_imports_are_there() -> None:

@@ -197,12 +197,6 @@ async def test_a_bad_request_says_what_is_wrong(pool: WorkflowConnectionPool, re
         assert word in str(caught.value)
 
 
-@pytest.mark.parametrize("operation", ["start_monitoring", "stop_monitoring"])
-async def test_what_is_not_there_yet_does_not_pretend(pool: WorkflowConnectionPool, operation: str) -> None:
-    with pytest.raises(NotImplementedError, match=operation):
-        await pool.process({"operation": operation})
-
-
 @pytest.mark.parametrize(
     ("key", "nearest"), [("max_conections", "max_connections"), ("dsn", "connection_string"), ("passwd", "password")]
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,14 +27,10 @@ class Lookup:
 
 
 @pytest.fixture
-def served(pool: WorkflowConnectionPool) -> Iterator[Any]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
+def served(serving: None, pool: WorkflowConnectionPool) -> Iterator[Any]:
     deployment: Any = serve.deployment(num_replicas=2, ray_actor_options={"num_cpus": 0})(Lookup)
     yield serve.run(deployment.bind(pool), route_prefix=None, name="lookup")
-    serve.shutdown()
+    serve.delete("lookup")
 
 
 async def test_replicas_share_the_pool(served: Any, pool: WorkflowConnectionPool) -> None:

@@ -1,0 +1,5 @@
+# ruff: noqa
+# fmt: off
+await pool.process({
+    "operation": "stop_monitoring"
+})
