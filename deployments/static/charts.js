@@ -197,7 +197,8 @@ export class Charts {
 
   plot(chart, lines, { x, range, pool, spans }) {
     const stacked = Boolean(chart.prefix);
-    const traces = lines.map((line, index) => ({
+    const behind = [...lines].sort((one, other) => Number(Boolean(other.base)) - Number(Boolean(one.base)));
+    const traces = behind.map((line, index) => ({
       x,
       y: line.base ? line.y.map((value, at) => (value === null || line.base[at] === null ? null : value + line.base[at])) : line.y,
       customdata: line.y,
