@@ -23,10 +23,10 @@ from measure import Setting, compare, rate, ratio, report, setting
 from raypg import cluster, monitoring, naming
 
 CLIENTS = 500
-COUNT = 20_000
+COUNT = 12_000
 QUERY = "SELECT id, balance FROM accounts WHERE id = $1"
 VIEWERS = (0, 1, 50)
-WATCHED_FOR = 8.0
+WATCHED_FOR = 5.0
 """Seconds over which processor time is taken."""
 
 
@@ -152,7 +152,7 @@ async def somebody_watches(here: Setting, url: str) -> None:
     for _ in range(3):
         for viewers in VIEWERS:
             async with watching(url, viewers) as seen:
-                await asyncio.sleep(2.0)
+                await asyncio.sleep(1.0)
                 before, began = {name: used(process) for name, process in watched.items()}, time.monotonic()
                 await asyncio.sleep(WATCHED_FOR)
                 seconds = time.monotonic() - began

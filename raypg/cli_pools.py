@@ -334,8 +334,8 @@ def connect(address: str) -> None:
 
 
 def quiet_serve() -> None:
-    """Serve tells each step on standard error: here only what goes wrong."""
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    """Serve tells each step on standard error: here only what goes wrong. (It sets its level when it is imported.)"""
+    logging.getLogger("ray.serve").addFilter(lambda record: record.levelno >= logging.ERROR)
 
 
 def _why_not(address: str, error: Exception) -> str:

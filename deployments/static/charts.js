@@ -9,9 +9,8 @@ function times(prefix) {
   return {
     lines: Object.entries(colors).map(([name, color]) => ({ series: `${prefix}${name}_ms`, name, color })),
     format: format.ms,
-    axis: { ticksuffix: " ms" },
     hover: "%{y:,.3~r} ms",
-    least: 1,
+    logarithmic: true, // the slowest may take a thousand times as long as most
   };
 }
 
@@ -20,8 +19,8 @@ const CHARTS = [
     id: "connections",
     title: "Connections",
     lines: [
-      { series: "active", name: "in use", color: "--chart-1", stack: true },
-      { series: "idle", name: "idle", color: "--chart-1-light", stack: true },
+      { series: "active", name: "in use", color: "--chart-1", area: 0.55 },
+      { series: "idle", name: "idle", color: "--chart-1-light", area: 0.55, above: "active" },
       { series: "waiting", name: "callers waiting", color: "--chart-3" },
     ],
     format: format.number,
@@ -30,13 +29,13 @@ const CHARTS = [
   {
     id: "throughput",
     title: "Statements per second",
-    lines: [{ series: "queries", name: "statements", color: "--chart-1", fill: true }],
+    lines: [{ series: "queries", name: "statements", color: "--chart-1", area: 0.16 }],
     format: format.short,
   },
   {
     id: "error-rate",
     title: "Error rate",
-    lines: [{ of: ["errors", "calls"], name: "of calls failed", color: "--chart-5", fill: true }],
+    lines: [{ of: ["errors", "calls"], name: "of calls failed", color: "--chart-5", area: 0.16 }],
     format: format.percent,
     axis: { tickformat: ".2~%" },
     hover: "%{y:.2~%}",
@@ -56,7 +55,7 @@ const CHARTS = [
   {
     id: "rows",
     title: "Rows per second",
-    lines: [{ series: "rows", name: "returned or written", color: "--chart-2", fill: true }],
+    lines: [{ series: "rows", name: "returned or written", color: "--chart-2", area: 0.16 }],
     format: format.short,
   },
 ];
@@ -149,7 +148,11 @@ export class Charts {
     const shared = { x: points.times.map(local), range: [local(until - series.seconds), local(until)], pool, spans };
     const drawings = [];
     for (const chart of CHARTS) {
-      const lines = (chart.prefix ? categories(chart, series) : chart.lines).map((line) => ({ ...line, y: valuesOf(line, points) }));
+      const lines = (chart.prefix ? categories(chart, series) : chart.lines).map((line) => ({
+        ...line,
+        y: valuesOf(line, points),
+        base: line.above ? points.values(line.above) : null,
+      }));
       const shown = chart.prefix ? lines.filter((line) => most(line.y) > 0).sort((one, other) => total(other.y) - total(one.y)) : lines;
       this.legend(chart, shown, pool);
       drawings.push([chart.id, () => this.plot(chart, shown, shared)]);
@@ -194,18 +197,19 @@ export class Charts {
 
   plot(chart, lines, { x, range, pool, spans }) {
     const stacked = Boolean(chart.prefix);
-    const traces = lines.map((line, index) => ({
+    const behind = [...lines].sort((one, other) => Number(Boolean(other.base)) - Number(Boolean(one.base)));
+    const traces = behind.map((line, index) => ({
       x,
-      y: line.y,
+      y: line.base ? line.y.map((value, at) => (value === null || line.base[at] === null ? null : value + line.base[at])) : line.y,
+      customdata: line.y,
       name: line.name,
       type: "scatter",
       mode: "lines",
-      line: { color: this.color(line.color), width: line.stack || stacked ? 0.8 : 1.6, shape: stacked ? "hv" : "linear" },
-      fill: line.fill ? "tozeroy" : line.stack || stacked ? (index === 0 ? "tozeroy" : "tonexty") : "none",
-      fillcolor: line.fill ? this.color(line.color, 0.16) : this.color(line.color, 0.55),
-      stackgroup: line.stack || stacked ? "all" : undefined,
-      stackgaps: line.stack || stacked ? "infer zero" : undefined,
-      hovertemplate: `${plain(line.name)} ${chart.hover ?? "%{y:,.3~r}"}<extra></extra>`,
+      line: { color: this.color(line.color), width: stacked || line.area > 0.5 ? 0.8 : 1.6, shape: stacked ? "hv" : "linear" },
+      fill: stacked ? (index === 0 ? "tozeroy" : "tonexty") : line.area ? "tozeroy" : "none",
+      fillcolor: this.color(line.color, line.area ?? 0.55),
+      ...(stacked ? { stackgroup: "all", stackgaps: "infer zero" } : {}),
+      hovertemplate: `${plain(line.name)} ${(chart.hover ?? "%{y:,.3~r}").replace("y:", "customdata:")}<extra></extra>`,
     }));
     const shapes = spans.filter((span) => span.state !== "closed").map((span) => this.band(span, range));
     let top = Math.max(chart.least ?? 0, ...lines.map((line) => most(line.y) ?? 0));
@@ -218,6 +222,7 @@ export class Charts {
     const yaxis = { rangemode: "tozero", ...(stacked || chart.cap ? {} : { range: [0, top * 1.08 || 1] }), ...chart.axis };
     if (stacked && lines.length === 0) yaxis.range = [0, 1];
     if (chart.cap) yaxis.range = [0, top];
+    if (chart.logarithmic) Object.assign(yaxis, powers(lines.flatMap((line) => line.y)));
     this.react(chart.id, traces, range, { yaxis, shapes }, HEIGHT);
   }
 
@@ -276,7 +281,7 @@ export class Charts {
       hovermode: "x unified",
       hoverlabel: { bgcolor: this.color("--surface"), bordercolor: this.color("--line"), font: { color: this.color("--text") } },
       dragmode: false,
-      xaxis: { ...axis, automargin: false, type: "date", range, tickformat: "%H:%M", hoverformat: "%H:%M:%S", nticks: 6, showgrid: false },
+      xaxis: { ...axis, automargin: false, type: "date", range, tickformat: range[1] - range[0] > 180_000 ? "%H:%M" : "%H:%M:%S", hoverformat: "%H:%M:%S", nticks: 5, showgrid: false },
       yaxis: { ...axis, automargin: false, nticks: 5, ...yaxis },
       ...more,
     };
@@ -289,6 +294,17 @@ export class Charts {
     const [red, green, blue] = getComputedStyle(this.probe).color.match(/[\d.]+/g);
     return `rgba(${red},${green},${blue},${opacity})`;
   }
+}
+
+/** An axis of powers of ten around *values*, in milliseconds. */
+function powers(values) {
+  const known = values.filter((value) => value > 0);
+  const first = known.length ? Math.floor(Math.log10(Math.min(...known))) : 0;
+  const last = known.length ? Math.max(first + 1, Math.ceil(Math.log10(Math.max(...known)))) : 2;
+  const tickvals = [];
+  const step = Math.ceil((last - first) / 5);
+  for (let power = first; power <= last; power += step) tickvals.push(10 ** power);
+  return { type: "log", rangemode: "normal", range: [first, last], tickvals, ticktext: tickvals.map(format.ms) };
 }
 
 function categories(chart, series) {

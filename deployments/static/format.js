@@ -30,7 +30,8 @@ export function short(value) {
 /** Milliseconds in the unit that reads best. */
 export function ms(value) {
   if (value === null || value === undefined || !Number.isFinite(value)) return NONE;
-  if (value >= 60_000) return duration(value / 1000);
+  if (value > 60_000 && value < 99_999.5) return `${rounded(value / 1000, 0)} s`;
+  if (value > 100_000) return duration(value / 1000);
   if (value >= 1000) return `${number(value / 1000)} s`;
   return value > 0 && value < 0.995 ? `${number(value, 2)} ms` : `${number(value)} ms`;
 }

@@ -36,7 +36,7 @@ export class Waits {
       "Sessions that wait for a lock, and those that hold it",
       [
         { title: "Session", class: "pid", fill: fillSession },
-        { title: "Whose", text: (session) => [session.ours ? "this pool" : null, session.application || session.user].filter(Boolean).join(": "), about: (session) => `user ${session.user ?? "?"}, client ${session.client ?? "local"}` },
+        { title: "Whose", text: whose, about: (session) => `${session.application ?? ""}, user ${session.user ?? "?"}, client ${session.client ?? "local"}` },
         { title: "What it does", fill: fillDoing },
         { title: "For", number: true, text: (session) => format.duration(isWaiting(session) ? session.waiting_seconds : session.seconds) },
         { title: "Statement", class: "sql", fill: fillQuery },
@@ -52,6 +52,13 @@ export class Waits {
     const room = activity?.server_max_connections ? ` of ${format.number(activity.server_max_connections)}` : "";
     setText(byId("backends"), activity?.backends === undefined || activity.backends === null ? "" : `${format.number(activity.backends)}${room} connections of the server in use`);
   }
+}
+
+/** Of a pool's own sessions the application_name is raypg:…:worker:…, and then the caller's, or his job. */
+function whose(session) {
+  const [, , worker, , ...caller] = (session.application ?? "").split(":");
+  if (session.ours && worker !== undefined) return `this pool, worker ${worker}${caller.length ? `, for ${caller.join(":")}` : ""}`;
+  return session.application || session.user || "–";
 }
 
 function fillSession(cell, session) {

@@ -355,3 +355,23 @@ async def test_a_busy_port_is_named_at_once_and_nothing_is_left(serving: None) -
         assert time.monotonic() - began < 3.0
     assert set(serve.status().applications) == before
     assert (await handle.process({"operation": "stop_monitoring"}))["status"] == "not_running"
+
+
+async def test_a_killed_replica_comes_back_where_it_was(
+    http: aiohttp.ClientSession, pool: WorkflowConnectionPool
+) -> None:
+    replica = serve.get_app_handle(await application(http))
+    before = (await replica.who.remote())["process"]
+    psutil.Process(before).kill()
+
+    async def back() -> bool:
+        try:
+            async with http.get("/api/pools") as answer:
+                return answer.status == 200 and pool.name in await answer.json()
+        except aiohttp.ClientError:
+            return False
+
+    await eventually(lambda: not psutil.pid_exists(before))
+    await eventually(back, timeout=60)
+    assert pool.name in (await watch(http, "")).state["pools"]
+    assert (await pool.process({"operation": "get_comprehensive_status"}))["monitoring"]["dashboard_enabled"]
