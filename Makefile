@@ -8,6 +8,9 @@ STAMP := $(VENV)/.installed
 # More arguments for pytest or the demo: `make test ARGS="tests/unit -x"`, `make demo ARGS=--keep`.
 ARGS ?=
 
+# Tests and demos start hundreds of Python processes: raypg is compiled once, and not in each of them.
+export PYTHONDONTWRITEBYTECODE =
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-system lint format bench clean system-packages
 
