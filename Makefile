@@ -8,6 +8,9 @@ STAMP := $(VENV)/.installed
 # More arguments for pytest or the demo: `make test ARGS="tests/unit -x"`, `make demo ARGS=--keep`.
 ARGS ?=
 
+# Tests and demos start hundreds of Python processes: raypg is compiled once, and not in each of them.
+export PYTHONDONTWRITEBYTECODE =
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-system lint format bench screenshots clean system-packages
 
@@ -45,7 +48,11 @@ system-packages: ## What some tests need of the system: PostgreSQL with TLS and 
 	@bash tests/system-packages.sh
 
 test: setup system-packages ## Run all tests on real PostgreSQL and real Ray
+ifeq ($(strip $(ARGS)),)
+	$(VENV)/bin/python -P tests/everything.py
+else
 	$(VENV)/bin/pytest -q --durations=15 $(ARGS)
+endif
 
 # What depends on the server most: sessions, leases, transactions, statements after DDL, and its death.
 ON_SYSTEM := $(addprefix tests/integration/test_,$(addsuffix .py,leases transactions session_state settings cursors \

@@ -7,21 +7,28 @@ import contextlib
 import math
 import os
 import secrets
+import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from typing import Any
 
 import asyncpg
 import ray
 from waiting import eventually
 
-from raypg import QueryPipelineNode, WorkflowConnectionPool, naming
+from raypg import QueryPipelineNode, WorkflowConnectionPool, cluster, naming
 from raypg._compat import cluster_id
 from raypg.actors.worker import PoolWorker, application_prefix
 from raypg.embedded import EmbeddedServer
 
 NO_BREAKER = {"circuit_breaker_failure_threshold": 1_000_000, "circuit_breaker_error_rate": 1.0}
 """Settings of a pool whose breaker never opens by itself: for tests of what happens before it does."""
+
+DETECTED_WITHIN = 10.0
+"""Seconds until a silent worker is known to be lost: 5, on a machine that does nothing else."""
+
+PASSED_ON_WITHIN = 20.0
+"""Seconds until others have its share: 10, on a machine that does nothing else."""
 
 
 def unique_name(prefix: str = "t") -> str:
@@ -40,6 +47,14 @@ async def own_pool(server: EmbeddedServer, **settings: Any) -> AsyncIterator[Wor
         await handle.close()
 
 
+def lasting_pool(server: EmbeddedServer, **settings: Any) -> Iterator[WorkflowConnectionPool]:
+    """The same for a fixture that outlives the event loops of its tests."""
+    handle = WorkflowConnectionPool(**{"name": unique_name(), **server.parameters, **settings})
+    asyncio.run(handle.process({"operation": "initialize"}))
+    yield handle
+    asyncio.run(handle.close())
+
+
 async def grant(worker: PoolWorker, budget: int, least: int = 0) -> None:
     """Give a worker that is not in Ray a budget for ever, of which it keeps *least* connections open."""
     await worker.ping(worker._newest + 1, worker._incarnation, budget, math.inf, least, [], 1, 1)
@@ -55,6 +70,13 @@ async def worker_pids(name: str) -> dict[int, int]:
             break
         found[index] = await actor.__ray_call__.remote(lambda self: os.getpid())
     return found
+
+
+async def states(pool: WorkflowConnectionPool) -> dict[int, tuple[str, int]]:
+    """Number of a worker → its state and share, as the Pool actor has it."""
+    kind, status = await asyncio.wait_for(cluster.find(pool.name).status.remote(), 10)
+    assert kind == "ok"
+    return {worker["index"]: (worker["state"], worker["budget"]) for worker in status["workers"]}
 
 
 async def status_of_all(pool: WorkflowConnectionPool) -> dict[str, Any]:
@@ -80,6 +102,15 @@ async def backends_of(direct: asyncpg.Connection, name: str, *, control: bool = 
     """The server's own list of the client backends of pool *name*: pid, state, application_name."""
     rows = await direct.fetch(_OURS, application_prefix(cluster_id(), name))
     return [row for row in rows if control or ":control:" not in row["application_name"]]
+
+
+async def all_open(pool: WorkflowConnectionPool, direct: asyncpg.Connection, count: int) -> None:
+    """Wait until the workers have opened *count* connections."""
+
+    async def so() -> bool:
+        return len(await backends_of(direct, pool.name, control=False)) == count
+
+    await eventually(so, 20)
 
 
 class CapWatch:
@@ -155,3 +186,11 @@ async def add_all(pipeline: QueryPipelineNode, sql: str, rows: Sequence[Sequence
 def outcomes(results: Iterable[Any]) -> Counter[str]:
     """How often each kind of error is among *results* of ``gather(…, return_exceptions=True)``; ``ok`` for none."""
     return Counter(type(result).__name__ if isinstance(result, BaseException) else "ok" for result in results)
+
+
+async def after(condition: Any, since: float, limit: float, what: str) -> None:
+    """Wait for *condition*, and say how long after *since* it was met."""
+    await eventually(condition, limit + 20, what)
+    took = time.monotonic() - since
+    print(f"{what} after {took:.1f} s")
+    assert took < limit, what

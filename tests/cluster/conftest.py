@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import asyncpg
 import pytest
 import ray
 from nodes import Nodes
@@ -25,3 +26,10 @@ def nodes(ray_cluster: Any) -> Iterator[Nodes]:
 def three_nodes(nodes: Nodes) -> tuple[str, str, str]:
     """Ids of three nodes, that of this process first."""
     return ray.get_runtime_context().get_node_id(), nodes.add(labels={"role": "db"}), nodes.add()
+
+
+@pytest.fixture
+async def table(schema: str, direct: asyncpg.Connection) -> str:
+    """Name of an empty table of numbers."""
+    await direct.execute(f"create table {schema}.item (id int)")
+    return f"{schema}.item"

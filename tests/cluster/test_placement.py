@@ -1,17 +1,31 @@
-"""Workers are where the nodes are; the pool grows and shrinks under load, and nobody notices."""
+"""Workers are where the nodes are, which come and die; the pool grows and shrinks under load, and nobody notices."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import signal
+import time
 from collections import Counter
 from typing import Any
 
 import asyncpg
+import psutil
 import pytest
 import ray
 from load import load
 from nodes import Nodes
-from pools import CapWatch, own_pool, worker_pids
+from pools import (
+    DETECTED_WITHIN,
+    PASSED_ON_WITHIN,
+    CapWatch,
+    after,
+    all_open,
+    own_pool,
+    states,
+    worker_pids,
+)
 from waiting import eventually
 
 from raypg import ConfigError, LeaseLostError, PoolConflictError, QueryPipelineNode, WorkflowConnectionPool
@@ -42,23 +56,68 @@ async def settles(pool: WorkflowConnectionPool, wanted: dict[str, int] | list[in
     await eventually(so, timeout, f"workers serve as {wanted}")
 
 
-async def test_a_worker_on_each_node_as_nodes_come_and_go(
-    three_nodes: tuple[str, str, str], nodes: Nodes, pg: EmbeddedServer
+async def lost(nodes: Nodes, node: str, how: signal.Signals, pool: WorkflowConnectionPool, shares: int) -> None:
+    """Let all processes of *node* end at once, or fall silent, as when its power or its network fails: its worker is
+    known to be lost, and others have the *shares* of the pool, in time. Then take the node away."""
+    index = next(worker["index"] for worker in await workers(pool) if worker["node"] == node)
+    for process in nodes.processes(node):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            os.kill(process.pid, how)
+    lost_at = time.monotonic()
+
+    async def noticed() -> bool:
+        found = await states(pool)
+        return index not in found or found[index][0] == "lost"
+
+    async def passed_on() -> bool:
+        return sum(share for other, (_, share) in (await states(pool)).items() if other != index) == shares
+
+    await after(noticed, lost_at, DETECTED_WITHIN, "it is known to be lost")
+    await after(passed_on, lost_at, PASSED_ON_WITHIN, "others have its share")
+    await asyncio.to_thread(nodes.kill, node)
+
+
+async def test_a_worker_on_each_node_as_nodes_come_and_die(
+    three_nodes: tuple[str, str, str], nodes: Nodes, pg: EmbeddedServer, direct: asyncpg.Connection, table: str
 ) -> None:
     async with own_pool(pg, max_connections=9) as pool, CapWatch(pg, pool.name) as watch:
         await settles(pool, dict.fromkeys(three_nodes, 1))
-        async with load(pool) as running:
+        async with load(pool, 30, 6, table) as running:
             fourth = await asyncio.to_thread(nodes.add)
             await settles(pool, dict.fromkeys([*three_nodes, fourth], 1))
             dispatcher = await pool._dispatcher()
             await eventually(lambda: any(line.node == fourth for line in dispatcher._channels.values()))
-            await asyncio.to_thread(nodes.kill, fourth)
+            await all_open(pool, direct, 8)
+            await lost(nodes, fourth, signal.SIGKILL, pool, 8)
             await settles(pool, dict.fromkeys(three_nodes, 1))
             before = running.reads
-            await eventually(lambda: running.reads > before + 200)
+            await eventually(lambda: running.reads > before + 200, 20)
         assert running.failures == []
         assert all(line.node != fourth for line in dispatcher._channels.values())
+        await running.check(direct)
     watch.held(9)
+
+
+async def test_a_node_falls_silent_under_load(
+    three_nodes: tuple[str, str, str], nodes: Nodes, pg: EmbeddedServer, direct: asyncpg.Connection, table: str
+) -> None:
+    """With a number of workers: another one serves in the place of that which is lost."""
+    doomed = await asyncio.to_thread(nodes.add)
+    async with own_pool(pg, max_connections=13, workers=4) as pool, CapWatch(pg, pool.name) as watch:
+        async with load(pool, 30, 6, table) as running:
+            await all_open(pool, direct, 12)
+            await lost(nodes, doomed, signal.SIGSTOP, pool, 12)
+
+            async def replaced() -> bool:
+                serving = await serving_on(pool)
+                return serving.total() == 4 and doomed not in serving
+
+            await eventually(replaced, 40)
+            before = running.reads
+            await eventually(lambda: running.reads > before + 100, 20)
+        assert running.failures == []
+        await running.check(direct)
+    watch.held(13)
 
 
 async def test_scaled_under_load(three_nodes: tuple[str, str, str], pg: EmbeddedServer) -> None:

@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import asyncpg
 import pytest
 import ray
-from pools import backends_of, own_pool, worker_pids
+from pools import backends_of, lasting_pool, own_pool, worker_pids
 from waiting import eventually
 
 from raypg import WorkflowConnectionPool, cluster
@@ -37,6 +38,12 @@ asyncio.run(main())
 """
 
 
+@pytest.fixture(scope="module")
+def pool(ray_cluster: Any, pg18: EmbeddedServer) -> Iterator[WorkflowConnectionPool]:
+    """A pool of three connections, and one for control."""
+    yield from lasting_pool(pg18, max_connections=4)
+
+
 @pytest.fixture
 async def table(schema: str, direct: asyncpg.Connection) -> str:
     """Qualified name of an empty table."""
@@ -52,47 +59,46 @@ async def leased(pool: WorkflowConnectionPool) -> dict[int, dict[str, Any]]:
 
 @pytest.mark.parametrize("way", [signal.SIGKILL, signal.SIGTERM])
 async def test_a_driver_killed_in_a_transaction_leaves_nothing(
-    ray_cluster: Any, pg: EmbeddedServer, direct: asyncpg.Connection, table: str, way: signal.Signals
+    pool: WorkflowConnectionPool, direct: asyncpg.Connection, table: str, way: signal.Signals
 ) -> None:
-    async with own_pool(pg, max_connections=4) as pool:
-        holder = subprocess.Popen(  # noqa: ASYNC220
-            [sys.executable, "-c", HOLDER, ray.get_runtime_context().gcs_address, pool.name, table],
-            cwd="/",
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert holder.stdout is not None
-        line = await asyncio.wait_for(asyncio.to_thread(holder.stdout.readline), 60)
-        pids = {int(word) for word in line.split()}
-        held = await leased(pool)
-        assert held.keys() == pids
-        assert {owner["process"] for owner in held.values()} == {holder.pid}
-        assert {owner["job"] for owner in held.values()} != {ray.get_runtime_context().get_job_id()}
+    holder = subprocess.Popen(  # noqa: ASYNC220
+        [sys.executable, "-c", HOLDER, ray.get_runtime_context().gcs_address, pool.name, table],
+        cwd="/",
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert holder.stdout is not None
+    line = await asyncio.wait_for(asyncio.to_thread(holder.stdout.readline), 60)
+    pids = {int(word) for word in line.split()}
+    held = await leased(pool)
+    assert held.keys() == pids
+    assert {owner["process"] for owner in held.values()} == {holder.pid}
+    assert {owner["job"] for owner in held.values()} != {ray.get_runtime_context().get_job_id()}
 
-        holder.send_signal(way)
-        holder.communicate()
-        died = time.monotonic()
+    holder.send_signal(way)
+    holder.communicate()
+    died = time.monotonic()
 
-        async def free() -> bool:
-            return not await leased(pool)
+    async def free() -> bool:
+        return not await leased(pool)
 
-        await eventually(free, timeout=10)
-        freed = time.monotonic() - died
-        print(f"reclaimed after {freed:.2f} s")
-        assert freed < 5
-        assert await pool.fetchval(f"select count(*) from {table}", timeout=5) == 0
+    await eventually(free, timeout=10)
+    freed = time.monotonic() - died
+    print(f"reclaimed after {freed:.2f} s")
+    assert freed < 5
+    assert await pool.fetchval(f"select count(*) from {table}", timeout=5) == 0
 
-        async def quiet() -> bool:
-            running = "select count(*) from pg_stat_activity where state <> 'idle' and query like '%orphan%'"
-            return bool(await direct.fetchval(f"{running} and pid <> pg_backend_pid()") == 0)
+    async def quiet() -> bool:
+        running = "select count(*) from pg_stat_activity where state <> 'idle' and query like '%orphan%'"
+        return bool(await direct.fetchval(f"{running} and pid <> pg_backend_pid()") == 0)
 
-        await eventually(quiet, timeout=5, what="the statement that the dead driver waited for was cancelled")
-        assert await direct.fetchval("select pg_try_advisory_lock(815)")
-        # The very same connections serve on, and all of them.
-        held_again = await asyncio.gather(*(pool.acquire(timeout=5)._acquire() for _ in range(3)))
-        assert pids <= {connection.backend_pid for connection in held_again}
-        await asyncio.gather(*(connection.release() for connection in held_again))
+    await eventually(quiet, timeout=5, what="the statement that the dead driver waited for was cancelled")
+    assert await direct.fetchval("select pg_try_advisory_lock(815)")
+    # The very same connections serve on, and all of them.
+    held_again = await asyncio.gather(*(pool.acquire(timeout=5)._acquire() for _ in range(3)))
+    assert pids <= {connection.backend_pid for connection in held_again}
+    await asyncio.gather(*(connection.release() for connection in held_again))
 
 
 async def test_a_forgotten_lease_comes_back(
@@ -121,15 +127,13 @@ async def test_a_forgotten_lease_comes_back(
         await eventually(idle, what="forgotten leases no longer count as load")
 
 
-async def test_a_lease_in_use_is_not_taken_for_forgotten(ray_cluster: Any, pg: EmbeddedServer) -> None:
-    async with own_pool(pg, max_connections=2) as pool:
+async def test_a_lease_in_use_is_not_taken_for_forgotten(pool: WorkflowConnectionPool) -> None:
+    async def only_a_call() -> Any:
+        return (await pool.acquire()).fetchval("select 7 from (select pg_sleep(0.5)) s")
 
-        async def only_a_call() -> Any:
-            return (await pool.acquire()).fetchval("select 7 from (select pg_sleep(0.5)) s")
-
-        call = await only_a_call()
-        gc.collect()
-        assert await call == 7
+    call = await only_a_call()
+    gc.collect()
+    assert await call == 7
 
 
 async def test_nothing_stops_when_the_pool_actor_is_killed(

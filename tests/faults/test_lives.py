@@ -12,7 +12,7 @@ import asyncpg
 import pytest
 import ray
 from load import load
-from pools import CapWatch, backends_of, own_pool, worker_pids
+from pools import CapWatch, backends_of, own_pool, states, worker_pids
 from waiting import eventually
 
 from raypg import OutcomeUnknownError, QueryTimeoutError, WorkflowConnectionPool, cluster, naming
@@ -23,14 +23,12 @@ from raypg.embedded import EmbeddedServer
 from raypg.messages import FETCH
 
 
-async def states(pool: WorkflowConnectionPool) -> dict[int, tuple[str, int]]:
-    """Number of a worker → its state and share, as the Pool actor has it; nothing while that is away."""
+async def states_now(pool: WorkflowConnectionPool) -> dict[int, tuple[str, int]]:
+    """The same, or nothing while the Pool actor is away."""
     try:
-        kind, status = await asyncio.wait_for(cluster.find(pool.name).status.remote(), 10)
+        return await states(pool)
     except (ray.exceptions.RayActorError, TimeoutError):
         return {}
-    assert kind == "ok"
-    return {worker["index"]: (worker["state"], worker["budget"]) for worker in status["workers"]}
 
 
 async def test_the_share_of_an_earlier_life_is_not_taken(pg: EmbeddedServer) -> None:
@@ -98,7 +96,7 @@ async def test_a_restarted_worker_has_the_configuration_of_now(ray_cluster: Any,
         assert await pool.fetchval("select 1", timeout=30) == 1
 
         async def restarted() -> bool:
-            return (await worker_pids(pool.name))[0] != pids[0] and await states(pool) == {0: ("serving", 3)}
+            return (await worker_pids(pool.name))[0] != pids[0] and await states_now(pool) == {0: ("serving", 3)}
 
         await eventually(restarted, 30)
         with pytest.raises(QueryTimeoutError):
@@ -113,7 +111,7 @@ async def test_pool_actor_dies_while_a_worker_drains(ray_cluster: Any, pg: Embed
         replacing = asyncio.wrap_future(actor.replace_workers.remote().future())
 
         async def draining() -> bool:
-            found = await states(pool)
+            found = await states_now(pool)
             return {index: state for index, (state, _) in found.items()} == {0: "draining", 1: "serving"}
 
         await eventually(draining, 40)
@@ -127,7 +125,7 @@ async def test_pool_actor_dies_while_a_worker_drains(ray_cluster: Any, pg: Embed
             await held.release()
 
             async def ended() -> bool:
-                return await states(pool) == {1: ("serving", 4)}
+                return await states_now(pool) == {1: ("serving", 4)}
 
             await eventually(ended, 30)
         assert running.failures == []
@@ -155,7 +153,7 @@ async def test_a_small_cap_holds_while_the_pool_actor_is_replaced(
         ray.kill(actor, no_restart=False)
 
         async def back() -> bool:
-            return (await states(pool)).get(0, ("", 0))[0] == "serving"
+            return (await states_now(pool)).get(0, ("", 0))[0] == "serving"
 
         await eventually(back, 30)
         await asyncio.sleep(4)  # nothing must happen, for longer than control waits for a connection
@@ -166,7 +164,7 @@ async def test_a_small_cap_holds_while_the_pool_actor_is_replaced(
             await lease.release()
 
         async def shared() -> bool:
-            return (await states(pool)) == {0: ("serving", 2)}
+            return (await states_now(pool)) == {0: ("serving", 2)}
 
         await eventually(shared, 20)
         async with load(pool, 8) as running:

@@ -9,7 +9,7 @@ from typing import Any
 import asyncpg
 import pytest
 from commands import local_cluster, variables_of
-from pools import unique_name
+from pools import lasting_pool, unique_name
 
 from raypg import WorkflowConnectionPool
 from raypg.demo_cluster import LocalCluster
@@ -19,30 +19,20 @@ from raypg.embedded import EmbeddedServer
 @pytest.fixture(scope="session")
 def pool(ray_cluster: Any, pg18: EmbeddedServer) -> Iterator[WorkflowConnectionPool]:
     """A running pool of 10 connections to `pg18`. It has no search_path: qualify names with your `schema`."""
-    handle = WorkflowConnectionPool(name=unique_name("shared"), **pg18.parameters, max_connections=10)
-    asyncio.run(handle.process({"operation": "initialize"}))
-    yield handle
-    asyncio.run(handle.close())
+    yield from lasting_pool(pg18, name=unique_name("shared"), max_connections=10)
 
 
 @pytest.fixture(scope="session")
 def pair(ray_cluster: Any, pg18: EmbeddedServer) -> Iterator[WorkflowConnectionPool]:
     """A pool of two connections, which leases exhaust; waiting for one ends after 10 s."""
-    yield from _small_pool(pg18, max_connections=2, acquire_timeout=10.0)
+    yield from lasting_pool(pg18, max_connections=2, acquire_timeout=10.0)
 
 
 @pytest.fixture(scope="session")
 def single(ray_cluster: Any, pg18: EmbeddedServer) -> Iterator[WorkflowConnectionPool]:
     """A pool of one connection: the next caller gets the very session, with its prepared statements, that the last one
     had."""
-    yield from _small_pool(pg18, max_connections=1)
-
-
-def _small_pool(server: EmbeddedServer, **settings: Any) -> Iterator[WorkflowConnectionPool]:
-    handle = WorkflowConnectionPool(name=unique_name(), **server.parameters, **settings)
-    asyncio.run(handle.process({"operation": "initialize"}))
-    yield handle
-    asyncio.run(handle.close())
+    yield from lasting_pool(pg18, max_connections=1)
 
 
 @pytest.fixture(scope="session")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
-from pools import grant, own_pool, status_of_all, unique_name
+from pools import grant, lasting_pool, status_of_all
 from waiting import eventually
 
 from raypg import LeaseLostError, PoolExhaustedError, WorkflowConnectionPool
@@ -18,11 +18,11 @@ from raypg.embedded import EmbeddedServer
 from raypg.packing import pack, unpack
 
 
-@pytest.fixture
-async def three(ray_cluster: Any, pg: EmbeddedServer) -> AsyncIterator[WorkflowConnectionPool]:
-    """A pool of three connections, for which callers wait longer than any of these tests may take."""
-    async with own_pool(pg, max_connections=3, acquire_timeout=600.0) as pool:
-        yield pool
+@pytest.fixture(scope="module")
+def three(ray_cluster: Any, pg18: EmbeddedServer) -> Iterator[WorkflowConnectionPool]:
+    """A pool of three connections, for which callers wait longer than any of these tests may take. Each test gives back
+    what it has."""
+    yield from lasting_pool(pg18, max_connections=3, acquire_timeout=600.0)
 
 
 async def status(pool: WorkflowConnectionPool) -> tuple[int, int]:
@@ -123,12 +123,12 @@ async def test_at_any_moment(three: WorkflowConnectionPool, rng: random.Random) 
         await connection.release()
 
 
-def test_the_loop_of_the_caller_may_end_with_it(three_sync: WorkflowConnectionPool) -> None:
+def test_the_loop_of_the_caller_may_end_with_it(three: WorkflowConnectionPool) -> None:
     """asyncio.run cancels what is left and is gone: nobody is there any more to send a lease back."""
 
     async def leave() -> None:
-        held = [await three_sync.acquire() for _ in range(3)]
-        waiting = [asyncio.create_task(three_sync.acquire()._acquire()) for _ in range(10)]
+        held = [await three.acquire() for _ in range(3)]
+        waiting = [asyncio.create_task(three.acquire()._acquire()) for _ in range(10)]
         await asyncio.sleep(0.05)
         for connection in held:
             await connection.release()
@@ -140,20 +140,11 @@ def test_the_loop_of_the_caller_may_end_with_it(three_sync: WorkflowConnectionPo
 
     async def look() -> None:
         async def quiet() -> bool:
-            return await status(three_sync) == (0, 0)
+            return await status(three) == (0, 0)
 
         await eventually(quiet, timeout=60)
 
     asyncio.run(look())
-
-
-@pytest.fixture
-def three_sync(ray_cluster: Any, pg: EmbeddedServer) -> Any:
-    """The same for a test that runs loops of its own."""
-    pool = WorkflowConnectionPool(name=unique_name(), **pg.parameters, max_connections=3)
-    asyncio.run(pool.process({"operation": "initialize"}))
-    yield pool
-    asyncio.run(pool.close())
 
 
 # --- in whatever order the messages come: the worker itself, without Ray between ---

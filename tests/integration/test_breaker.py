@@ -125,12 +125,10 @@ async def test_a_closed_handle_says_so(pool: WorkflowConnectionPool) -> None:
 
 
 GONE = """
-import time, ray
-from raypg import UnavailableError, WorkflowConnectionPool
-import asyncio
-ray.init(num_cpus=1, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
-pool = WorkflowConnectionPool(name="gone", max_connections=1, **{settings!r})
-asyncio.run(pool.process({{"operation": "initialize"}}))
+import sys, time, ray
+from raypg import UnavailableError, get_pool
+ray.init(address=sys.argv[1], logging_level="ERROR", log_to_driver=False)
+pool = get_pool(sys.argv[2])
 assert pool.circuit_breaker.get_status()["state"] == "closed"
 ray.shutdown()
 started = time.monotonic()
@@ -143,9 +141,9 @@ except UnavailableError as error:
 """
 
 
-def test_the_status_after_ray_was_shut_down(pg: EmbeddedServer) -> None:
-    program = [sys.executable, "-c", GONE.format(settings=pg.parameters)]
-    done = subprocess.run(program, capture_output=True, text=True, timeout=120)
+def test_the_status_after_ray_was_shut_down(shared: WorkflowConnectionPool) -> None:
+    program = [sys.executable, "-c", GONE, ray.get_runtime_context().gcs_address, shared.name]
+    done = subprocess.run(program, cwd="/", capture_output=True, text=True, timeout=120)
     assert done.stdout.strip().endswith("told"), done
 
 
@@ -244,28 +242,33 @@ async def fail(pool: WorkflowConnectionPool, times: int) -> None:
             await pool.execute(TROUBLE)
 
 
-@pytest.mark.parametrize("threshold", [1, 3])
-async def test_force_close_clears_and_goes_on_protecting(ray_cluster: Any, pg: EmbeddedServer, threshold: int) -> None:
-    config = CircuitBreakerConfig(failure_threshold=threshold, recovery_timeout=0.5)
+async def test_force_close_clears_and_goes_on_protecting(ray_cluster: Any, pg: EmbeddedServer) -> None:
+    config = CircuitBreakerConfig(failure_threshold=1, recovery_timeout=0.5)
     async with own_pool(pg, max_connections=2, workers=1, circuit_breaker=config) as pool:
-        await fail(pool, threshold)
-        with pytest.raises(CircuitBreakerError):
-            await pool.execute(TROUBLE)
-        await pool.circuit_breaker.force_close("checked")
-        await fail(pool, threshold)  # exactly as many again
-        with pytest.raises(CircuitBreakerError, match="53100"):
-            await pool.execute(TROUBLE)
+        await _force_close_clears(pool, 1)
+        await pool.reconfigure(circuit_breaker_failure_threshold=3)
+        await _force_close_clears(pool, 3)
 
-        await becomes(pool, "closed")  # by probes, which no caller has to be
-        await pool.circuit_breaker.disable("seen enough")
-        await fail(pool, 4 * threshold)
-        assert pool.circuit_breaker.state == "disabled"
-        await pool.circuit_breaker.enable()
-        await fail(pool, threshold)
-        await becomes(pool, "open")  # the Breaker hears of it a moment later than the caller
-        await pool.circuit_breaker.reset()
-        status = pool.circuit_breaker.get_status()
-        assert (status["state"], status["metrics"]["total_calls"]) == ("closed", 0)
+
+async def _force_close_clears(pool: WorkflowConnectionPool, threshold: int) -> None:
+    await fail(pool, threshold)
+    with pytest.raises(CircuitBreakerError):
+        await pool.execute(TROUBLE)
+    await pool.circuit_breaker.force_close("checked")
+    await fail(pool, threshold)  # exactly as many again
+    with pytest.raises(CircuitBreakerError, match="53100"):
+        await pool.execute(TROUBLE)
+
+    await becomes(pool, "closed")  # by probes, which no caller has to be
+    await pool.circuit_breaker.disable("seen enough")
+    await fail(pool, 4 * threshold)
+    assert pool.circuit_breaker.state == "disabled"
+    await pool.circuit_breaker.enable()
+    await fail(pool, threshold)
+    await becomes(pool, "open")  # the Breaker hears of it a moment later than the caller
+    await pool.circuit_breaker.reset()
+    status = pool.circuit_breaker.get_status()
+    assert (status["state"], status["metrics"]["total_calls"]) == ("closed", 0)
 
 
 async def test_bad_input(pool: WorkflowConnectionPool) -> None:
@@ -293,7 +296,7 @@ async def test_wrong_sql_never_opens_it(pool: WorkflowConnectionPool, schema: st
         ("do $$ begin raise exception 'not really' using errcode = '08006'; end $$", asyncpg.PostgresError),
     ]
     before = pool.circuit_breaker.get_status()["metrics"]["failed_calls"]
-    for _ in range(10):
+    for _ in range(2):
         calls = [pool.execute(wrong[number % len(wrong)][0]) for number in range(1000)]
         results = await asyncio.gather(*calls, return_exceptions=True)
         for number, result in enumerate(results):

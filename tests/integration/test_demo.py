@@ -101,11 +101,11 @@ def demo() -> Iterator[type[Demo]]:
 
 
 def test_the_whole_of_it(demo: type[Demo]) -> None:
-    whole = demo("--flights", "1000")
+    whole = demo("--flights", "100")
     assert whole.wait() == 0, whole.output
     assert whole.left() == []
     text = whole.output
-    assert "1,000 rows are in the table, and all 19 columns add up" in text
+    assert "100 rows are in the table, and all 19 columns add up" in text
     (connections,) = re.findall(r"most connections +│ +(\d+) of 10", text)
     assert 2 <= int(connections) <= 10
     for row in ("rows, one by one", "rows, pipeline", "queries, 200 tasks", "queries, 4 actors × 50"):
@@ -144,7 +144,7 @@ def test_stopped_while_the_job_runs(demo: type[Demo], number: signal.Signals) ->
 
 
 def test_keep(demo: type[Demo]) -> None:
-    kept = demo("--keep", "--flights", "500")
+    kept = demo("--keep", "--flights", "1")
     assert kept.wait() == 0, kept.output
     (environment,) = re.findall(r"source (\S+)", kept.output)
     (pid,) = re.findall(r"kill (\d+)", kept.output)

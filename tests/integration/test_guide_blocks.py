@@ -223,9 +223,15 @@ async def main_pool(database: asyncpg.Connection) -> AsyncIterator[WorkflowConne
     await pool.close()
 
 
-async def test_pipeline(
+async def test_pipelines(
     database: asyncpg.Connection, main_pool: WorkflowConnectionPool, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    await insert_records(database, capsys)
+    await compare_with_one_by_one(database, capsys)
+    await mix_kinds_of_statements(database)
+
+
+async def insert_records(database: asyncpg.Connection, capsys: pytest.CaptureFixture[str]) -> None:
     await database.execute("create table events (timestamp timestamptz, type text, data text)")
     names = await run("09_pipeline", large_dataset=large_dataset(1000))
     assert "Inserted 1000/1000 records" in capsys.readouterr().out
@@ -241,9 +247,7 @@ async def test_strategies_of_the_pipeline(name: str) -> None:
     assert QueryPipelineNode(name="p", connection_pool="main_pool", strategy=strategy).strategy == strategy
 
 
-async def test_performance(
-    database: asyncpg.Connection, main_pool: WorkflowConnectionPool, capsys: pytest.CaptureFixture[str]
-) -> None:
+async def compare_with_one_by_one(database: asyncpg.Connection, capsys: pytest.CaptureFixture[str]) -> None:
     await database.execute("create table test (a int)")
     pipeline = QueryPipelineNode(name="bulk", connection_pool="main_pool")
     await run("14_performance", time=time, pool=get_pool("main_pool"), pipeline=pipeline)
@@ -255,7 +259,7 @@ async def test_performance(
     assert float(speedup[1]) > 5
 
 
-async def test_advanced_patterns(database: asyncpg.Connection, main_pool: WorkflowConnectionPool) -> None:
+async def mix_kinds_of_statements(database: asyncpg.Connection) -> None:
     await database.execute(
         "create table audit_log (what text); create table users (name text, active boolean); "
         "create table products (stock int); create table orders (id int); "

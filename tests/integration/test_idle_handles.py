@@ -1,4 +1,4 @@
-"""Ten thousand handles that nobody uses cost no connection, no actor, and little memory."""
+"""Thousands of handles that nobody uses cost no connection, no actor, and little memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pools import backends_of
 from raypg import WorkflowConnectionPool, get_pool, naming
 from raypg.embedded import EmbeddedServer
 
-HANDLES = 10_000
+HANDLES = 2_000
 
 ALL_BACKENDS = "select count(*) from pg_stat_activity where backend_type = 'client backend'"
 

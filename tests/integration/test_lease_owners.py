@@ -1,55 +1,17 @@
-"""Who holds a lease, as `get_status` and `raypg status` tell it: driver, task, actor, Serve replica."""
+"""Who holds a lease, as `get_status` and `raypg status` tell it: driver, task, actor. More: test_serve_replica.py."""
 
 from __future__ import annotations
 
 import asyncio
-import io
 import os
-import socket
 import threading
-from collections.abc import AsyncIterator
 from typing import Any
 
-import pytest
 import ray
-from pools import own_pool, status_of_all, unique_name
-from ray import serve
-from rich.console import Console
-from waiting import eventually
+from owners import in_async, owner, shown
+from pools import unique_name
 
-from raypg import WorkflowConnectionPool, cli_pools
-from raypg.embedded import EmbeddedServer
-
-
-@pytest.fixture
-async def pool(ray_cluster: Any, pg: EmbeddedServer) -> AsyncIterator[WorkflowConnectionPool]:
-    """A pool in which nobody else holds anything."""
-    async with own_pool(pg, max_connections=3) as own:
-        yield own
-
-
-async def owner(pool: WorkflowConnectionPool, backend: int) -> dict[str, Any]:
-    """The one who holds the connection with that backend."""
-    status = await status_of_all(pool)
-    (lease,) = [one["lease"] for one in status["connections"].values() if one["backend_pid"] == backend]
-    assert lease["node"] == ray.get_runtime_context().get_node_id()
-    assert lease["job"] == ray.get_runtime_context().get_job_id()
-    assert 0 <= lease["age"] < 60
-    return dict(lease)
-
-
-async def shown(pool: WorkflowConnectionPool, backend: int) -> str:
-    """The line of `raypg status` about it."""
-    text = io.StringIO()
-    cli_pools._show(Console(width=200, file=text), await cli_pools._figures(pool.name))
-    (line,) = [line for line in text.getvalue().splitlines() if f" {backend} " in line]
-    return line
-
-
-async def in_async(pool: WorkflowConnectionPool) -> tuple[dict[str, Any], str, int]:
-    """What is told of a lease of the caller's own."""
-    async with pool.acquire() as connection:
-        return await owner(pool, connection.backend_pid), await shown(pool, connection.backend_pid), os.getpid()
+from raypg import WorkflowConnectionPool
 
 
 def in_sync(pool: WorkflowConnectionPool, way: str = "acquire") -> tuple[dict[str, Any], str, int]:
@@ -103,7 +65,8 @@ async def test_an_operation_of_a_workflow_engine(pool: WorkflowConnectionPool) -
         handle.sync.process({"operation": "acquire"})
         status = handle.sync.process({"operation": "get_status"})
         handle.sync.close()
-        return [one["lease"]["held_by"] for one in status["connections"].values() if one["lease"]]
+        leases = [one["lease"] for one in status["connections"].values() if one["lease"]]
+        return [lease["held_by"] for lease in leases if lease["process"] == os.getpid()]
 
     assert await ray.remote(num_cpus=0)(work).remote(pool) == ["task work"]
 
@@ -128,43 +91,13 @@ class AsyncHolder:
 
 
 async def test_an_actor_with_and_without_a_name(pool: WorkflowConnectionPool) -> None:
-    name = unique_name("boss")
-    for kind, method in ((Holder, "plain"), (AsyncHolder, "hold"), (AsyncHolder, "hold_in_task")):
+    for kind, methods in ((Holder, ["plain"]), (AsyncHolder, ["hold", "hold_in_task"])):
+        name = unique_name("boss")
         actor_class: Any = ray.remote(num_cpus=0)(kind)
-        nameless = actor_class.remote(pool)
-        told = await getattr(nameless, method).remote()
-        lease = check(told, f"actor {nameless._actor_id.hex()[:12]}, {kind.__name__}.{method}")
-        assert (lease["actor"], lease["actor_name"]) == (nameless._actor_id.hex(), None)
-        named = actor_class.options(name=name).remote(pool)
-        lease = check(await getattr(named, method).remote(), f"actor {name}, {kind.__name__}.{method}")
-        assert (lease["actor"], lease["actor_name"]) == (named._actor_id.hex(), name)
-        ray.kill(named)
-        await gone(name)
-
-
-async def gone(name: str) -> None:
-    def is_gone() -> bool:
-        try:
-            ray.get_actor(name)
-        except ValueError:
-            return True
-        return False
-
-    await eventually(is_gone)
-
-
-async def test_a_serve_replica(pool: WorkflowConnectionPool) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
-    try:
-        deployment: Any = serve.deployment(ray_actor_options={"num_cpus": 0})(AsyncHolder)
-        handle: Any = await asyncio.to_thread(lambda: serve.run(deployment.bind(pool), route_prefix=None, name="shop"))
-        lease, line, process = await handle.hold.remote()
-        assert lease["held_by"].startswith("Serve replica shop#AsyncHolder#")
-        assert lease["held_by"] in line
-        assert lease["actor_name"].endswith(lease["held_by"].removeprefix("Serve replica "))
-        assert f" {process} " in line
-    finally:
-        await asyncio.to_thread(serve.shutdown)
+        nameless, named = actor_class.remote(pool), actor_class.options(name=name).remote(pool)
+        for method in methods:
+            told = await getattr(nameless, method).remote()
+            lease = check(told, f"actor {nameless._actor_id.hex()[:12]}, {kind.__name__}.{method}")
+            assert (lease["actor"], lease["actor_name"]) == (nameless._actor_id.hex(), None)
+            lease = check(await getattr(named, method).remote(), f"actor {name}, {kind.__name__}.{method}")
+            assert (lease["actor"], lease["actor_name"]) == (named._actor_id.hex(), name)

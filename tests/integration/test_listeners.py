@@ -180,66 +180,73 @@ async def test_a_removed_listener_hears_nothing(
 
 
 async def test_after_the_release_nobody_listens(
-    ray_cluster: Any, pg: EmbeddedServer, direct: asyncpg.Connection, channel: str, caplog: pytest.LogCaptureFixture
+    single: WorkflowConnectionPool, direct: asyncpg.Connection, channel: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     one, two = Ear(), Ear()
-    async with own_pool(pg, max_connections=1) as pool:
-        async with pool.acquire() as connection:
-            await connection.add_listener(channel, one)
-            backend = connection.backend_pid
-        async with pool.acquire() as connection:
-            assert connection.backend_pid == backend
-            assert await connection.fetch("select pg_listening_channels()") == []
-            await notify(direct, channel, "x")
-            await connection.execute("select 1")
-            await connection.add_listener(channel, two)
-            await notify(direct, channel, "y")
-            assert await two.heard(1) == ["y"]
-        assert one.told == []
-        await connection.remove_listener(channel, two)
-        with pytest.raises(LeaseLostError):
-            await connection.add_listener(channel, two)
+    async with single.acquire() as connection:
+        await connection.add_listener(channel, one)
+        backend = connection.backend_pid
+    async with single.acquire() as connection:
+        assert connection.backend_pid == backend
+        assert await connection.fetch("select pg_listening_channels()") == []
+        await notify(direct, channel, "x")
+        await connection.execute("select 1")
+        await connection.add_listener(channel, two)
+        await notify(direct, channel, "y")
+        assert await two.heard(1) == ["y"]
+    assert one.told == []
+    await connection.remove_listener(channel, two)
+    with pytest.raises(LeaseLostError):
+        await connection.add_listener(channel, two)
     assert not [record for record in caplog.records if record.name == "raypg.listening"]
 
 
-async def test_a_forgotten_lease_is_not_kept_by_its_listener(
-    ray_cluster: Any, pg: EmbeddedServer, channel: str
-) -> None:
-    async with own_pool(pg, max_connections=1) as pool:
-        connection = await pool.acquire()
+async def test_a_forgotten_lease_is_not_kept_by_its_listener(single: WorkflowConnectionPool, channel: str) -> None:
+    connection = await single.acquire()
 
-        def callback(*_: object, itself: Any = connection) -> None:
-            """Holds what it listens on."""
+    def callback(*_: object, itself: Any = connection) -> None:
+        """Holds what it listens on."""
 
-        await connection.add_listener(channel, callback)
-        del connection, callback
-        gc.collect()
-        async with pool.acquire(timeout=5):
-            pass
+    await connection.add_listener(channel, callback)
+    del connection, callback
+    gc.collect()
+    async with single.acquire(timeout=5):
+        pass
 
 
-@pytest.mark.parametrize("end", ["deadline", "backend", "worker"])
+@pytest.mark.parametrize("end", ["deadline", "backend"])
 async def test_a_lost_lease_is_loud(
-    ray_cluster: Any,
-    pg: EmbeddedServer,
+    pair: WorkflowConnectionPool,
     direct: asyncpg.Connection,
     channel: str,
     caplog: pytest.LogCaptureFixture,
     end: str,
 ) -> None:
+    connection = await pair.acquire(lease_timeout=0.5 if end == "deadline" else None)
+    await connection.add_listener(channel, Ear())
+    if end == "backend":
+        await direct.fetchval("select pg_terminate_backend($1, 5000)", connection.backend_pid)
+    await missed(connection, channel, caplog, "deadline of 0.5 s" if end == "deadline" else "terminated")
+
+
+async def test_so_is_one_whose_worker_died(
+    ray_cluster: Any, pg: EmbeddedServer, channel: str, caplog: pytest.LogCaptureFixture
+) -> None:
     async with own_pool(pg, max_connections=2) as pool:
-        connection = await pool.acquire(lease_timeout=0.5 if end == "deadline" else None)
+        connection = await pool.acquire()
         await connection.add_listener(channel, Ear())
-        if end == "backend":
-            await direct.fetchval("select pg_terminate_backend($1, 5000)", connection.backend_pid)
-        elif end == "worker":
-            ray.kill((await pool._dispatcher())._channels[0].handle, no_restart=False)
-        await eventually(lambda: "notifications are missed" in caplog.text, 20)
-        assert repr(channel) in caplog.text
-        assert {"deadline": "deadline of 0.5 s", "backend": "terminated", "worker": "worker died"}[end] in caplog.text
-        with pytest.raises(LeaseLostError):
-            await connection.execute("select 1")
-        await connection.release()
+        ray.kill((await pool._dispatcher())._channels[0].handle, no_restart=False)
+        await missed(connection, channel, caplog, "worker died")
+
+
+async def missed(connection: LeasedConnection, channel: str, caplog: pytest.LogCaptureFixture, why: str) -> None:
+    """Wait until it is said that *connection* is lost, and why."""
+    await eventually(lambda: "notifications are missed" in caplog.text, 20)
+    assert repr(channel) in caplog.text
+    assert why in caplog.text
+    with pytest.raises(LeaseLostError):
+        await connection.execute("select 1")
+    await connection.release()
 
 
 async def test_a_callback_that_raises_is_logged_and_does_no_harm(

@@ -35,6 +35,13 @@ async def three(ray_cluster: Any, pg: EmbeddedServer) -> AsyncIterator[WorkflowC
         yield pool
 
 
+@pytest.fixture
+async def virgin(ray_cluster: Any, pg: EmbeddedServer) -> AsyncIterator[WorkflowConnectionPool]:
+    """A pool that nobody has used."""
+    async with own_pool(pg, max_connections=3, **NO_BREAKER) as pool:
+        yield pool
+
+
 def actors(pool: WorkflowConnectionPool) -> list[Any]:
     names = [naming.worker_actor(pool.name, index) for index in range(WORKERS)]
     return [ray.get_actor(name, namespace=naming.NAMESPACE) for name in names]
@@ -195,25 +202,28 @@ async def test_connections_and_those_who_wait_against_the_server(
     assert known["error_rate"] == pytest.approx(4 / 49)
 
 
-async def test_chunks_of_a_pipeline_count_each_statement(three: WorkflowConnectionPool, table: str) -> None:
-    pipeline = QueryPipelineNode(name="p", connection_pool=three)
+async def test_chunks_of_a_pipeline_count_each_statement(pool: WorkflowConnectionPool, table: str) -> None:
+    async def inserts() -> tuple[int, int]:
+        known = (await status(pool))["detailed_metrics"]["query_summary"].get("INSERT", {"count": 0, "errors": 0})
+        return known["count"], known["errors"]
+
+    count, errors = await inserts()
+    pipeline = QueryPipelineNode(name="p", connection_pool=pool)
     for number in range(500):
         await pipeline.add_query(f"insert into {table} (id) values ($1)", [number % 490])
     results = await pipeline.flush()
     await pipeline.close()
     assert sum(not result.success for result in results) == 10
-    known = (await status(three))["detailed_metrics"]["query_summary"]["INSERT"]
-    assert known["count"] == 500
-    assert known["errors"] == 10
+    assert await inserts() == (count + 500, errors + 10)
 
 
 SECRET = "hunter2-in-a-literal"
 
 
-async def test_no_literal_and_no_parameter_is_shown_anywhere(three: WorkflowConnectionPool) -> None:
+async def test_no_literal_and_no_parameter_is_shown_anywhere(virgin: WorkflowConnectionPool) -> None:
     long = f"select '{SECRET}" + "x" * 3_000_000 + "'::text is not null"
-    await three.fetch(long)
-    await three.fetch(f"select '{SECRET}'")
+    await virgin.fetch(long)
+    await virgin.fetch(f"select '{SECRET}'")
     for sql, arguments in [
         (f"selekt '{SECRET}'", ()),
         (f"{SECRET} nonsense", ()),
@@ -222,29 +232,29 @@ async def test_no_literal_and_no_parameter_is_shown_anywhere(three: WorkflowConn
         (f"do $$ begin raise exception '{SECRET}'; end $$", ()),
     ]:
         with pytest.raises(asyncpg.PostgresError):
-            await three.execute(sql, *arguments)
-    known = await status(three)
-    text = await three.process({"operation": "export_metrics"})
+            await virgin.execute(sql, *arguments)
+    known = await status(virgin)
+    text = await virgin.process({"operation": "export_metrics"})
     assert known["detailed_metrics"]["errors"]["total_errors"] == 5
     assert len(known["pattern_insights"]["detected_patterns"]) >= 4
     assert SECRET not in json.dumps(known, default=str)
     assert SECRET not in json.dumps(text)
 
 
-async def test_history_has_what_happened_when(three: WorkflowConnectionPool) -> None:
-    await asyncio.gather(*(three.fetch("select 1") for _ in range(50)))
+async def test_history_has_what_happened_when(virgin: WorkflowConnectionPool) -> None:
+    await asyncio.gather(*(virgin.fetch("select 1") for _ in range(50)))
 
     async def told() -> bool:
-        step, points = await history(three.name, "queries", 60)
+        step, points = await history(virgin.name, "queries", 60)
         assert step == 1
         return sum(value for _, value in points if not math.isnan(value)) == 50
 
     await eventually(told)
-    step, points = await history(three.name, "p95_ms", 3600)
+    step, points = await history(virgin.name, "p95_ms", 3600)
     assert step == 60
     assert any(value > 0 for _, value in points)
     with pytest.raises(ConfigError, match=r"querys.*queries"):
-        await history(three.name, "querys", 60)
+        await history(virgin.name, "querys", 60)
 
 
 async def test_a_pool_that_ended_is_forgotten(ray_cluster: Any, pg: EmbeddedServer) -> None:

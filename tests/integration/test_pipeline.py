@@ -8,7 +8,7 @@ import warnings
 from typing import Any
 
 import pytest
-from pools import add_all, own_pool, pipeline_of
+from pools import add_all, pipeline_of
 from waiting import eventually
 
 from raypg import (
@@ -19,7 +19,6 @@ from raypg import (
     QueryPipelineNode,
     WorkflowConnectionPool,
 )
-from raypg.embedded import EmbeddedServer
 
 # --- complete, and in order ------------------------------------------------------------------------------------------
 
@@ -266,14 +265,11 @@ async def test_it_works_by_the_name_of_the_pool(pool: WorkflowConnectionPool, ta
     assert result.query_id.startswith("by_name")
 
 
-async def test_one_connection_is_enough(ray_cluster: Any, pg: EmbeddedServer, table: str) -> None:
-    async with own_pool(pg, max_connections=1) as lone:
-        both = [pipeline_of(lone), pipeline_of(lone, strategy="transactional")]
-        for number, pipeline in enumerate(both):
-            await add_all(
-                pipeline, f"insert into {table} values ($1, $2)", [(1000 * number + i, "x") for i in range(300)]
-            )
-        parts = await asyncio.wait_for(asyncio.gather(*(pipeline.flush() for pipeline in both)), 30)
-        assert all(result.success for part in parts for result in part)
-        assert await lone.fetchval(f"select count(*) from {table}") == 600
-        await asyncio.gather(*(pipeline.close() for pipeline in both))
+async def test_one_connection_is_enough(single: WorkflowConnectionPool, table: str) -> None:
+    both = [pipeline_of(single), pipeline_of(single, strategy="transactional")]
+    for number, pipeline in enumerate(both):
+        await add_all(pipeline, f"insert into {table} values ($1, $2)", [(1000 * number + i, "x") for i in range(300)])
+    parts = await asyncio.wait_for(asyncio.gather(*(pipeline.flush() for pipeline in both)), 30)
+    assert all(result.success for part in parts for result in part)
+    assert await single.fetchval(f"select count(*) from {table}") == 600
+    await asyncio.gather(*(pipeline.close() for pipeline in both))

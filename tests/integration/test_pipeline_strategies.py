@@ -343,12 +343,10 @@ async def test_a_pool_with_pipelining_gives_pipelines(ray_cluster: Any, pg: Embe
 
 
 @pytest.mark.parametrize("strategy", ["best_effort", "transactional", "sequential", "parallel"])
-async def test_while_the_breaker_is_open_results_say_so_or_wait(
-    ray_cluster: Any, pg: EmbeddedServer, strategy: str
-) -> None:
-    async with own_pool(pg, max_connections=3) as pool:
-        failing, waiting = (pipeline_of(pool, strategy=strategy, on_open=on) for on in ("fail", "wait"))
-        await pool.circuit_breaker.force_open("maintenance")
+async def test_while_the_breaker_is_open_results_say_so_or_wait(pair: WorkflowConnectionPool, strategy: str) -> None:
+    failing, waiting = (pipeline_of(pair, strategy=strategy, on_open=on) for on in ("fail", "wait"))
+    await pair.circuit_breaker.force_open("maintenance")
+    try:
         for pipeline in (failing, waiting):
             await add_all(pipeline, "select $1::int as n", [(n,) for n in range(20)])
         results = await failing.flush()
@@ -358,7 +356,8 @@ async def test_while_the_breaker_is_open_results_say_so_or_wait(
         assert kinds <= {CircuitBreakerError, StatementNotRunError}
         flush = asyncio.create_task(waiting.flush())
         assert not (await asyncio.wait((flush,), timeout=0.6))[0]
-        await pool.circuit_breaker.force_close("done")
-        results = await asyncio.wait_for(flush, 10)
-        assert [result.result[0]["n"] for result in results] == list(range(20))
-        await asyncio.gather(failing.close(), waiting.close())
+    finally:
+        await pair.circuit_breaker.force_close("done")
+    results = await asyncio.wait_for(flush, 10)
+    assert [result.result[0]["n"] for result in results] == list(range(20))
+    await asyncio.gather(failing.close(), waiting.close())

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from owners import in_async
 from ray import serve
 
 import raypg
@@ -25,8 +26,12 @@ class Lookup:
             found = await tx.fetchval("SELECT $1::int * 2", number)
         return sent, found
 
+    async def hold(self) -> tuple[dict[str, Any], str, int]:
+        """What is told of its own lease."""
+        return await in_async(self.sent)
 
-@pytest.fixture
+
+@pytest.fixture(scope="module")
 def served(serving: None, pool: WorkflowConnectionPool) -> Iterator[Any]:
     deployment: Any = serve.deployment(num_replicas=2, ray_actor_options={"num_cpus": 0})(Lookup)
     yield serve.run(deployment.bind(pool), route_prefix=None, name="lookup")
@@ -38,3 +43,11 @@ async def test_replicas_share_the_pool(served: Any, pool: WorkflowConnectionPool
     assert [await answer for answer in answers] == [(2 * number, 2 * number) for number in range(50)]
     status = await pool.process({"operation": "get_status"})
     assert status["pool_size"] <= status["max_connections"]
+
+
+async def test_a_replica_is_named_as_holder_of_its_lease(served: Any) -> None:
+    lease, line, process = await served.hold.remote()
+    assert lease["held_by"].startswith("Serve replica lookup#Lookup#")
+    assert lease["held_by"] in line
+    assert lease["actor_name"].endswith(lease["held_by"].removeprefix("Serve replica "))
+    assert f" {process} " in line

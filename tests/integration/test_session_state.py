@@ -179,8 +179,12 @@ async def test_only_what_may_leave_something_is_followed_by_a_reset(
         before = resets
         for _ in range(10):
             runs = [(messages.FETCH, sql, [arguments], None, None)]
-            _, unfinished, [part], _ = unpack(await worker.run(pack(("client", "job", next(numbers), runs))))
-            assert (unfinished, part[4]) == (0, None)
+            _, unfinished, parts, _ = unpack(await worker.run(pack(("client", "job", next(numbers), runs))))
+            while unfinished:  # it was answered before its end, as on a busy machine
+                _, unfinished, more, _ = unpack(await worker.collect(pack(("client", "job"))))
+                parts = [*parts, *more]
+            [part] = parts
+            assert part[4] is None
         connections = worker._engine.connections
         await eventually(lambda: connections.idle == connections.total)  # after the answer comes the reset
         return resets - before
