@@ -243,7 +243,8 @@ Another server has another answer, though no data differ."""
 
 LOCAL_RELATIONS: Final = _names("""
     pg_aios pg_available_extension_versions pg_available_extensions pg_backend_memory_contexts pg_config pg_cursors
-    pg_dsm_registry_allocations pg_file_settings pg_hba_file_rules pg_ident_file_mappings pg_locks pg_prepared_statements pg_prepared_xacts pg_replication_origin_status
-    pg_replication_slots pg_sequences pg_settings pg_shmem_allocations pg_shmem_allocations_numa
+    pg_dsm_registry_allocations pg_file_settings pg_hba_file_rules pg_ident_file_mappings pg_locks
+    pg_prepared_statements pg_prepared_xacts pg_replication_origin_status pg_replication_slots pg_sequences
+    pg_settings pg_shmem_allocations pg_shmem_allocations_numa
 """)
 """Views of ``pg_catalog`` of that kind, beside all that begin with ``pg_stat_`` or ``pg_statio_``."""
