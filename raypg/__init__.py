@@ -8,6 +8,7 @@ rows = await pool.fetch("SELECT * FROM users WHERE id = $1", 1)
 from __future__ import annotations
 
 from raypg.breaker_config import CircuitBreakerConfig
+from raypg.core.seen import Session
 from raypg.errors import *  # noqa: F403
 from raypg.errors import __all__ as _errors
 from raypg.pipeline import PipelineResult, PipelineResults, PlanStep, QueryPipelineNode
@@ -23,6 +24,7 @@ __all__ = [
     "PlanStep",
     "QueryPipelineNode",
     "Row",
+    "Session",
     "WorkflowConnectionPool",
     "get_pool",
     *_errors,

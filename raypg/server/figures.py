@@ -308,6 +308,7 @@ class Figures:
 
     def _totals(self, engine: Engine, groups: list[tuple[Any, ...]]) -> dict[str, int]:
         """All counters since the worker began."""
+        servers = [each.connections for each in engine.servers]
         acquired = self._taken["acquired"] + self.wait.count
         checks = self._taken["health_checks"] + self.health_check.count
         return {
@@ -321,9 +322,9 @@ class Figures:
             "acquired": acquired,
             "reused": acquired - self.first_uses,
             "released": self.released,
-            "created": engine.connections.created,
-            "recycled": engine.connections.recycled,
-            "connect_failures": engine.connections.failed,
+            "created": sum(connections.created for connections in servers),
+            "recycled": sum(connections.recycled for connections in servers),
+            "connect_failures": sum(connections.failed for connections in servers),
             "health_checks": checks,
             "health_check_failures": self.health_check_failures,
             "rows": self.rows,
