@@ -13,6 +13,7 @@ from raypg.errors import *  # noqa: F403
 from raypg.errors import __all__ as _errors
 from raypg.pipeline import PipelineResult, PipelineResults, PlanStep, QueryPipelineNode
 from raypg.pool import WorkflowConnectionPool, get_pool
+from raypg.router import QueryRouterNode
 from raypg.row import Row
 
 __version__ = "0.1.0"
@@ -23,6 +24,7 @@ __all__ = [
     "PipelineResults",
     "PlanStep",
     "QueryPipelineNode",
+    "QueryRouterNode",
     "Row",
     "Session",
     "WorkflowConnectionPool",

@@ -6,7 +6,7 @@ whether anything changed.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from raypg.core.facts import Facts
@@ -14,8 +14,8 @@ from raypg.core.facts_building import build, seeds
 
 __all__ = ["Fetch", "digest", "load"]
 
-Fetch = Callable[..., Awaitable[Sequence[Mapping[str, Any]]]]
-"""``fetch(query, *args)``, as asyncpg's."""
+Fetch = Callable[..., Awaitable[Sequence[Any]]]
+"""``fetch(query, *args)``, as asyncpg's and the pool's; rows by column name."""
 
 # 16384 is the lowest oid that is not the system's own (FirstNormalObjectId).
 

@@ -1,0 +1,92 @@
+"""What a router's process knows of the database's catalogue, kept up to date while it is used."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+import asyncpg
+
+from raypg.core.classifier import Classification, Classifier
+from raypg.errors import UnavailableError
+
+if TYPE_CHECKING:
+    from raypg.pool import WorkflowConnectionPool
+
+__all__ = ["CatalogueCopy"]
+
+logger = logging.getLogger(__name__)
+
+LOOK_EVERY = 10.0
+"""Seconds after which somebody else's change of the catalogue is noticed."""
+
+
+class CatalogueCopy:
+    """Verdicts on the statements for one pool's database.
+
+    The catalogue is read, through the pool, when the first statement is to be classified, again after DDL that went
+    through here, and when it has changed otherwise: that is looked for every ``LOOK_EVERY`` seconds while statements
+    come, beside them. Meanwhile a verdict may be old: a replica refuses to write, and what it refuses goes to the
+    primary.
+    """
+
+    def __init__(self) -> None:
+        self.classifier = Classifier()
+        self._digest = ""
+        self._is_due = True
+        self._looked_at = 0.0
+        self._looking: asyncio.Task[None] | None = None
+
+    async def classify(self, pool: WorkflowConnectionPool, sql: str) -> Classification:
+        """The verdict on *sql*.
+
+        Raises:
+            UnavailableError: the database cannot be asked, and what is known will not do.
+        """
+        if self._is_due:
+            await asyncio.shield(self._look(pool))
+        elif asyncio.get_running_loop().time() - self._looked_at > LOOK_EVERY:
+            self._look(pool)
+        return self.classifier.classify(sql)
+
+    def known(self, sql: str) -> Classification | None:
+        """The verdict on *sql*, if nothing has to be asked for it."""
+        if self._is_due or asyncio.get_running_loop().time() - self._looked_at > LOOK_EVERY:
+            return None
+        return self.classifier.classify(sql)
+
+    def changed(self) -> None:
+        """The catalogue has changed, or may have: the next verdict waits for it to be read."""
+        self._is_due = True
+
+    def _look(self, pool: WorkflowConnectionPool) -> asyncio.Task[None]:
+        loop = asyncio.get_running_loop()
+        if self._looking is None or self._looking.done() or self._looking.get_loop() is not loop:
+            self._is_due = False
+            self._looked_at = loop.time()
+            self._looking = loop.create_task(self._refresh(pool))
+            self._looking.add_done_callback(_retrieved)
+        return self._looking
+
+    async def _refresh(self, pool: WorkflowConnectionPool) -> None:
+        from raypg.server import facts_reader  # not for those who only use a pool
+
+        try:
+            digest = await facts_reader.digest(pool.fetch)
+            if digest != self._digest:
+                self.classifier.update(await facts_reader.load(pool.fetch))
+                self._digest = digest
+        except UnavailableError:
+            self._is_due = self._is_due or not self._digest
+            raise
+        except asyncpg.PostgresError as error:
+            # Without it nothing is proven, and all goes to the primary.
+            logger.warning(
+                "the catalogue cannot be read, so reads that name tables are not sent to replicas: %s", error
+            )
+
+
+def _retrieved(task: asyncio.Task[None]) -> None:
+    if not task.cancelled():
+        task.exception()  # whoever waited for it was told
