@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ipaddress
+import os
 import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -23,8 +25,14 @@ ActorEnded = (ActorDiedError, ActorUnschedulableError)
 
 
 def kv_put(key: str, value: bytes) -> None:
-    """Store *value* in Ray's cluster-wide key-value store; it outlives every actor. Never put a secret there."""
+    """Store *value* in Ray's cluster-wide key-value store; it outlives every actor. Never put a secret of a database
+    there."""
     internal_kv._internal_kv_put(key.encode(), value, overwrite=True, namespace=_KV_NAMESPACE)
+
+
+def kv_put_new(key: str, value: bytes) -> bool:
+    """Store *value* unless there is one under *key* already; whether it was stored. Of several, one succeeds."""
+    return not internal_kv._internal_kv_put(key.encode(), value, overwrite=False, namespace=_KV_NAMESPACE)
 
 
 def kv_get(key: str) -> bytes | None:
@@ -42,6 +50,21 @@ def kv_keys(prefix: str) -> list[str]:
 def kv_delete(key: str) -> None:
     """Remove *key*; not an error if it is not there."""
     internal_kv._internal_kv_del(key.encode(), namespace=_KV_NAMESPACE)
+
+
+def serve_runs() -> bool:
+    """Whether Ray Serve runs in this cluster. It must not be imported to find out: that takes a second."""
+    try:
+        ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+    except ValueError:
+        return False
+    return True
+
+
+def ray_dashboard_url() -> str | None:
+    """Where Ray's own dashboard is, if it runs."""
+    address = internal_kv._internal_kv_get(b"dashboard", namespace=b"dashboard")
+    return f"http://{address.decode()}" if address else None
 
 
 def cluster_id() -> str:
@@ -93,3 +116,16 @@ def nodes(here: str, labels: Mapping[str, str]) -> Nodes:
         frozenset(str(node["NodeID"]) for node in alive),
         tuple(sorted((str(node["NodeID"]) for node in chosen), key=lambda node: (node != here, node))),
     )
+
+
+async def serve_is_on_loopback() -> bool:
+    """Whether Serve's HTTP port can be reached from its own machine only. If that cannot be found out, it counts as
+    reachable."""
+    if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "0") not in ("", "0"):
+        return False  # it listens on all interfaces, whatever the host is
+    try:
+        controller: Any = ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+        options = await controller.get_http_config.remote()
+        return options.host == "localhost" or ipaddress.ip_address(options.host).is_loopback
+    except Exception:
+        return False
