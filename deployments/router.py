@@ -22,7 +22,6 @@ from starlette.responses import JSONResponse, Response
 
 from raypg import _compat, access_token
 from raypg.core.classifier import Classification
-from raypg.json_values import plain
 from raypg.core.seen import WROTE
 from raypg.errors import (
     CircuitBreakerError,
@@ -35,6 +34,7 @@ from raypg.errors import (
     StatementNotAllowedError,
     UnavailableError,
 )
+from raypg.json_values import plain
 from raypg.router import QueryRouterNode
 
 __all__ = ["QueryRequest", "Router", "RouterArgs", "build"]
@@ -134,18 +134,16 @@ _OPENAPI: dict[str, Any] = {
     },
 }
 
-app = FastAPI(title="raypg router", description="SQL over HTTP.", redoc_url=None)
 
-
-def _schema() -> dict[str, Any]:
-    if app.openapi_schema is None:
-        found = FastAPI.openapi(app)
+class _App(FastAPI):
+    def openapi(self) -> dict[str, Any]:
+        """The description of the interface, with the way to send the token."""
+        found = super().openapi()
         found.setdefault("components", {})["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
-        app.openapi_schema = found
-    return app.openapi_schema
+        return found
 
 
-app.openapi = _schema  # type: ignore[method-assign]
+app = _App(title="raypg router", description="SQL over HTTP.", redoc_url=None)
 
 
 class _ProblemError(Exception):

@@ -11,7 +11,7 @@ import os
 import re
 import time
 import types
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -29,10 +29,18 @@ from raypg.embedded import EmbeddedServer
 GUIDE = Path(__file__).parent / "guide"
 
 
-async def run(name: str, **supplied: Any) -> dict[str, Any]:
-    """Run a block with top-level ``await``, as a notebook does; returns its names."""
+async def run(name: str, replaced: Mapping[str, str] | None = None, **supplied: Any) -> dict[str, Any]:
+    """Run a block with top-level ``await``, as a notebook does; returns its names.
+
+    Args:
+        replaced: what is to stand in the place of what only its author has, such as the name of a host.
+    """
     path = GUIDE / f"{name}.py"
-    code = compile(path.read_text(), str(path), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    text = path.read_text()
+    for theirs, ours in (replaced or {}).items():
+        assert theirs in text
+        text = text.replace(theirs, ours)
+    code = compile(text, str(path), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
     namespace: dict[str, Any] = {"__name__": "__main__", **supplied}
     result = eval(code, namespace)
     if inspect.isawaitable(result):
@@ -272,6 +280,42 @@ async def test_advanced_patterns(database: asyncpg.Connection, main_pool: Workfl
     order = [step.statement.split()[0] for step in await names["pipeline"].explain()]
     assert order == ["SELECT", "SELECT", "INSERT", "UPDATE"]
     await names["pipeline"].close()
+
+
+async def test_production(ray_cluster: Any, pg18: EmbeddedServer, direct: asyncpg.Connection) -> None:
+    """The complete example; but for its host, and the dashboard, which has tests of its own."""
+    await direct.execute("create role app_user login password 'secure_password'")
+    await direct.execute("create database main_db owner app_user")
+    mine = {"user": "app_user", "password": "secure_password", "database": "main_db"}
+    database = await asyncpg.connect(**(pg18.parameters | mine))
+    await database.execute(
+        "create table events (id int, type text, data text); create table users (name text, active boolean);"
+        "insert into users values ('ann', true), ('bob', false)"
+    )
+    records = [types.SimpleNamespace(id=number, type="a", data="b") for number in range(500)]
+    try:
+        names = await run(
+            "19_production",
+            {
+                "db.production.internal": "127.0.0.1",
+                "5432": str(pg18.port),
+                'await pool.process({"operation": "start_monitoring"})\n': "",
+            },
+            bulk_data=records,
+            logger=logging.getLogger("guide"),
+            CircuitBreakerError=raypg.CircuitBreakerError,
+        )
+        assert names["result"]["success"]
+        assert names["result"]["data"] == [{"name": "ann", "active": True}]
+        assert names["result"]["routing_metadata"]["query_type"] == "read_simple"
+        assert await database.fetchval("select count(*) from events") == 500
+        assert names["router"].cache_size == 1000
+        await names["pipeline"].close()
+        await names["pool"].close()
+    finally:
+        await database.close()
+        await direct.execute("drop database main_db with (force)")
+        await direct.execute("drop role app_user")
 
 
 def test_all_names_that_the_guide_imports_are_there() -> None:
