@@ -115,7 +115,7 @@ def judge(text: Mentions, facts: Facts) -> Judgement:
     if facts.distrust:
         return Judgement("UNKNOWN", facts.distrust)
     steady = text.steady
-    for schema, name in text.functions:
+    for schema, name in sorted(text.functions):  # the same reason every time
         trouble, constant = facts.call(schema, name)
         if trouble:
             return Judgement(trouble.kind, trouble.reason)
@@ -134,9 +134,9 @@ def judge(text: Mentions, facts: Facts) -> Judgement:
     for tainted, names in ((facts.operators, text.operators), (facts.types, text.types | called)):
         if tainted and (common := names & tainted.keys()):
             return Judgement(*tainted[min(common)])
-    for name in text.attributes & functions.FORBIDDEN:
+    for name in sorted(text.attributes & functions.FORBIDDEN):
         return Judgement("WRITE", f"a field {name} may be a call of the function")
-    for name in text.attributes:
+    for name in sorted(text.attributes):
         for function in facts.functions.get(name, ()):
             if function.trouble:  # a.name may be name(a)
                 return Judgement(function.trouble.kind, function.trouble.reason)

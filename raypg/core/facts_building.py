@@ -98,12 +98,16 @@ def build(rows: Mapping[str, Iterable[Mapping[str, Any]]], tainted: Mapping[str,
     """The facts in these rows.
 
     Args:
-        rows: ``builtin``, ``relations``, ``functions``, ``operators``, ``casts``, ``domains``, ``classes``; see
-            :mod:`raypg.server.facts_reader`.
+        rows: ``settings``, ``builtin``, ``relations``, ``functions``, ``operators``, ``casts``, ``domains``,
+            ``classes``; see :mod:`raypg.server.facts_reader`.
         tainted: of earlier rounds, for each type that is not harmless, what it is part of: ``(types, relations)`` by
             name. :func:`seeds` says for which types it is wanted.
     """
     facts = Facts(builtin={row["name"]: row["immutable"] for row in rows["builtin"]})
+    for row in rows["settings"]:
+        if row["strings"] != "on":
+            # Then a backslash may hide the end of a string from us: 'a\\', nextval('s') --'
+            facts.distrust = "standard_conforming_strings is off, so texts mean something else to the server"
     relations = [_relation_item(row) for row in rows["relations"]]
     called = [_function_item(row) for row in rows["functions"]]
     operators, types = _operator_items(rows), _type_items(rows)
@@ -261,8 +265,9 @@ def _type_items(rows: Mapping[str, Iterable[Mapping[str, Any]]]) -> list[_Item]:
     """Types, by what runs when their values are cast, checked or compared. One with a schema concerns all texts."""
     found = []
     for row in rows["casts"]:
-        # Between types of the system: an implicit one happens anywhere, an explicit one names its target.
-        everywhere = not row["type"] and row["context"] == "i"
+        # Between types of the system: an implicit one happens anywhere, one by assignment in any function, an explicit
+        # one names its target.
+        everywhere = not row["type"] and row["context"] != "e"
         item = _Item("any" if everywhere else "", row["type"] or row["target"])
         item.calls = [(row["schema"], row["function"])]
         found.append(item)

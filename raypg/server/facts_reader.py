@@ -19,6 +19,8 @@ Fetch = Callable[..., Awaitable[Sequence[Any]]]
 
 # 16384 is the lowest oid that is not the system's own (FirstNormalObjectId).
 
+_SETTINGS = "SELECT current_setting('standard_conforming_strings') AS strings"
+
 _BUILTIN = """
 SELECT proname::text AS name, bool_and(provolatile = 'i' AND prokind <> 'p') AS immutable
 FROM pg_catalog.pg_proc
@@ -144,11 +146,13 @@ SELECT ARRAY[
     (SELECT sum(hashtextextended(xmin::text || oid, 0)) FROM pg_catalog.pg_amproc WHERE oid >= 16384),
     (SELECT sum(hashtextextended(xmin::text || inhrelid, 0)) FROM pg_catalog.pg_inherits),
     (SELECT sum(hashtextextended(xmin::text || oid, 0)) FROM pg_catalog.pg_namespace
-     WHERE oid >= 16384 AND nspname !~ '^pg_')
+     WHERE oid >= 16384 AND nspname !~ '^pg_'),
+    (SELECT hashtextextended(current_setting('standard_conforming_strings'), 0))
 ]::text AS digest
 """
 
 _QUERIES = {
+    "settings": _SETTINGS,
     "builtin": _BUILTIN,
     "relations": _RELATIONS,
     "functions": _FUNCTIONS,
@@ -160,7 +164,7 @@ _QUERIES = {
 
 
 async def load(fetch: Fetch) -> Facts:
-    """Read everything: seven queries, and one more where a type is not harmless.
+    """Read everything: eight queries, and one more where a type is not harmless.
 
     Raises:
         asyncpg.PostgresError, UnavailableError: what *fetch* raises.

@@ -31,7 +31,7 @@ def function(name: str, source: str, language: str = "sql", **changes: Any) -> d
 
 def facts(tainted: dict[str, Any] | None = None, **rows: list[dict[str, Any]]) -> Facts:
     empty: dict[str, list[dict[str, Any]]] = {
-        kind: [] for kind in ("relations", "functions", "operators", "casts", "domains", "classes")
+        kind: [] for kind in ("settings", "relations", "functions", "operators", "casts", "domains", "classes")
     }
     builtin = [{"name": name, "immutable": immutable} for name, immutable in BUILTIN.items()]
     return build(empty | {"builtin": builtin} | rows, tainted)
@@ -178,9 +178,16 @@ def test_where_anything_may_write_nothing_is_a_read() -> None:
     assert kind("select case 1 when 2 then 3 end", functions=[writer], operators=[equals]) == "UNKNOWN"
     cast = {"schema": "public", "function": "writer", "context": "i", "target": "int4", "type": None}
     assert kind("select '1'", functions=[writer], casts=[cast]) == "UNKNOWN"
+    assert kind("select '1'", functions=[writer], casts=[cast | {"context": "a"}]) == "UNKNOWN"
     explicit = cast | {"context": "e"}
     assert kind("select '1'", functions=[writer], casts=[explicit]) == "READ"
     assert kind("select x::int4", functions=[writer], casts=[explicit]) == "WRITE"
+
+
+def test_where_strings_end_elsewhere_for_the_server_nothing_is_a_read() -> None:
+    assert kind("select 'a\\'', nextval('s') --'", settings=[{"strings": "on"}]) == "UNKNOWN"
+    assert kind("select 1", settings=[{"strings": "on"}]) == "READ"
+    assert kind("select 'a\\'", settings=[{"strings": "off"}]) == "UNKNOWN"
 
 
 @pytest.mark.parametrize("name", sorted((functions.FORBIDDEN | functions.LOCAL) - {"currtid2", "ts_rewrite"}))
