@@ -4,14 +4,15 @@
 connection to the database: each statement goes to a worker of the pool.
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations` here: Serve ships the app by value, before this module is complete, and FastAPI
+# looks at the annotations of its routes only in the replica, where it would not find what their texts name.
 
 import asyncio
 import ipaddress
 import json
 import logging
 import time
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -72,7 +73,7 @@ class RouterArgs(BaseModel):
     session_timeout: float = Field(60.0, gt=0, description="seconds after which an idle transaction is rolled back")
 
     @model_validator(mode="after")
-    def _transactions_live_in_one_replica(self) -> RouterArgs:
+    def _transactions_live_in_one_replica(self) -> Self:
         if self.num_replicas > 1 and "TRANSACTION" in self.statements:
             raise ValueError("statements: TRANSACTION needs num_replicas=1, since a transaction lives in one replica")
         return self
