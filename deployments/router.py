@@ -4,8 +4,8 @@
 connection to the database: each statement goes to a worker of the pool.
 """
 
-# No `from __future__ import annotations` here: Serve ships the app by value, before this module is complete, and FastAPI
-# looks at the annotations of its routes only in the replica, where it would not find what their texts name.
+# No `from __future__ import annotations` here: Serve ships the app by value, before this module is complete, and
+# FastAPI looks at the annotations of its routes only in the replica, where it would not find what their texts name.
 
 import asyncio
 import ipaddress
