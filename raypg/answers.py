@@ -56,8 +56,11 @@ async def answer_to(
     except (QueryTimeoutError, OutcomeUnknownError, StatementNotAllowedError, TransactionRolledBackError) as error:
         answer |= _failure(error)
     else:
-        answer["data"] = _data(query, rows, status, fetch_mode)
-        answer["rows_affected"] = _affected(status)
+        affected = answer["rows_affected"] = _affected(status)
+        if fetch_mode == "all" and rows:
+            answer["data"] = [dict(row.items()) for row in rows]
+        else:
+            answer["data"] = _data(query, rows, affected, fetch_mode)
     answer["execution_time_ms"] = (time.perf_counter() - started) * 1000
     return answer
 
@@ -80,8 +83,7 @@ def rows_with(names: tuple[str, ...] | None, plain: Sequence[tuple[Any, ...]] | 
     return list(map(row_type(names or ()), plain)) if plain else []
 
 
-def _data(query: str, rows: Sequence[Row], status: str, fetch_mode: str) -> Any:
-    affected = _affected(status)
+def _data(query: str, rows: Sequence[Row], affected: int | None, fetch_mode: str) -> Any:
     if not rows and affected is not None and not classify(query).returning:
         return [{"rows_affected": affected}]
     if fetch_mode == "one":
@@ -91,10 +93,12 @@ def _data(query: str, rows: Sequence[Row], status: str, fetch_mode: str) -> Any:
 
 def _affected(status: str) -> int | None:
     """The count in the command tag of a statement that changes rows (``INSERT 0 3``, ``UPDATE 2``)."""
+    if status.startswith("SELECT"):
+        return None
     command, _, count = status.rpartition(" ")
     if count.isdigit() and command.split(" ")[0] in ("INSERT", "UPDATE", "DELETE", "MERGE", "COPY"):
         return int(count)
-    return None if status.startswith(("SELECT", "FETCH", "SHOW", "VALUES", "EXPLAIN")) else 0
+    return None if status.startswith(("FETCH", "SHOW", "VALUES", "EXPLAIN")) else 0
 
 
 def _failure(error: Exception) -> dict[str, Any]:

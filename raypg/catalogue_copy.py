@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from typing import TYPE_CHECKING
 
 import asyncpg
@@ -46,13 +47,13 @@ class CatalogueCopy:
         """
         if self._is_due:
             await asyncio.shield(self._look(pool))
-        elif asyncio.get_running_loop().time() - self._looked_at > LOOK_EVERY:
+        elif time.monotonic() - self._looked_at > LOOK_EVERY:
             self._look(pool)
         return self.classifier.classify(sql)
 
     def known(self, sql: str) -> Classification | None:
         """The verdict on *sql*, if nothing has to be asked for it."""
-        if self._is_due or asyncio.get_running_loop().time() - self._looked_at > LOOK_EVERY:
+        if self._is_due or time.monotonic() - self._looked_at > LOOK_EVERY:
             return None
         return self.classifier.classify(sql)
 
@@ -64,7 +65,7 @@ class CatalogueCopy:
         loop = asyncio.get_running_loop()
         if self._looking is None or self._looking.done() or self._looking.get_loop() is not loop:
             self._is_due = False
-            self._looked_at = loop.time()
+            self._looked_at = time.monotonic()
             self._looking = loop.create_task(self._refresh(pool))
             self._looking.add_done_callback(_retrieved)
         return self._looking

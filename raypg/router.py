@@ -25,10 +25,9 @@ from raypg.row import Row
 
 __all__ = ["QueryRouterNode"]
 
-_KEYS = (
-    *("query", "params", "parameters", "operation", "session_id", "max_staleness", "after", "timeout", "settings"),
-    "fetch_mode",
-)
+_KEYS = frozenset(
+    ("query", "params", "parameters", "operation", "session_id", "max_staleness", "after", "timeout", "settings")
+) | {"fetch_mode"}
 _HISTORY = 100
 _MISSING = (
     asyncpg.UndefinedTableError,
@@ -106,6 +105,8 @@ class QueryRouterNode:
         self._catalogue = CatalogueCopy()
         self._sessions = Sessions(max_sessions)
         self._counts: Counter[str] = Counter()
+        self._by_type: Counter[str] = Counter()
+        self._by_target: Counter[str] = Counter()
         self._routing_seconds = 0.0
         self._recent: deque[tuple[str, str, str | None, str]] = deque(maxlen=_HISTORY)
 
@@ -151,7 +152,7 @@ class QueryRouterNode:
         ``replica_refusals``: reads that a replica would not run), ``cache_stats``, ``sessions``,
         ``active_transactions``, ``routing_history``."""
         counts = self._counts
-        routed = counts["routed"]
+        routed = self._by_target.total()
         recent = [
             {"query_type": kind, "target": target, "replica": replica, "reason": reason}
             for kind, target, replica, reason in self._recent
@@ -163,8 +164,8 @@ class QueryRouterNode:
                 "cache_misses": 0,
                 "routing_errors": counts["errors"],
                 "avg_routing_time_ms": self._routing_seconds * 1000 / routed if routed else float("nan"),
-                "by_query_type": _those_of(counts, "type "),
-                "by_target": _those_of(counts, "target "),
+                "by_query_type": dict(self._by_type),
+                "by_target": dict(self._by_target),
                 "replica_refusals": counts["refusals"],
             },
             "cache_stats": {
@@ -220,12 +221,12 @@ class QueryRouterNode:
         session = self._sessions.find(given.get("session_id"))
         if given.get("after") is not None:
             session.seen.saw(session.seen.reads(), session.seen.token.joined(Token.parse(given["after"])))
-        staleness = given.get("max_staleness", self.max_staleness)
-        where_of("replica", staleness, None)
         arguments = arguments_of(given.get("params", given.get("parameters")))
         settings = given.get("settings")
         pool = self._handle()
-        dispatcher = await pool._dispatcher()
+        dispatcher = pool._known
+        if dispatcher is None or not dispatcher.is_here():
+            dispatcher = await pool._dispatcher()
 
         started = time.perf_counter()
         verdict = self._catalogue.known(query) or await self._catalogue.classify(pool, query)
@@ -233,32 +234,32 @@ class QueryRouterNode:
         is_change = verdict.kind == "TRANSACTION" and verdict.statements == 1 and verdict.command not in _PREPARED
         if settings and (lease is not None or is_change):
             raise ConfigError("settings are for a statement outside of a transaction: inside, use SET LOCAL")
-        elsewhere = (
-            verdict.kind == "READ"
-            and lease is None
-            and self.enable_read_write_split
-            and bool(dispatcher.config.replicas)
-        )
+        has_replicas = bool(dispatcher.config.replicas)
+        elsewhere = has_replicas and self.enable_read_write_split and lease is None and verdict.kind == "READ"
         routing = time.perf_counter() - started
 
-        who = Served("primary", None, False, Token())
+        who = _PRIMARY
         checked = checked_settings(settings) if settings else None
 
-        async def run() -> tuple[list[Row], str]:
+        async def on_a_replica() -> tuple[list[Row], str]:
             nonlocal who
-            if elsewhere:
-                begun = session.seen.reads()
-                where = where_of("replica", staleness, begun[0])
-                assert where is not None
-                try:
-                    (plain, status), names, who = await dispatcher.read(
-                        messages.BOTH, query, arguments, timeout, checked, where
-                    )
-                except _MISSING:
-                    (plain, status), names = await dispatcher.run(messages.BOTH, query, arguments, timeout, checked)
-                    self._sessions.wrote(session)
-                else:
-                    session.seen.saw(begun, who.token)
+            begun = session.seen.reads()
+            where = where_of("replica", given.get("max_staleness", self.max_staleness), begun[0])
+            assert where is not None
+            try:
+                (plain, status), names, who = await dispatcher.read(
+                    messages.BOTH, query, arguments, timeout, checked, where
+                )
+            except _MISSING:
+                (plain, status), names = await dispatcher.run(messages.BOTH, query, arguments, timeout, checked)
+                self._sessions.wrote(session)
+            else:
+                session.seen.saw(begun, who.token)
+            return rows_with(names, plain), status
+
+        async def on_the_primary() -> tuple[list[Row], str]:
+            if verdict.kind == "READ" and lease is None and not has_replicas:  # what it sees, all see
+                (plain, status), names = await dispatcher.run(messages.BOTH, query, arguments, timeout, checked)
                 return rows_with(names, plain), status
             try:
                 if is_change:
@@ -275,6 +276,7 @@ class QueryRouterNode:
                     session.has_ddl = False
                     self._catalogue.changed()
 
+        run = on_a_replica if elsewhere else on_the_primary
         answer = await answer_to(query, given.get("fetch_mode", "all"), run)
         if who.refused:
             self._counts["refusals"] += 1
@@ -295,23 +297,18 @@ class QueryRouterNode:
         return answer
 
     def _note(self, verdict: Classification, who: Served, seconds: float) -> None:
-        counts = self._counts
-        counts["routed"] += 1
-        counts["type " + verdict.query_type] += 1
-        counts["target " + who.target] += 1
+        self._by_type[verdict.query_type] += 1
+        self._by_target[who.target] += 1
         self._routing_seconds += seconds
         self._recent.append((verdict.query_type, who.target, who.replica, verdict.reason))
 
 
 _PREPARED = ("COMMIT PREPARED", "ROLLBACK PREPARED")
+_PRIMARY = Served("primary", None, False, Token())
 
 
 def _make(name: str, pool: Any, settings: dict[str, Any]) -> QueryRouterNode:
     return QueryRouterNode(name, pool, **settings)
-
-
-def _those_of(counts: Counter[str], prefix: str) -> dict[str, int]:
-    return {key.removeprefix(prefix): count for key, count in counts.items() if key.startswith(prefix)}
 
 
 def _checked(request: object) -> Mapping[str, Any]:
@@ -323,9 +320,9 @@ def _checked(request: object) -> Mapping[str, Any]:
     """
     if not isinstance(request, Mapping):
         raise ConfigError(f"process() takes a dict with the key 'query', not {type(request).__name__}")
-    for key in request:
-        if key not in _KEYS:
-            raise ConfigError(f"unknown key {key!r}{did_you_mean(str(key), _KEYS)}")
+    if not request.keys() <= _KEYS:
+        key = next(key for key in request if key not in _KEYS)
+        raise ConfigError(f"unknown key {key!r}{did_you_mean(str(key), _KEYS)}")
     operation = request.get("operation", "execute")
     if operation != "execute":
         raise ConfigError(f"operation={operation!r}: a router knows only 'execute'")
@@ -335,4 +332,6 @@ def _checked(request: object) -> Mapping[str, Any]:
         raise ConfigError("give params or parameters, not both: they mean the same")
     check_statement(request["query"])
     check_timeout(request.get("timeout"))
+    if "max_staleness" in request:
+        where_of("replica", request["max_staleness"], None)
     return request
