@@ -369,6 +369,20 @@ def _unpickle(name: str) -> WorkflowConnectionPool:
     return WorkflowConnectionPool._attach(name)
 
 
+def check_pool(given: object) -> None:
+    """Refuse what is neither the name of a pool nor a handle.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if isinstance(given, str):
+        if not given:
+            raise ConfigError("connection_pool: give the name of a pool, or a handle")
+        check_pool_name(given)
+    elif not isinstance(given, WorkflowConnectionPool):
+        raise ConfigError(f"connection_pool: a pool's name or handle, not {type(given).__name__}")
+
+
 def get_pool(name: str) -> WorkflowConnectionPool:
     """A handle of the running pool *name*, whichever job started it.
 

@@ -17,8 +17,7 @@ from raypg.core.classifier import Classification
 from raypg.core.nearest import did_you_mean
 from raypg.core.seen import Token
 from raypg.errors import ConfigError, RaypgError
-from raypg.naming import check_pool_name
-from raypg.pool import WorkflowConnectionPool, get_pool
+from raypg.pool import WorkflowConnectionPool, check_pool, get_pool
 from raypg.reading import Served, where_of
 from raypg.router_sessions import Sessions
 from raypg.row import Row
@@ -74,12 +73,7 @@ class QueryRouterNode:
     ) -> None:
         if not isinstance(name, str) or not name:
             raise ConfigError(f"name={name!r}: must be a string that is not empty")
-        if isinstance(connection_pool, str):
-            if not connection_pool:
-                raise ConfigError("connection_pool: give the name of a pool, or a handle")
-            check_pool_name(connection_pool)
-        elif not isinstance(connection_pool, WorkflowConnectionPool):
-            raise ConfigError(f"connection_pool: a pool's name or handle, not {type(connection_pool).__name__}")
+        check_pool(connection_pool)
         for key, switch in (
             ("enable_read_write_split", enable_read_write_split),
             ("pattern_learning", pattern_learning),
