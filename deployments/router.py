@@ -52,6 +52,10 @@ FORWARDED = frozenset({"forwarded", "via", "x-forwarded-for", "x-forwarded-host"
 """Headers by which reverse proxies are known: who asks them is not on this machine."""
 
 
+OPAQUE = frozenset({"DO", "COPY"})
+"""Statements that may do anything: run code that is not looked into, or programs and files of the server."""
+
+
 class RouterArgs(BaseModel):
     """What ``serve run`` and :file:`serve.yaml` may set."""
 
@@ -61,7 +65,7 @@ class RouterArgs(BaseModel):
     statements: tuple[Kind, ...] = Field(
         ("READ", "WRITE"),
         description="kinds of statements that are run; UNKNOWN has all that cannot be classified, such as calls of "
-        "functions that are not known",
+        "functions that are not known, and DO and COPY",
     )
     num_replicas: int = Field(1, ge=1, description="replicas; a transaction lives in one, so more allow none")
     max_ongoing_requests: int = Field(100, ge=1, description="statements that a replica has under way at a time")
@@ -267,13 +271,14 @@ class Router:
             raise _ProblemError(400, "BadRequest", "the body is too deeply nested") from None
 
     def _check_kind(self, verdict: Classification) -> None:
-        if verdict.kind in self._args.statements:
+        kind = "UNKNOWN" if verdict.command in OPAQUE else verdict.kind
+        if kind in self._args.statements:
             return
         why = f": {verdict.reason}" if verdict.reason else ""
         raise _ProblemError(
             403,
             "StatementNotAllowedError",
-            f"statements of kind {verdict.kind} are not run here ({', '.join(self._args.statements)} are){why}",
+            f"statements of kind {kind} are not run here ({', '.join(self._args.statements)} are){why}",
         )
 
     async def _run(self, asked: QueryRequest) -> Response:

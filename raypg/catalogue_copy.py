@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import asyncpg
 
 from raypg.core.classifier import Classification, Classifier
-from raypg.errors import UnavailableError
 
 if TYPE_CHECKING:
     from raypg.pool import WorkflowConnectionPool
@@ -35,7 +34,8 @@ class CatalogueCopy:
     def __init__(self) -> None:
         self.classifier = Classifier()
         self._digest = ""
-        self._is_due = True
+        self._wanted = 1  # number of the change of which verdicts must know
+        self._had = 0  # and of the last one that they do know of
         self._looked_at = 0.0
         self._looking: asyncio.Task[None] | None = None
 
@@ -45,26 +45,25 @@ class CatalogueCopy:
         Raises:
             UnavailableError: the database cannot be asked, and what is known will not do.
         """
-        if self._is_due:
+        while self._had < self._wanted:
             await asyncio.shield(self._look(pool))
-        elif time.monotonic() - self._looked_at > LOOK_EVERY:
+        if time.monotonic() - self._looked_at > LOOK_EVERY:
             self._look(pool)
         return self.classifier.classify(sql)
 
     def known(self, sql: str) -> Classification | None:
         """The verdict on *sql*, if nothing has to be asked for it."""
-        if self._is_due or time.monotonic() - self._looked_at > LOOK_EVERY:
+        if self._had < self._wanted or time.monotonic() - self._looked_at > LOOK_EVERY:
             return None
         return self.classifier.classify(sql)
 
     def changed(self) -> None:
         """The catalogue has changed, or may have: the next verdict waits for it to be read."""
-        self._is_due = True
+        self._wanted += 1
 
     def _look(self, pool: WorkflowConnectionPool) -> asyncio.Task[None]:
         loop = asyncio.get_running_loop()
         if self._looking is None or self._looking.done() or self._looking.get_loop() is not loop:
-            self._is_due = False
             self._looked_at = time.monotonic()
             self._looking = loop.create_task(self._refresh(pool))
             self._looking.add_done_callback(_retrieved)
@@ -73,19 +72,18 @@ class CatalogueCopy:
     async def _refresh(self, pool: WorkflowConnectionPool) -> None:
         from raypg.server import facts_reader  # not for those who only use a pool
 
+        wanted = self._wanted
         try:
             digest = await facts_reader.digest(pool.fetch)
             if digest != self._digest:
                 self.classifier.update(await facts_reader.load(pool.fetch))
                 self._digest = digest
-        except UnavailableError:
-            self._is_due = self._is_due or not self._digest
-            raise
         except asyncpg.PostgresError as error:
             # Without it nothing is proven, and all goes to the primary.
             logger.warning(
                 "the catalogue cannot be read, so reads that name tables are not sent to replicas: %s", error
             )
+        self._had = wanted
 
 
 def _retrieved(task: asyncio.Task[None]) -> None:
