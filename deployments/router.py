@@ -4,8 +4,9 @@
 connection to the database: each statement goes to a worker of the pool.
 """
 
-# No `from __future__ import annotations` here: Serve ships the app by value, before this module is complete, and
-# FastAPI looks at the annotations of its routes only in the replica, where it would not find what their texts name.
+# Serve ships the app, and with it the functions of its routes, by value, and before this module is complete. So they use
+# nothing but `self`; and there is no `from __future__ import annotations` here: FastAPI looks at their annotations only
+# in the replica, where it would not find what such texts name.
 
 import asyncio
 import ipaddress
@@ -193,6 +194,14 @@ class Router:
 
     @app.post("/query", openapi_extra=_OPENAPI, description=_DESCRIPTION, summary="Run a statement")
     async def query(self, request: Request) -> Response:
+        return await self.answer(request)
+
+    @app.get("/healthz", summary="Whether this replica answers")
+    async def healthz(self) -> dict[str, str]:
+        return {"status": "ok"}
+
+    async def answer(self, request: Request) -> Response:
+        """What becomes of ``POST /query``."""
         try:
             await self._let_in(request)
             asked = await self._read(request)
@@ -214,10 +223,6 @@ class Router:
         except RaypgError as error:
             logger.exception("router: internal error")
             return _problem(500, type(error).__name__, str(error))
-
-    @app.get("/healthz", summary="Whether this replica answers")
-    async def healthz(self) -> dict[str, str]:
-        return {"status": "ok"}
 
     # --- inside ---
 
