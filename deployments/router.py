@@ -4,7 +4,7 @@
 connection to the database: each statement goes to a worker of the pool.
 """
 
-# Serve ships the app, and with it the functions of its routes, by value, and before this module is complete. So they use
+# Serve ships the app, and with it the functions of its routes, by value, before this module is complete. So they use
 # nothing but `self`; and there is no `from __future__ import annotations` here: FastAPI looks at their annotations only
 # in the replica, where it would not find what such texts name.
 
