@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import asyncpg
 
 from raypg.core.classifier import Classification, Classifier
+from raypg.core.facts import NOT_KNOWN
 
 if TYPE_CHECKING:
     from raypg.pool import WorkflowConnectionPool
@@ -21,14 +22,17 @@ logger = logging.getLogger(__name__)
 LOOK_EVERY = 10.0
 """Seconds after which somebody else's change of the catalogue is noticed."""
 
+LOOK_AGAIN = 1.0
+"""Seconds after which it is looked for what is not known: somebody may just have made it."""
+
 
 class CatalogueCopy:
     """Verdicts on the statements for one pool's database.
 
     The catalogue is read, through the pool, when the first statement is to be classified, again after DDL that went
     through here, and when it has changed otherwise: that is looked for every ``LOOK_EVERY`` seconds while statements
-    come, beside them. Meanwhile a verdict may be old: a replica refuses to write, and what it refuses goes to the
-    primary.
+    come, beside them; sooner when a statement names what is not known. Meanwhile a verdict may be old: a replica
+    refuses to write, and what it refuses goes to the primary.
     """
 
     def __init__(self) -> None:
@@ -49,13 +53,18 @@ class CatalogueCopy:
             await asyncio.shield(self._look(pool))
         if time.monotonic() - self._looked_at > LOOK_EVERY:
             self._look(pool)
-        return self.classifier.classify(sql)
+        found = self.classifier.classify(sql)
+        if found.reason.endswith(NOT_KNOWN) and time.monotonic() - self._looked_at > LOOK_AGAIN:
+            await asyncio.shield(self._look(pool))
+            found = self.classifier.classify(sql)
+        return found
 
     def known(self, sql: str) -> Classification | None:
         """The verdict on *sql*, if nothing has to be asked for it."""
         if self._had < self._wanted or time.monotonic() - self._looked_at > LOOK_EVERY:
             return None
-        return self.classifier.classify(sql)
+        found = self.classifier.classify(sql)
+        return None if found.reason.endswith(NOT_KNOWN) else found
 
     def changed(self) -> None:
         """The catalogue has changed, or may have: the next verdict waits for it to be read."""

@@ -13,7 +13,11 @@ from typing import Final, NamedTuple
 from raypg.core import functions
 from raypg.core.mentions import Kind, Mentions, Name
 
-__all__ = ["Facts", "Function", "Judgement", "Relation", "Trouble", "judge"]
+__all__ = ["NOT_KNOWN", "Facts", "Function", "Judgement", "Relation", "Trouble", "judge"]
+
+
+NOT_KNOWN: Final = "is not known"
+"""How the reason ends where the catalogue has nothing of a name: it may just have been made."""
 
 
 class Trouble(NamedTuple):
@@ -85,7 +89,7 @@ class Facts:
         if known:
             return None, steady
         shown = f"{schema}.{name}" if schema else name
-        return Trouble("UNKNOWN", f"function {shown} is not known"), False
+        return Trouble("UNKNOWN", f"function {shown} {NOT_KNOWN}"), False
 
     def relation(self, schema: str, name: str) -> tuple[Relation, ...]:
         """All relations that this may be."""
@@ -124,7 +128,7 @@ def judge(text: Mentions, facts: Facts) -> Judgement:
     for schema, name in text.relations:
         found = facts.relation(schema, name)
         if not found and (schema or name not in text.ctes):
-            return Judgement("UNKNOWN", f"relation {name} is not known")
+            return Judgement("UNKNOWN", f"relation {name} {NOT_KNOWN}")
         for relation in found:
             if relation.trouble:
                 return Judgement(relation.trouble.kind, f"{name}: {relation.trouble.reason}")

@@ -293,6 +293,18 @@ async def test_sessions_are_forgotten_but_for_those_with_a_transaction(pool: Wor
         assert (await answer(router, "commit", session_id="keep"))["success"]
 
 
+async def test_a_table_that_somebody_else_has_made_is_known_soon(
+    router: QueryRouterNode, schema: str, direct: asyncpg.Connection
+) -> None:
+    assert (await router.classify("select 1")).kind == "READ"
+    await direct.execute(f"create table {schema}.new (a int)")
+
+    async def is_known() -> bool:
+        return (await router.classify(f"select a from {schema}.new")).kind == "READ"
+
+    await eventually(is_known, timeout=5)
+
+
 async def test_metrics(pool: WorkflowConnectionPool, table: str) -> None:
     router = QueryRouterNode("counting", pool)
     fresh = await router.get_metrics()
