@@ -21,7 +21,8 @@ from ray.serve.schema import ServeDeploySchema
 from waiting import eventually
 
 from raypg import WorkflowConnectionPool, access_token
-from raypg.deployments.router import RouterArgs, _names_loopback, build
+from raypg.deployments.query_door import _names_loopback
+from raypg.deployments.router import RouterArgs, build
 
 ROOT = Path(__file__).parents[2]
 ALL = ("READ", "WRITE", "DDL", "TRANSACTION", "SESSION", "UNKNOWN")
