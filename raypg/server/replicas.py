@@ -41,6 +41,9 @@ AGAIN = 0.002
 ASKING = 0.001
 """Seconds that asking a server is expected to take: a replica that need not be asked is preferred by so much."""
 
+YOUNGEST = 0.01
+"""Seconds: younger data than this only the primary has for certain, as asking two servers takes some of them."""
+
 DIVIDE_EVERY = 0.1
 """Seconds between two looks at how the worker's share is divided."""
 
@@ -182,6 +185,10 @@ class Replicas:
             for replica in self.members:
                 replica.judge()
 
+    def lags(self) -> dict[str, float]:
+        """Address → seconds that it is behind; NaN if that is not known."""
+        return {replica.standing.address: self.log.lag(replica.standing) for replica in self.members}
+
     def describe(self) -> list[dict[str, Any]]:
         """How each replica stands."""
         return [replica.describe() for replica in self.members]
@@ -198,7 +205,8 @@ class Replicas:
             read.where = where
             read.told(self._outcome)
         refused = hash(reads[0].sql) in self._learnt
-        if refused or self.primary.guard.machine.forced:
+        too_young = where[0] is not None and where[0] < YOUNGEST
+        if refused or too_young or self.primary.guard.machine.forced:
             self._to_primary(reads, token, refused)
             return
         replica = self._choose(where[0], token)
@@ -232,9 +240,8 @@ class Replicas:
                 continue
             extra = 0.0
             if not self._shows(replica, max_staleness, token):
-                behind = self.log.lag(replica.standing, self.primary.now())
-                if known or behind > max(AWAIT, max_staleness or 0.0) + OBSERVE_EVERY[0]:
-                    continue  # too far to be waited for
+                if known or not replica.is_worth_waiting_for:
+                    continue
                 extra = ASKING
             candidates.append((replica, replica.candidate(self._each, extra)))
         return fastest(candidates)
@@ -243,7 +250,7 @@ class Replicas:
         replica.turn = next(self._turns)
         engine = replica.engine
         note = (replica.standing.address, False, token.having_seen(replica.standing.name).plain)
-        now, load = engine.now(), 1 + engine.demand / self._each
+        now, load = engine.now(), 1 + engine.demand / max(1, engine.connections.budget)
         for read in reads:
             read.home, read.replica, read.note, read.sent_at, read.load = engine, replica, note, now, load
             read.tries += 1
@@ -260,17 +267,22 @@ class Replicas:
     async def _settle(self, reads: Sequence[RoutedRead], max_staleness: float | None, token: Token) -> None:
         """Find out which replica shows what is asked for, and wait for it for a moment."""
         replica: Replica | None = None
+        asked: list[Replica] = []
         try:
             async with asyncio.timeout(AWAIT):
                 token = await self._place(max_staleness, token)
                 while (replica := self._choose(max_staleness, token, known=True)) is None:
-                    waited_for = self._choose(max_staleness, token)
-                    if waited_for is None or await waited_for.observer.ask() is None:
+                    asked = [member for member in self.members if member.usable and member.is_worth_waiting_for]
+                    if not asked:
                         break
-                    if not self._shows(waited_for, max_staleness, token):
+                    # Whoever answers first may show it, and it is not known who will.
+                    questions = [asyncio.ensure_future(member.observer.ask()) for member in asked]
+                    await asyncio.wait(questions, return_when=asyncio.FIRST_COMPLETED)
+                    if not any(self._shows(member, max_staleness, token) for member in asked):
                         await asyncio.sleep(AGAIN)
         except TimeoutError:
-            pass
+            for member in asked:
+                member.was_late()
         except Exception:
             logger.exception("pool %s: internal error in a worker", self.primary.config.name)
         finally:
@@ -278,6 +290,8 @@ class Replicas:
             if replica is None:
                 self._to_primary(reads, token)
             else:
+                if asked:
+                    replica.was_in_time()
                 self._send(reads, replica, token)
 
     async def _place(self, max_staleness: float | None, token: Token) -> Token:
@@ -310,6 +324,7 @@ class Replicas:
             return True
         if error is None:
             replica.service.note((now - read.sent_at) / read.load, now)
+            self.primary.figures.replica_reads += 1
             return True
         refused = is_refusal(error)
         if not refused and not may_go_on(error, replica.hangs):
