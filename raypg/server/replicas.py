@@ -12,7 +12,7 @@ import asyncio
 import itertools
 import logging
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Coroutine, Iterable, Iterator, Sequence
 from typing import Any
 
 import asyncpg
@@ -23,7 +23,7 @@ from raypg.core.replicas import PrimaryLog, Role, fastest
 from raypg.core.seen import NOTHING, PRIMARY, Token
 from raypg.errors import ConnectError
 from raypg.messages import Where
-from raypg.portable import PortableError, unpack_error
+from raypg.portable import PortableError, pack_error, unpack_error
 from raypg.server.connect import Connector
 from raypg.server.engine import Engine
 from raypg.server.observer import Observer
@@ -85,7 +85,7 @@ class Replicas:
         self._learnt: OrderedDict[int, None] = OrderedDict()
         self._unsettled = 0
         loop = asyncio.get_running_loop()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[object]] = set()
         self._keepers = [loop.create_task(self._divide_often())]
         self._keepers += [loop.create_task(self._observe(who)) for who in self._observers]
 
@@ -216,9 +216,12 @@ class Replicas:
             self._send(reads, replica, token)
         else:
             self._unsettled += 1
-            task = asyncio.get_running_loop().create_task(self._settle(reads, where[0], token))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._background(self._settle(reads, where[0], token))
+
+    def _background(self, work: Coroutine[Any, Any, object]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _shows(self, replica: Replica, max_staleness: float | None, token: Token) -> bool:
         """Whether it is known that *replica* shows what is asked for."""
@@ -287,7 +290,10 @@ class Replicas:
             logger.exception("pool %s: internal error in a worker", self.primary.config.name)
         finally:
             self._unsettled -= 1
-            if replica is None:
+            if self.primary.closed is not None:
+                for read in reads:
+                    read.fail(pack_error(self.primary.closed))
+            elif replica is None:
                 self._to_primary(reads, token)
             else:
                 if asked:
@@ -309,13 +315,13 @@ class Replicas:
                 raise TimeoutError
             lsn = max(token.lsn, role.lsn) if token.timeline == role.timeline else role.lsn
             return Token(role.timeline, lsn)
-        timeline, lsn = token.timeline or self.log.timeline, token.lsn
+        place = token._replace(seen=())
         for name in token.seen:
             role = await names[name].observer.ask()
             if role is None or names[name].standing.name != name:
                 return await self._place(max_staleness, token.having_seen(PRIMARY))
-            lsn = max(lsn, role.lsn)
-        return Token(timeline, lsn)
+            place = place.joined(Token(role.timeline, role.lsn))
+        return await self._place(max_staleness, place) if place.seen else place
 
     def _outcome(self, read: RoutedRead, error: PortableError | None) -> bool:
         """A read has come to an end on some server; whether that is what its caller is to have."""
@@ -332,6 +338,7 @@ class Replicas:
         if now >= read.deadline or (read.expires_at is not None and now >= read.expires_at):
             self.primary.figures.refused(unpack_error(error))
             return True  # its caller has waited for long enough
+        self._background(replica.observer.ask())  # it may be another one now
         token = NOTHING if read.where[1] is None else Token(*read.where[1])
         read.retried, read.alone = False, True
         if refused:
