@@ -12,7 +12,7 @@ from typing import Any
 
 import asyncpg
 import pytest
-from pools import own_pool
+from pools import backends_of, own_pool, worker_pids
 from standby import ask, caught_up, promote, standby_of
 from waiting import eventually
 
@@ -130,6 +130,26 @@ async def test_a_replica_that_hangs_is_left(read_pool: WorkflowConnectionPool, v
         await eventually(lambda: is_used(read_pool, True), 30)
         await readers.more()
     assert readers.outcomes.keys() == {"ok"}
+
+
+async def test_a_dead_worker_leaves_nothing_on_a_replica(
+    read_pool: WorkflowConnectionPool, standby18: EmbeddedServer
+) -> None:
+    eye = await asyncpg.connect(**standby18.parameters)
+    try:
+        before = {row["application_name"] for row in await backends_of(eye, read_pool.name)}
+        (process,) = (await worker_pids(read_pool.name)).values()
+        os.kill(process, signal.SIGKILL)
+
+        async def replaced() -> bool:
+            now = {row["application_name"] for row in await backends_of(eye, read_pool.name, control=False)}
+            return bool(now) and now.isdisjoint(before)
+
+        await eventually(replaced, 30)
+        await eventually(lambda: is_used(read_pool, True), 20)
+        assert await read_pool.fetchval("select pg_is_in_recovery()", read_from="replica") is True
+    finally:
+        await eye.close()
 
 
 async def backend_pids(server: EmbeddedServer) -> list[int]:
