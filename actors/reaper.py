@@ -34,6 +34,13 @@ SELF_REAPING = 2.0
 ``client_connection_check_interval``. Below a cap of 4 control has no connection of its own. If nobody can lend it one
 for so long it does without; but to ask after connections that must have ended by now, it takes the place of one."""
 
+REPLICA_WITHIN = 3.0
+"""Seconds that a start waits for a replica to be asked: it is not to wait for one that does not answer."""
+
+UNREACHABLE = 30.0
+"""Seconds after which a replica that cannot be reached is taken to have no connections of a dead worker any more: it
+may stay away for long, and what they had of the cap is not to be missed until then."""
+
 AUTHENTICATION_TIMEOUT = 60.0
 """PostgreSQL's default for ``authentication_timeout``, in seconds, until the server has told its own."""
 
@@ -153,7 +160,7 @@ class Reaper:
         total = 0
         for server in range(len(self._controls)):
             try:
-                async with self._looking(server=server) as control:
+                async with asyncio.timeout(REPLICA_WITHIN if server else None), self._looking(server=server) as control:
                     while not (ended := await control.end_orphans(self._prefix, living(), GONE_WITHIN))[1]:
                         pass
             except Exception as error:
@@ -215,13 +222,13 @@ class Reaper:
         return sum([await self._end_on(server, name, wanted, dead) for server in range(len(self._controls))])
 
     async def _end_on(self, server: int, name: str, wanted: Callable[[], bool], dead: bool) -> int:
-        ended, complained = 0, False
+        ended, complained, began = 0, False, time.monotonic()
         while wanted():
             try:
                 async with self._looking(dead, server) as control:
                     more, clear = await control.end_backends(name, GONE_WITHIN)
             except Exception as error:
-                if _is_down(server, error):
+                if _is_down(server, error) or (server and time.monotonic() - began > UNREACHABLE):
                     break
                 # If the server is down, the backends are gone with it: look again soon.
                 if not complained:

@@ -15,6 +15,7 @@ from raypg.errors import ConfigError
 from raypg.lease import LeasedConnection, acquire
 from raypg.metrics_access import ANSWER_WITHIN, snapshots
 from raypg.metrics_status import comprehensive, counters, statistics
+from raypg.replica_status import replicas_of
 from raypg.row import Row
 
 if TYPE_CHECKING:
@@ -183,6 +184,7 @@ class Operations:
             "available_count": _sum(status, "idle"),
             "waiting_count": _sum(status, "waiting"),
             "max_connections": status["max_connections"],
+            "replicas": replicas_of(_figures_of(status)),
             "workers": [
                 {
                     **{key: worker[key] for key in ("index", "node", "budget", "state", "reachable")},

@@ -10,7 +10,7 @@ import math
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, TypedDict
+from typing import Any, Final, NotRequired, TypedDict
 
 from raypg.core.history import History
 from raypg.core.sketch import Sketch
@@ -35,6 +35,7 @@ COUNTERS: Final = (
     "health_checks",
     "health_check_failures",
     "rows",
+    "replica_reads",  # statements that a replica answered
 )
 TIMES: Final = ("execution", "wait", "connect", "use", "fetch", "health_check")
 """What is timed, in seconds; ``execution`` comes by statement, see :class:`Group`."""
@@ -77,6 +78,7 @@ class Delta(TypedDict):
     ``groups``: the fields of :class:`Group`.
     ``age``: seconds since the second look; ``seconds``: between the two. ``times`` as :meth:`Sketch.take` gives them.
     ``floor``: seconds that any fingerprint may have taken beside ``groups``.
+    ``replicas``: address → seconds that a replica is behind, NaN if that is not known.
     """
 
     seq: int
@@ -89,6 +91,7 @@ class Delta(TypedDict):
     errors: dict[tuple[str, str], int]
     recent: list[dict[str, Any]]
     gauges: dict[str, float]
+    replicas: NotRequired[dict[str, float]]
 
 
 @dataclass
@@ -97,6 +100,7 @@ class _Worker:
     heard_at: float
     known: dict[str, int] = field(default_factory=dict)
     gauges: dict[str, float] = field(default_factory=dict)
+    replicas: dict[str, float] = field(default_factory=dict)
     gone: bool = False
 
 
@@ -189,7 +193,7 @@ class PoolMetrics:
             if delta["seq"] > known.known[incarnation]:
                 known.known[incarnation] = delta["seq"]
                 self._note_cap(known.gauges, delta["gauges"], now)
-                known.gauges = delta["gauges"]
+                known.gauges, known.replicas = delta["gauges"], delta.get("replicas", {})
                 self._add(delta, now)
         return known.known[incarnation]
 
@@ -197,7 +201,7 @@ class PoolMetrics:
         """This worker has ended, and is missed by nobody: what it has counted stays."""
         known = self._workers.get(worker)
         if known is not None:
-            known.gone, known.gauges = True, {}
+            known.gone, known.gauges, known.replicas = True, {}, {}
 
     def leave_silent(self, now: float, seconds: float) -> None:
         """Nobody misses a worker any more that was not heard of for so long."""
@@ -275,6 +279,15 @@ class PoolMetrics:
         of_all = {name: max((gauges[name] for gauges in told), default=0) for name in GAUGES[6:]}
         return {**sums, **of_all}
 
+    def _replicas(self, now: float) -> dict[str, float]:
+        """The lag of each replica as the worker sees it to which it seems longest."""
+        lags: dict[str, float] = {}
+        for worker in self._workers.values():
+            for address, lag in worker.replicas.items() if self._is_up(worker, now) else ():
+                known = lags.get(address, math.nan)
+                lags[address] = lag if math.isnan(known) else known if math.isnan(lag) else max(lag, known)
+        return lags
+
     def snapshot(self, now: float, statements: int = 20, in_detail: bool = True) -> dict[str, Any]:
         """All there is to know, as plain data: times in seconds, quantiles of nothing NaN, points of time in seconds
         since the epoch. ``recent`` and ``window`` are of the last minute, the rest since the pool began.
@@ -304,6 +317,7 @@ class PoolMetrics:
                 if not worker.gone
             },
             "gauges": self._gauges(now),
+            "replicas": self._replicas(now),
             "counters": {name: self._counters[name] for name in COUNTERS},
             "window": {
                 **{name: window[name] for name in COUNTERS},

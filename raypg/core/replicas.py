@@ -28,6 +28,8 @@ MOST_SAMPLES: Final = 2400
 BELIEVED: Final = 5.0
 """Seconds after which half of what is known of a replica's speed is forgotten: who was slow gets another chance."""
 
+UNASKED: Final = "it was not asked yet"
+
 ALIKE: Final = 1.25
 """Replicas whose times differ by less than this factor take turns."""
 
@@ -75,7 +77,15 @@ class Standing:
     replayed: int = 0
     at: float = -math.inf
     age: float | None = None
-    problem: str = "it was not asked yet"
+    problem: str = UNASKED
+
+
+class _Sample(NamedTuple):
+    """The primary's log ended at ``lsn`` when it was asked first, and when it was asked last, and in between."""
+
+    first: float
+    last: float
+    lsn: int
 
 
 class PrimaryLog:
@@ -84,12 +94,12 @@ class PrimaryLog:
     def __init__(self) -> None:
         self.timeline = 0
         self.system = 0
-        self._samples: deque[tuple[float, int]] = deque(maxlen=MOST_SAMPLES)
+        self._samples: deque[_Sample] = deque(maxlen=MOST_SAMPLES)
 
     @property
     def lsn(self) -> int:
         """Where it was when it was asked last; 0 = never."""
-        return self._samples[-1][1] if self._samples else 0
+        return self._samples[-1].lsn if self._samples else 0
 
     def note(self, asked_at: float, role: Role) -> None:
         """The primary has answered a question that was asked at that time."""
@@ -97,36 +107,43 @@ class PrimaryLog:
             self._samples.clear()  # places on another timeline mean something else
             self.timeline, self.system = role.timeline, role.system
         samples = self._samples
-        if samples and (samples[-1][1] == role.lsn or (len(samples) > 1 and asked_at - samples[-2][0] < CLOSEST)):
+        first = asked_at
+        if samples and samples[-1].lsn == role.lsn:
+            first = samples.pop().first
+        elif len(samples) > 1 and asked_at - samples[-2].last < CLOSEST:
             samples.pop()
-        samples.append((asked_at, role.lsn))
+        samples.append(_Sample(first, asked_at, role.lsn))
 
     def staleness(self, replayed: int, now: float) -> float:
         """Seconds, at most, by which data that was replayed up to there is older than the primary's; inf = not known.
 
         A replica that is up to date counts as old as the last answer of the primary."""
-        for asked_at, lsn in reversed(self._samples):
-            if lsn <= replayed:
-                return max(0.0, now - asked_at)
+        for sample in reversed(self._samples):
+            if sample.lsn <= replayed:
+                return max(0.0, now - sample.last)
         return math.inf
 
-    def lag(self, standing: Standing, now: float) -> float:
-        """Seconds that a replica is behind, 0 if it had replayed all that the primary had; NaN = not known."""
-        if not self._samples or standing.kind != "standby":
+    def lag(self, standing: Standing) -> float:
+        """Seconds that a replica was behind when it was asked, 0 if it had replayed all that the primary was known to
+        have; NaN = not known."""
+        if standing.kind != "standby" or not self._samples:
             return math.nan
-        if standing.replayed >= self.lsn:
-            return 0.0
-        seconds = self.staleness(standing.replayed, now)
-        if seconds < math.inf:
-            return seconds
+        behind = False
+        for sample in reversed(self._samples):
+            if sample.first > standing.at:
+                continue
+            if sample.lsn <= standing.replayed:
+                return max(0.0, standing.at - sample.last) if behind else 0.0
+            behind = True
         # It was behind already when we began to ask.
-        return max(now - self._samples[0][0], standing.age or 0.0)
+        return max(standing.at - self._samples[0].first, standing.age or 0.0) if behind else 0.0
 
     def lag_bytes(self, standing: Standing) -> int | None:
-        """Bytes of the log that a replica has not replayed; None = not known."""
-        if not self._samples or standing.kind != "standby":
+        """Bytes of the log that a replica had not replayed when it was asked; None = not known."""
+        if standing.kind != "standby" or not self._samples:
             return None
-        return max(0, self.lsn - standing.replayed)
+        known = next((sample.lsn for sample in reversed(self._samples) if sample.first <= standing.at), 0)
+        return max(0, known - standing.replayed)
 
 
 class Service:

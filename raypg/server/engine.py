@@ -100,6 +100,11 @@ class Engine:
         """What was found out about a pooler in front; ``None`` before the first connection."""
         return self._connector.pooler
 
+    @property
+    def target(self) -> str:
+        """Addresses of its server."""
+        return ",".join(self._connector.target.addresses)
+
     def now(self) -> float:
         """The monotonic clock, in seconds. Not the event loop's, which uvloop keeps in whole milliseconds."""
         return time.monotonic()

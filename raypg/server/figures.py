@@ -76,6 +76,7 @@ class Figures:
         "refused_calls",
         "rejected",
         "released",
+        "replica_reads",
         "retries",
         "rows",
         "together",
@@ -92,6 +93,7 @@ class Figures:
         self.first_uses = 0  # acquisitions of a connection that nobody had used
         self.released = 0
         self.rows = 0
+        self.replica_reads = 0
         self.health_check_failures = 0
         self.wait, self.connect, self.use = Sketch(), Sketch(), Sketch()
         self.fetch, self.health_check = Sketch(), Sketch()
@@ -293,6 +295,7 @@ class Figures:
         floor, self._floor = self._floor, 0.0
         since, self._taken_at = self._taken_at, now
         self._number += 1
+        lags = {} if engine.replicas is None else engine.replicas.lags()
         return {
             "seq": self._number,
             "age": now,  # until it is sent
@@ -304,6 +307,7 @@ class Figures:
             "errors": errors,
             "recent": [{**error, "ago": now - error["at"]} for error in recent],
             "gauges": gauges(engine),
+            "replicas": lags,
         }
 
     def _totals(self, engine: Engine, groups: list[tuple[Any, ...]]) -> dict[str, int]:
@@ -328,6 +332,7 @@ class Figures:
             "health_checks": checks,
             "health_check_failures": self.health_check_failures,
             "rows": self.rows,
+            "replica_reads": self.replica_reads,
         }
 
     def as_dict(self) -> dict[str, Any]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import random
 from typing import Any
 
 import asyncpg
 
 from raypg.config import PoolConfig
-from raypg.core.replicas import Candidate, PrimaryLog, Role, Service, Standing, judge
-from raypg.errors import ConnectError
+from raypg.core.backoff import Backoff
+from raypg.core.replicas import UNASKED, Candidate, PrimaryLog, Role, Service, Standing, judge
+from raypg.errors import CircuitBreakerError, ConnectError
 from raypg.portable import pack_error
 from raypg.server.connect import Connector
 from raypg.server.engine import Engine
@@ -18,6 +20,10 @@ from raypg.server.observer import Observer
 from raypg.server.routed import RoutedRead
 
 logger = logging.getLogger(__name__)
+
+
+NOT_AGAIN_FOR = (0.2, 2.0)
+"""Seconds for which nobody waits for a replica that somebody has waited for in vain: at first, and in the end."""
 
 
 class Replica:
@@ -47,6 +53,8 @@ class Replica:
         self._role: Role | None = None
         self._answered_at = 0.0
         self._generation = 0
+        self._late_until = 0.0
+        self._patience = Backoff(*NOT_AGAIN_FOR)
         self.hangs = False
         """Whether it was given up because it did not answer."""
         self.engine.connections.least = 1
@@ -80,7 +88,7 @@ class Replica:
 
     def _failed(self, error: BaseException, hangs: bool) -> None:
         self.standing.kind = "unknown"
-        self._note(str(error) or type(error).__name__)
+        self._note(error.reason if isinstance(error, CircuitBreakerError) else str(error) or type(error).__name__)
         self.evacuate("it does not answer")
         if hangs:
             # What runs there only reads, and may run elsewhere. It is given up, not cancelled: nobody would answer.
@@ -91,7 +99,7 @@ class Replica:
 
     def _note(self, problem: str) -> None:
         before, self.standing.problem = self.standing.problem, problem
-        if problem and problem != before:
+        if problem and before in ("", UNASKED):
             logger.warning(
                 "pool %s goes on without replica %s: %s", self._pool, self.standing.address, problem.rstrip(".")
             )
@@ -115,6 +123,21 @@ class Replica:
         """Whether reads may be sent there."""
         return not self.standing.problem and self.engine.connections.total > 0 and not self.engine.guard.refusing
 
+    @property
+    def is_worth_waiting_for(self) -> bool:
+        """Whether nobody has waited in vain lately for it to replay something."""
+        return self.engine.now() >= self._late_until
+
+    def was_late(self) -> None:
+        """Somebody has waited in vain for it to replay something."""
+        now = self.engine.now()
+        if now >= self._late_until:  # else several have, at the same time
+            self._late_until = now + self._patience.next(random.random())
+
+    def was_in_time(self) -> None:
+        """It has replayed something in time that somebody waited for."""
+        self._patience.reset()
+
     def candidate(self, connections: int, extra: float) -> Candidate:
         """How soon it would answer, with as many connections as each replica can have when all are asked as much."""
         engine = self.engine
@@ -123,13 +146,13 @@ class Replica:
 
     def describe(self) -> dict[str, Any]:
         """How it stands, for people."""
-        standing, now, engine = self.standing, self.engine.now(), self.engine
+        standing, engine = self.standing, self.engine
         return {
             "replica": standing.address,
             "role": standing.kind,
             "healthy": self.usable,
             "problem": standing.problem or ("its circuit breaker is open" if engine.guard.refusing else ""),
-            "lag_seconds": self._primary.lag(standing, now),
+            "lag_seconds": self._primary.lag(standing),
             "lag_bytes": self._primary.lag_bytes(standing),
             "timeline": standing.timeline or None,
             "budget": engine.connections.budget,

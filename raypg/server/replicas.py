@@ -12,7 +12,7 @@ import asyncio
 import itertools
 import logging
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Coroutine, Iterable, Iterator, Sequence
 from typing import Any
 
 import asyncpg
@@ -23,7 +23,7 @@ from raypg.core.replicas import PrimaryLog, Role, fastest
 from raypg.core.seen import NOTHING, PRIMARY, Token
 from raypg.errors import ConnectError
 from raypg.messages import Where
-from raypg.portable import PortableError, unpack_error
+from raypg.portable import PortableError, pack_error, unpack_error
 from raypg.server.connect import Connector
 from raypg.server.engine import Engine
 from raypg.server.observer import Observer
@@ -40,6 +40,9 @@ AGAIN = 0.002
 
 ASKING = 0.001
 """Seconds that asking a server is expected to take: a replica that need not be asked is preferred by so much."""
+
+YOUNGEST = 0.01
+"""Seconds: younger data than this only the primary has for certain, as asking two servers takes some of them."""
 
 DIVIDE_EVERY = 0.1
 """Seconds between two looks at how the worker's share is divided."""
@@ -82,7 +85,7 @@ class Replicas:
         self._learnt: OrderedDict[int, None] = OrderedDict()
         self._unsettled = 0
         loop = asyncio.get_running_loop()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[object]] = set()
         self._keepers = [loop.create_task(self._divide_often())]
         self._keepers += [loop.create_task(self._observe(who)) for who in self._observers]
 
@@ -182,6 +185,10 @@ class Replicas:
             for replica in self.members:
                 replica.judge()
 
+    def lags(self) -> dict[str, float]:
+        """Address → seconds that it is behind; NaN if that is not known."""
+        return {replica.standing.address: self.log.lag(replica.standing) for replica in self.members}
+
     def describe(self) -> list[dict[str, Any]]:
         """How each replica stands."""
         return [replica.describe() for replica in self.members]
@@ -198,7 +205,8 @@ class Replicas:
             read.where = where
             read.told(self._outcome)
         refused = hash(reads[0].sql) in self._learnt
-        if refused or self.primary.guard.machine.forced:
+        too_young = where[0] is not None and where[0] < YOUNGEST
+        if refused or too_young or self.primary.guard.machine.forced:
             self._to_primary(reads, token, refused)
             return
         replica = self._choose(where[0], token)
@@ -208,9 +216,12 @@ class Replicas:
             self._send(reads, replica, token)
         else:
             self._unsettled += 1
-            task = asyncio.get_running_loop().create_task(self._settle(reads, where[0], token))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._background(self._settle(reads, where[0], token))
+
+    def _background(self, work: Coroutine[Any, Any, object]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _shows(self, replica: Replica, max_staleness: float | None, token: Token) -> bool:
         """Whether it is known that *replica* shows what is asked for."""
@@ -232,9 +243,8 @@ class Replicas:
                 continue
             extra = 0.0
             if not self._shows(replica, max_staleness, token):
-                behind = self.log.lag(replica.standing, self.primary.now())
-                if known or behind > max(AWAIT, max_staleness or 0.0) + OBSERVE_EVERY[0]:
-                    continue  # too far to be waited for
+                if known or not replica.is_worth_waiting_for:
+                    continue
                 extra = ASKING
             candidates.append((replica, replica.candidate(self._each, extra)))
         return fastest(candidates)
@@ -243,7 +253,7 @@ class Replicas:
         replica.turn = next(self._turns)
         engine = replica.engine
         note = (replica.standing.address, False, token.having_seen(replica.standing.name).plain)
-        now, load = engine.now(), 1 + engine.demand / self._each
+        now, load = engine.now(), 1 + engine.demand / max(1, engine.connections.budget)
         for read in reads:
             read.home, read.replica, read.note, read.sent_at, read.load = engine, replica, note, now, load
             read.tries += 1
@@ -260,24 +270,34 @@ class Replicas:
     async def _settle(self, reads: Sequence[RoutedRead], max_staleness: float | None, token: Token) -> None:
         """Find out which replica shows what is asked for, and wait for it for a moment."""
         replica: Replica | None = None
+        asked: list[Replica] = []
         try:
             async with asyncio.timeout(AWAIT):
                 token = await self._place(max_staleness, token)
                 while (replica := self._choose(max_staleness, token, known=True)) is None:
-                    waited_for = self._choose(max_staleness, token)
-                    if waited_for is None or await waited_for.observer.ask() is None:
+                    asked = [member for member in self.members if member.usable and member.is_worth_waiting_for]
+                    if not asked:
                         break
-                    if not self._shows(waited_for, max_staleness, token):
+                    # Whoever answers first may show it, and it is not known who will.
+                    questions = [asyncio.ensure_future(member.observer.ask()) for member in asked]
+                    await asyncio.wait(questions, return_when=asyncio.FIRST_COMPLETED)
+                    if not any(self._shows(member, max_staleness, token) for member in asked):
                         await asyncio.sleep(AGAIN)
         except TimeoutError:
-            pass
+            for member in asked:
+                member.was_late()
         except Exception:
             logger.exception("pool %s: internal error in a worker", self.primary.config.name)
         finally:
             self._unsettled -= 1
-            if replica is None:
+            if self.primary.closed is not None:
+                for read in reads:
+                    read.fail(pack_error(self.primary.closed))
+            elif replica is None:
                 self._to_primary(reads, token)
             else:
+                if asked:
+                    replica.was_in_time()
                 self._send(reads, replica, token)
 
     async def _place(self, max_staleness: float | None, token: Token) -> Token:
@@ -295,13 +315,13 @@ class Replicas:
                 raise TimeoutError
             lsn = max(token.lsn, role.lsn) if token.timeline == role.timeline else role.lsn
             return Token(role.timeline, lsn)
-        timeline, lsn = token.timeline or self.log.timeline, token.lsn
+        place = token._replace(seen=())
         for name in token.seen:
             role = await names[name].observer.ask()
             if role is None or names[name].standing.name != name:
                 return await self._place(max_staleness, token.having_seen(PRIMARY))
-            lsn = max(lsn, role.lsn)
-        return Token(timeline, lsn)
+            place = place.joined(Token(role.timeline, role.lsn))
+        return await self._place(max_staleness, place) if place.seen else place
 
     def _outcome(self, read: RoutedRead, error: PortableError | None) -> bool:
         """A read has come to an end on some server; whether that is what its caller is to have."""
@@ -310,6 +330,7 @@ class Replicas:
             return True
         if error is None:
             replica.service.note((now - read.sent_at) / read.load, now)
+            self.primary.figures.replica_reads += 1
             return True
         refused = is_refusal(error)
         if not refused and not may_go_on(error, replica.hangs):
@@ -317,6 +338,7 @@ class Replicas:
         if now >= read.deadline or (read.expires_at is not None and now >= read.expires_at):
             self.primary.figures.refused(unpack_error(error))
             return True  # its caller has waited for long enough
+        self._background(replica.observer.ask())  # it may be another one now
         token = NOTHING if read.where[1] is None else Token(*read.where[1])
         read.retried, read.alone = False, True
         if refused:

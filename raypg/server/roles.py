@@ -12,7 +12,8 @@ QUERY: Final = """
 SELECT recovering,
   (SELECT system_identifier FROM pg_catalog.pg_control_system()) AS system,
   (extract(epoch FROM pg_catalog.pg_postmaster_start_time()) * 1000000)::pg_catalog.int8 AS started,
-  CASE WHEN recovering THEN (SELECT received_tli FROM pg_catalog.pg_stat_wal_receiver LIMIT 1)
+  CASE WHEN recovering THEN coalesce((SELECT received_tli FROM pg_catalog.pg_stat_wal_receiver LIMIT 1),
+                                     (SELECT timeline_id FROM pg_catalog.pg_control_checkpoint()))
        ELSE ('x' || pg_catalog.substr(pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_flush_lsn()), 1, 8)
             )::pg_catalog.bit(32)::pg_catalog.int4 END AS timeline,
   (CASE WHEN recovering THEN pg_catalog.pg_last_wal_replay_lsn()
@@ -30,6 +31,7 @@ be in the middle of somebody's open transaction, and stay there: a standby is no
 where commits do not wait for the disk (``synchronous_commit = off``) that would be too little.
 
 The timeline of a standby is its receiver's, which takes the right to see it (pg_read_all_stats), and one that runs.
+Else it is that of its last restart point, which comes late: after a promotion the standby is left aside until then.
 """
 
 

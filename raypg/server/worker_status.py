@@ -41,6 +41,7 @@ def status(engine: Engine) -> dict[str, Any]:
         "last_error": str(last_error) if last_error else None,
         "connections": {
             c.identifier: {
+                "server": "primary" if each is engine else each.target,
                 "health_score": c.health,
                 "active_queries": int(c.busy),
                 "last_used": now - c.last_used,
@@ -51,6 +52,7 @@ def status(engine: Engine) -> dict[str, Any]:
                 if (lease := leased.get(c.identifier)) is None
                 else {**lease.owner, "age": now - lease.since},
             }
-            for c in engine.connections
+            for each in engine.servers
+            for c in each.connections
         },
     }

@@ -27,6 +27,7 @@ class Levels:
         self.queue: list[Any] = []
         self.config = SimpleNamespace(max_connections=10, min_connections=2)
         self.servers = [self]
+        self.replicas = None
 
 
 class _Empty:
