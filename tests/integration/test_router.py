@@ -104,7 +104,7 @@ async def test_bad_requests_fail_and_harm_nobody(
 
 async def test_texts_made_to_hurt_harm_only_themselves(router: QueryRouterNode) -> None:
     nested = f"select {'(' * 500_000}1{')' * 500_000}"
-    hurt = asyncio.gather(*(answer(router, text) for text in (nested, "select '" + "x" * 10_000, "/*" * 50_000)))
+    hurt = asyncio.gather(*(answer(router, text) for text in (nested, "select '" + "x" * 10_000, "/*" * 5_000)))
     good = await asyncio.gather(*(answer(router, "select $1::int as n", number) for number in range(100)))
     assert [found["data"] for found in good] == [[{"n": number}] for number in range(100)]
     for found in await hurt:
