@@ -35,7 +35,7 @@ SELF_REAPING = 2.0
 for so long it does without; but to ask after connections that must have ended by now, it takes the place of one."""
 
 REPLICA_WITHIN = 3.0
-"""Seconds that a start waits for a replica to be asked: it is not to wait for one that does not answer."""
+"""Seconds that a control connection to a replica may take, and all that a start asks of it."""
 
 UNREACHABLE = 30.0
 """Seconds after which a replica that cannot be reached is taken to have no connections of a dead worker any more: it
@@ -95,6 +95,7 @@ class Reaper:
                 if other is not control:
                     await other.close()
             if sizing.reserve(self._cap()):
+                await self._open(server)
                 yield control
                 return
             self._borrows = True
@@ -102,6 +103,7 @@ class Reaper:
             try:
                 if not control.is_open:
                     await self._wait_for_room(of_the_dead)
+                await self._open(server)
                 yield control
             finally:
                 try:
@@ -109,6 +111,12 @@ class Reaper:
                 finally:
                     self._borrows = False
                     self.news()
+
+    async def _open(self, server: int) -> None:
+        """A replica that does not answer must not hold up what is asked of others."""
+        if server:
+            async with asyncio.timeout(REPLICA_WITHIN):
+                await self._controls[server].open()
 
     async def _wait_for_room(self, of_the_dead: bool) -> None:
         loop = asyncio.get_running_loop()

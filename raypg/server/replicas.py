@@ -316,8 +316,8 @@ class Replicas:
             lsn = max(token.lsn, role.lsn) if token.timeline == role.timeline else role.lsn
             return Token(role.timeline, lsn)
         place = token._replace(seen=())
-        for name in token.seen:
-            role = await names[name].observer.ask()
+        roles = await asyncio.gather(*(names[name].observer.ask() for name in token.seen))
+        for name, role in zip(token.seen, roles, strict=True):
             if role is None or names[name].standing.name != name:
                 return await self._place(max_staleness, token.having_seen(PRIMARY))
             place = place.joined(Token(role.timeline, role.lsn))
