@@ -31,8 +31,8 @@ class Member:
     clock: float | None = None  # of its last answer
     unanswered: int = 0
     open: int = 0  # connections that it had at its last answer
-    unconfirmed: list[int] = field(default_factory=list)
-    gone: list[int] = field(default_factory=list)
+    unconfirmed: list[tuple[int, int]] = field(default_factory=list)  # (server, process id)
+    gone: list[tuple[int, int]] = field(default_factory=list)
     draining: bool = False
 
     @property

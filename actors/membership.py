@@ -30,7 +30,7 @@ from raypg.actors.worker import PoolWorker, application_name
 from raypg.config import PoolConfig
 from raypg.core import placement, sizing
 from raypg.core.budget import Budget
-from raypg.errors import UnavailableError
+from raypg.errors import ConfigError, UnavailableError
 from raypg.messages import Place
 
 logger = logging.getLogger(__name__)
@@ -190,7 +190,7 @@ class Membership:
         kept = {m.index: m.node for m in self.members.values() if not m.draining}
         if any(not node for node in kept.values()):
             return []  # found, and not heard yet
-        most = self.cap - sizing.reserve(self.cap)
+        most = (self.cap - sizing.reserve(self.cap)) // (1 + len(config.replicas))
         plan = placement.plan(nodes.eligible, kept, config.workers, most, tuple(self.members))
         started = [self.start(index, node) for index, node in plan.start]
         for index in plan.drain:
@@ -414,6 +414,19 @@ class Membership:
         task.add_done_callback(self._tasks.discard)
         task.add_done_callback(_logged)
         return task
+
+
+def check_workers(config: PoolConfig) -> None:
+    """Whether there is a connection for each worker, to each server.
+
+    Raises:
+        ConfigError: there is not.
+    """
+    workers = 1 if config.workers == "per_node" else int(config.workers)
+    try:
+        sizing.check(config.max_connections, workers, 1 + len(config.replicas))
+    except ValueError as error:
+        raise ConfigError(f"max_connections={config.max_connections}: {error}") from error
 
 
 def _logged(task: asyncio.Task[Any]) -> None:

@@ -25,7 +25,7 @@ from raypg import _compat, cluster, monitoring, naming
 from raypg.actors.inherited import warn_of_runtime_env
 from raypg.actors.looking import Looking
 from raypg.actors.member import PING_EVERY, Member
-from raypg.actors.membership import START_TIMEOUT, Membership
+from raypg.actors.membership import START_TIMEOUT, Membership, check_workers
 from raypg.actors.reaper import Reaper
 from raypg.actors.worker import Answer, application_name, application_prefix
 from raypg.config import PoolConfig
@@ -92,9 +92,10 @@ class PoolActor:
         if changed is not None and _compat.was_restarted():
             self._config = self._config.changed(**json.loads(changed))
         control = application_name(self._cluster, name, "control", secrets.token_hex(4))
-        self._connector = Connector(self._config, control)
+        servers = (None, *range(len(self._config.replicas)))
+        self._connectors = [Connector(self._config, control, server) for server in servers]
         self._prefix = application_prefix(self._cluster, name)
-        self._reaper = Reaper(name, Control(self._connector), self._prefix, lambda: self._workers.cap)
+        self._reaper = Reaper(name, list(map(Control, self._connectors)), self._prefix, lambda: self._workers.cap)
         self._workers = Membership(name, lambda: self._config, self._reaper, self._next_life())
         self._looking = Looking(self._reaper.activity)
         warn_of_runtime_env(name)
@@ -185,10 +186,10 @@ class PoolActor:
                 if key in FIXED:
                     raise ConfigError(f"{key} cannot be changed in a running pool: end it and start it anew")
             config = self._config.changed(**changes)
-            _check_workers(config)
+            check_workers(config)
         except RaypgError as error:
             return "error", pack_error(error)
-        self._config = self._connector.config = config
+        self._use(config)
         stored = json.loads(_compat.kv_get(self._key) or b"{}")
         _compat.kv_put(self._key, json.dumps({**stored, **changes}).encode())  # tunables only: no secret among them
         if "max_connections" in changes:
@@ -271,7 +272,7 @@ class PoolActor:
 
     async def _open(self) -> Answer:
         try:
-            _check_workers(self._config)
+            check_workers(self._config)
         except RaypgError as error:
             return "error", pack_error(error)
         workers = self._workers
@@ -403,10 +404,10 @@ class PoolActor:
 
     async def _confirm_gone(self) -> None:
         members = tuple(self._workers.members.values())
-        if doubtful := [pid for member in members for pid in member.unconfirmed]:
+        if doubtful := [backend for member in members for backend in member.unconfirmed]:
             gone = await self._reaper.gone(doubtful)
             for member in members:
-                member.gone = [pid for pid in member.unconfirmed if pid in gone]
+                member.gone = [backend for backend in member.unconfirmed if backend in gone]
 
     # --- small things ---
 
@@ -414,8 +415,13 @@ class PoolActor:
         source = asked.password_source
         if source == self._config.password_source or source.kind == "none":
             return
-        self._config = self._connector.config = self._config.with_password_source(source)
+        self._use(self._config.with_password_source(source))
         await self._push_config()
+
+    def _use(self, config: PoolConfig) -> None:
+        self._config = config
+        for connector in self._connectors:
+            connector.config = config
 
     def _public_config(self) -> dict[str, Any]:
         config = self._config.to_dict()
@@ -428,15 +434,3 @@ class PoolActor:
             "closed": self._closed.args[0] if self._closed else None,
             "workers": self._workers.places(),
         }
-
-
-def _check_workers(config: PoolConfig) -> None:
-    """Whether there is a connection for each worker.
-
-    Raises:
-        ConfigError: there is not.
-    """
-    try:
-        sizing.check(config.max_connections, 1 if config.workers == "per_node" else int(config.workers))
-    except ValueError as error:
-        raise ConfigError(f"max_connections={config.max_connections}: {error}") from error

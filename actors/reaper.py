@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Hashable
+from collections.abc import AsyncIterator, Callable, Collection, Hashable, Sequence
 from typing import Any
 
 from raypg.core import sizing
@@ -34,6 +34,13 @@ SELF_REAPING = 2.0
 ``client_connection_check_interval``. Below a cap of 4 control has no connection of its own. If nobody can lend it one
 for so long it does without; but to ask after connections that must have ended by now, it takes the place of one."""
 
+REPLICA_WITHIN = 3.0
+"""Seconds that a control connection to a replica may take, and all that a start asks of it."""
+
+UNREACHABLE = 30.0
+"""Seconds after which a replica that cannot be reached is taken to have no connections of a dead worker any more: it
+may stay away for long, and what they had of the cap is not to be missed until then."""
+
 AUTHENTICATION_TIMEOUT = 60.0
 """PostgreSQL's default for ``authentication_timeout``, in seconds, until the server has told its own."""
 
@@ -47,14 +54,14 @@ class Reaper:
 
     Args:
         pool: its name.
-        control: the control connection.
+        controls: the control connections to all servers, the primary's first. One is open at a time.
         prefix: what the application name of each connection of the pool begins with.
         cap: gives the most connections of the pool.
     """
 
-    def __init__(self, pool: str, control: Control, prefix: str, cap: Callable[[], int]) -> None:
+    def __init__(self, pool: str, controls: Sequence[Control], prefix: str, cap: Callable[[], int]) -> None:
         self._pool = pool
-        self._control = control
+        self._controls = controls
         self._prefix = prefix
         self._cap = cap
         self.has_room: Callable[[], bool] = lambda: False
@@ -69,34 +76,47 @@ class Reaper:
     @property
     def holds(self) -> int:
         """Connections that the division must leave free for control now, though none may be kept for it."""
-        return int(self._borrows or self._control.is_open)
+        return int(self._borrows or any(control.is_open for control in self._controls))
 
     @contextlib.asynccontextmanager
-    async def _looking(self, of_the_dead: bool = False) -> AsyncIterator[Control]:
+    async def _looking(self, of_the_dead: bool = False, server: int = 0) -> AsyncIterator[Control]:
         """The control connection. Of a small cap one is borrowed for it, and given back.
 
         Args:
+            server: to the primary (0) or a replica.
             of_the_dead: to ask after connections that nobody uses any more.
 
         Raises:
             NoRoomError: none can be lent.
         """
         async with self._turn:
+            control = self._controls[server]
+            for other in self._controls:
+                if other is not control:
+                    await other.close()
             if sizing.reserve(self._cap()):
-                yield self._control
+                await self._open(server)
+                yield control
                 return
             self._borrows = True
             self.news()
             try:
-                if not self._control.is_open:
+                if not control.is_open:
                     await self._wait_for_room(of_the_dead)
-                yield self._control
+                await self._open(server)
+                yield control
             finally:
                 try:
-                    await self._control.close()
+                    await control.close()
                 finally:
                     self._borrows = False
                     self.news()
+
+    async def _open(self, server: int) -> None:
+        """A replica that does not answer must not hold up what is asked of others."""
+        if server:
+            async with asyncio.timeout(REPLICA_WITHIN):
+                await self._controls[server].open()
 
     async def _wait_for_room(self, of_the_dead: bool) -> None:
         loop = asyncio.get_running_loop()
@@ -124,28 +144,36 @@ class Reaper:
         return limits
 
     async def activity(self) -> dict[str, Any]:
-        """Who waits for whom on the server; see :func:`raypg.server.activity.describe`. For those who watch: nothing is
-        taken from the pool for it.
+        """Who waits for whom on the primary; see :func:`raypg.server.activity.describe`. For those who watch: nothing
+        is taken from the pool for it.
 
         Raises:
             ConnectError: the server cannot be reached.
             NoRoomError: there is no connection for it.
         """
-        if sizing.reserve(self._cap()):
-            return await self._control.activity(self._prefix)  # between the questions of the others
-        if self._turn.locked() or not self.has_room():
+        kept = sizing.reserve(self._cap())
+        if kept and len(self._controls) == 1:
+            return await self._controls[0].activity(self._prefix)  # between the questions of the others
+        if not kept and (self._turn.locked() or not self.has_room()):
             raise NoRoomError(f"a pool of {self._cap()} connections has none to look with")
         async with self._looking() as control:
             return await control.activity(self._prefix)
 
-    async def gone(self, pids: list[int]) -> set[int]:
-        """Those of *pids* that the server does not show any more; none if it cannot be asked."""
-        try:
-            async with self._looking(of_the_dead=True) as control:
-                return set(await control.gone(pids))
-        except Exception as error:
-            logger.debug("pool %s: control connection failed: %s", self._pool, error)
-            return set()
+    async def gone(self, backends: list[tuple[int, int]]) -> set[tuple[int, int]]:
+        """Those of *backends*, (server, process id), that their server does not show any more; none of those of a
+        server that cannot be asked."""
+        gone: set[tuple[int, int]] = set()
+        for server in sorted({server for server, _ in backends}):
+            pids = [pid for place, pid in backends if place == server]
+            try:
+                async with self._looking(of_the_dead=True, server=server) as control:
+                    pids = await control.gone(pids)
+            except Exception as error:
+                logger.debug("pool %s: control connection failed: %s", self._pool, error)
+                if not _is_down(server, error):
+                    continue
+            gone.update((server, pid) for pid in pids)
+        return gone
 
     async def sweep(self, living: Callable[[], Collection[str]]) -> None:
         """End the connections of workers that nobody knows of any more; returns when they are gone.
@@ -153,11 +181,20 @@ class Reaper:
         Raises:
             Exception: the server cannot be asked.
         """
-        async with self._looking() as control:
-            while not (ended := await control.end_orphans(self._prefix, living(), GONE_WITHIN))[1]:
-                pass
-        if ended[0]:
-            logger.warning("pool %s: ended %d connections of workers that are gone", self._pool, ended[0])
+        total = 0
+        for server in range(len(self._controls)):
+            try:
+                async with asyncio.timeout(REPLICA_WITHIN if server else None), self._looking(server=server) as control:
+                    while not (ended := await control.end_orphans(self._prefix, living(), GONE_WITHIN))[1]:
+                        pass
+            except Exception as error:
+                if not server:
+                    raise
+                logger.warning("pool %s: cannot look for old connections to a replica: %s", self._pool, error)
+            else:
+                total += ended[0]
+        if total:
+            logger.warning("pool %s: ended %d connections of workers that are gone", self._pool, total)
 
     # --- the dead ---
 
@@ -205,13 +242,18 @@ class Reaper:
             await asyncio.sleep(AGAIN)
 
     async def _end(self, name: str, wanted: Callable[[], bool], dead: bool = False) -> int:
-        """End the backends of *name* until none is left; how many there were."""
-        ended, complained = 0, False
+        """End the backends of *name* on all servers until none is left; how many there were."""
+        return sum([await self._end_on(server, name, wanted, dead) for server in range(len(self._controls))])
+
+    async def _end_on(self, server: int, name: str, wanted: Callable[[], bool], dead: bool) -> int:
+        ended, complained, began = 0, False, time.monotonic()
         while wanted():
             try:
-                async with self._looking(dead) as control:
+                async with self._looking(dead, server) as control:
                     more, clear = await control.end_backends(name, GONE_WITHIN)
             except Exception as error:
+                if _is_down(server, error) or (server and time.monotonic() - began > UNREACHABLE):
+                    break
                 # If the server is down, the backends are gone with it: look again soon.
                 if not complained:
                     complained = True
@@ -225,10 +267,18 @@ class Reaper:
 
     async def rest(self) -> None:
         """Close the connection if it was not used lately, or if the cap has none to keep for it any more."""
-        await self._control.rest(time.monotonic(), IDLE_FOR if sizing.reserve(self._cap()) else 0.0)
+        for control in self._controls:
+            await control.rest(time.monotonic(), IDLE_FOR if sizing.reserve(self._cap()) else 0.0)
 
     async def close(self) -> None:
         """End what goes on, and the connection."""
         for task in tuple(self._reaping.values()):
             task.cancel()
-        await self._control.close()
+        for control in self._controls:
+            await control.close()
+
+
+def _is_down(server: int, error: Exception) -> bool:
+    """Whether a replica has no process any more, and so no connections. It may stay away for long: what it held must
+    not be missed until then. (Of the primary nobody has connections meanwhile, so it can be waited for.)"""
+    return bool(server) and isinstance(error.__cause__, ConnectionRefusedError)

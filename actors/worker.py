@@ -23,13 +23,14 @@ from raypg.core.pool_metrics import Delta
 from raypg.core.quorum import Order
 from raypg.packing import packed
 from raypg.portable import pack_error
-from raypg.server import commits, cursors, ending, errand, planning, worker_status
+from raypg.server import commits, cursors, ending, errand, planning, tokens, worker_status
 from raypg.server.chunk import ChunkRequest, ChunkRun
 from raypg.server.connect import Connector
 from raypg.server.connection import STEP
 from raypg.server.connection_set import VALID
 from raypg.server.describe import describe
 from raypg.server.engine import Engine
+from raypg.server.replicas import Replicas
 from raypg.server.work import Refused
 
 Answer = tuple[str, Any]
@@ -71,6 +72,8 @@ class PoolWorker:
         # The budget is 0 until the Pool actor grants one: a restarted worker must not connect before the backends of
         # its predecessor are gone.
         self._engine = Engine(settings, self._connector)
+        if settings.replicas:
+            self._engine.replicas = Replicas(settings, self._engine, self._connector, name)
         self._breaker = BreakerLine(pool, index, self._incarnation, self._engine.guard)
         self._metrics = MetricsLine(pool, index, self._incarnation, self._engine)
         self._node: str = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
@@ -93,7 +96,7 @@ class PoolWorker:
         grant: int | None,
         heard: float | None,
         least: int,
-        gone: list[int],
+        gone: list[tuple[int, int]],
         workers: int,
         epoch: int,
         lost: bool = False,
@@ -108,7 +111,7 @@ class PoolWorker:
             heard: ``clock`` of our answer that the Pool actor has heard last. The share holds for some seconds from
                 then: however late this message comes, it permits nothing that others may have been given meanwhile.
             least: connections to keep open.
-            gone: process ids of given-up backends that the server does not show any more.
+            gone: given-up backends that their server does not show any more: (server, process id).
             workers: how many there are.
             epoch: of the membership.
             lost: we were not heard for so long that everybody was told to go elsewhere: nobody knows of our leases.
@@ -118,24 +121,24 @@ class PoolWorker:
                 self._engine.leases.end(lease.token, "its worker could not be heard for some seconds")
         self._breaker.keep(workers)
         self._metrics.open()
-        connections = self._engine.connections
-        connections.confirm_gone(set(gone))
+        engine, servers = self._engine, self._engine.servers
+        for server, each in enumerate(servers):
+            each.connections.confirm_gone({pid for place, pid in gone if place == server})
         if number > self._newest:
             self._newest, self._epoch = number, epoch
-            connections.least = least
+            engine.connections.least = least
             if grant is not None and incarnation == self._incarnation:
-                connections.grant(grant, 0.0 if heard is None else heard + VALID)
-                self._engine.pump()
+                engine.grant(grant, 0.0 if heard is None else heard + VALID)
         return {
             "incarnation": self._incarnation,
             "node": self._node,
             "newest": self._newest,
-            "budget": connections.budget,
-            "clock": self._engine.now(),
-            "unconfirmed": connections.unconfirmed,
-            "used": connections.slots,
-            "open": connections.total,
-            "demand": self._engine.demand,
+            "budget": engine.budget,
+            "clock": engine.now(),
+            "unconfirmed": [(server, pid) for server, e in enumerate(servers) for pid in e.connections.unconfirmed],
+            "used": sum(each.connections.slots for each in servers),
+            "open": sum(each.connections.total for each in servers),
+            "demand": engine.demand if len(servers) == 1 else sum(max(1, each.demand) for each in servers),
             "draining": self._engine.draining is not None,
         }
 
@@ -177,6 +180,11 @@ class PoolWorker:
         return self._metrics.deltas(known) if incarnation == self._incarnation else []
 
     # --- from handles ---
+
+    @packed
+    async def token(self) -> Answer:
+        """How far the primary's log has come by now."""
+        return await _answer(tokens.current(self._engine))
 
     async def here(self) -> str:
         """Which life of this worker answers."""

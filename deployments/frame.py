@@ -15,6 +15,7 @@ from raypg.core.pool_metrics import utilization
 from raypg.core.sqlstate import CATEGORIES
 from raypg.core.verdict import lights, verdict
 from raypg.plain import without_nan
+from raypg.replica_status import replicas_of
 
 __all__ = ["Answers", "describe", "summary"]
 
@@ -47,7 +48,8 @@ class Answers:
 
 def describe(known: Answers, now: float) -> dict[str, Any]:
     """The frame of one pool."""
-    found = lights(known.snapshot, known.status, known.breaker, known.activity, known.alerts)
+    replicas = _replicas(known.status)
+    found = lights(known.snapshot, known.status, known.breaker, known.activity, known.alerts, replicas)
     frame = {
         "database": known.database,
         "as_of": now,
@@ -60,10 +62,15 @@ def describe(known: Answers, now: float) -> dict[str, Any]:
         "breaker": _breaker(known.breaker),
         "statements": [_statement(statement) for statement in (known.snapshot or {}).get("statements", ())],
         "workers": _workers(known),
+        "replicas": replicas,
         "leases": _leases(known.status),
         "activity": _activity(known.activity),
     }
     return without_nan(frame)  # type: ignore[no-any-return]
+
+
+def _replicas(status: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    return replicas_of(worker["figures"] for worker in (status or {}).get("workers", ()) if worker["figures"])
 
 
 def summary(frame: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,10 +8,12 @@ rows = await pool.fetch("SELECT * FROM users WHERE id = $1", 1)
 from __future__ import annotations
 
 from raypg.breaker_config import CircuitBreakerConfig
+from raypg.core.seen import Session
 from raypg.errors import *  # noqa: F403
 from raypg.errors import __all__ as _errors
 from raypg.pipeline import PipelineResult, PipelineResults, PlanStep, QueryPipelineNode
 from raypg.pool import WorkflowConnectionPool, get_pool
+from raypg.router import QueryRouterNode
 from raypg.row import Row
 
 __version__ = "0.1.0"
@@ -22,7 +24,9 @@ __all__ = [
     "PipelineResults",
     "PlanStep",
     "QueryPipelineNode",
+    "QueryRouterNode",
     "Row",
+    "Session",
     "WorkflowConnectionPool",
     "get_pool",
     *_errors,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ipaddress
+import os
 import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -114,3 +116,16 @@ def nodes(here: str, labels: Mapping[str, str]) -> Nodes:
         frozenset(str(node["NodeID"]) for node in alive),
         tuple(sorted((str(node["NodeID"]) for node in chosen), key=lambda node: (node != here, node))),
     )
+
+
+async def serve_is_on_loopback() -> bool:
+    """Whether Serve's HTTP port can be reached from its own machine only. If that cannot be found out, it counts as
+    reachable."""
+    if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "0") not in ("", "0"):
+        return False  # it listens on all interfaces, whatever the host is
+    try:
+        controller: Any = ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+        options = await controller.get_http_config.remote()
+        return options.host == "localhost" or ipaddress.ip_address(options.host).is_loopback
+    except Exception:
+        return False

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from raypg import _compat, messages
 from raypg.errors import CircuitBreakerError, WorkerDrainingError
-from raypg.messages import Arguments, Part, Reply, Run, Settings
+from raypg.messages import Arguments, Note, Part, Reply, Run, Settings, Where
 from raypg.packing import pack, unpack
 from raypg.portable import unpack_error
 
@@ -52,6 +52,7 @@ class Call:
         "channel",
         "future",
         "mode",
+        "note",
         "number",
         "position",
         "retried",
@@ -59,6 +60,7 @@ class Call:
         "since",
         "sql",
         "timeout",
+        "where",
     )
 
     def __init__(
@@ -69,12 +71,15 @@ class Call:
         timeout: float | None,
         settings: Settings,
         loop: asyncio.AbstractEventLoop,
+        where: Where | None = None,
     ) -> None:
         self.mode = mode
         self.sql = sql
         self.arguments = arguments
         self.timeout = timeout
         self.settings = settings
+        self.where = where
+        self.note: Note | None = None
         self.since = loop.time()
         self.future: asyncio.Future[tuple[Any, tuple[str, ...] | None]] = loop.create_future()
         self.retried = False
@@ -243,14 +248,14 @@ class Channel:
 
     def _pack(self, number: int) -> tuple[list[Call], list[Run]]:
         """The next message: calls with the same text share it."""
-        groups: dict[tuple[int, str, float | None, Settings], tuple[list[Arguments], list[Call]]] = {}
+        groups: dict[tuple[int, str, float | None, Settings, Where | None], tuple[list[Arguments], list[Call]]] = {}
         size = count = 0
         while self._pending and count < MOST_STATEMENTS and size < MOST_BYTES:
             call = self._pending.popleft()
             if call.future.done():  # its caller has left
                 self.open -= 1
                 continue
-            key = (call.mode, call.sql, call.timeout, call.settings)
+            key = (call.mode, call.sql, call.timeout, call.settings, call.where)
             group = groups.get(key)
             if group is None:
                 group = groups[key] = ([], [])
@@ -261,8 +266,8 @@ class Channel:
             count += 1
         calls: list[Call] = []
         runs: list[Run] = []
-        for (mode, sql, timeout, settings), (rows, group_calls) in groups.items():
-            runs.append((mode, sql, rows, timeout, settings))
+        for (mode, sql, timeout, settings, where), (rows, group_calls) in groups.items():
+            runs.append((mode, sql, rows, timeout, settings, where))
             for call in group_calls:
                 call.number, call.position = number, len(calls)
                 calls.append(call)
@@ -339,11 +344,14 @@ class Channel:
         calls = self._batches.get(number)
         if calls is None:
             return
+        note = part[5]
         for position, (payload, names, error) in messages.finished_of(part):
             future = calls[position].future
             self.open -= 1
             if future.done():
                 continue
+            if note is not None:
+                calls[position].note = note
             if error is None:
                 future.set_result((payload, names))
                 continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import os
 import socket
 import time
@@ -29,6 +30,7 @@ from raypg.plain import without_nan
 from raypg.pool import end, get_pool
 from raypg.pool import restart as restart_pool
 from raypg.portable import unpack_error
+from raypg.replica_status import replicas_of
 
 DEFAULT_POOL = "main_pool"
 DEFAULT_FILE = Path("raypg.toml")
@@ -239,6 +241,7 @@ def _show(console: Console, pool: dict[str, Any]) -> None:
         )
     console.print(table)
     _show_alerts(console, pool["alerts"])
+    _show_replicas(console, replicas_of(all_figures))
     _show_breaker(console, pool["circuit_breaker"])
     for figures in all_figures:
         if figures["last_error"]:
@@ -285,6 +288,30 @@ def _show_breaker(console: Console, breaker: dict[str, Any] | None) -> None:
     isolated = [str(worker) for worker, state in breaker["workers"].items() if state["isolated"]]
     if isolated:
         console.print(f"  [red]cut off from the database:[/] worker {', '.join(isolated)}", highlight=False)
+
+
+def _show_replicas(console: Console, replicas: list[dict[str, Any]]) -> None:
+    """Role, lag and health of each replica; nothing without replicas."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in ("replica", "role"):
+        table.add_column(heading)
+    for heading in ("behind", "bytes", "connections", "busy", "waiting"):
+        table.add_column(heading, justify="right")
+    table.add_column("problem", overflow="fold")
+    for replica in replicas:
+        seconds, behind = replica["lag_seconds"], replica["lag_bytes"]
+        table.add_row(
+            escape(replica["replica"]),
+            replica["role"],
+            "-" if math.isnan(seconds) else f"{seconds:.1f} s",
+            "-" if behind is None else f"{behind:,}",
+            f"{replica['total']} of {replica['budget']}",
+            str(replica["active"]),
+            str(replica["waiting"]),
+            f"[red]{escape(replica['problem'])}[/]" if replica["problem"] else "",
+        )
+    if table.row_count:
+        console.print(table)
 
 
 def _show_leases(console: Console, all_figures: list[dict[str, Any]]) -> None:

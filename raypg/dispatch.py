@@ -14,8 +14,9 @@ import ray
 from ray.actor import ActorHandle
 
 from raypg import _compat, cluster, messages, naming, owner
-from raypg.channel import Call, Channel
+from raypg.channel import Call, Channel, WorkerGone
 from raypg.config import PoolConfig
+from raypg.core.seen import NOTHING, Token
 from raypg.core.sql import classify_under, shorten
 from raypg.errors import (
     ConnectionLostError,
@@ -25,7 +26,9 @@ from raypg.errors import (
     UnavailableError,
     WorkerDrainingError,
 )
+from raypg.messages import Where
 from raypg.portable import unpack_error
+from raypg.reading import Served, served
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +100,21 @@ class Dispatcher:
         self, mode: int, sql: str, arguments: Any, timeout: float | None, settings: messages.Settings = None
     ) -> tuple[Any, tuple[str, ...] | None]:
         """Run one statement on any worker; see :meth:`ServerConnection.run` for what comes back."""
-        call = Call(mode, sql, arguments, timeout, settings, self._loop)
+        return await self._outcome(Call(mode, sql, arguments, timeout, settings, self._loop))
+
+    async def read(
+        self, mode: int, sql: str, arguments: Any, timeout: float | None, settings: messages.Settings, where: Where
+    ) -> tuple[Any, tuple[str, ...] | None, Served]:
+        """Run a statement that is said to be a read where *where* allows, see :func:`raypg.reading.where_of`: on a
+        replica, or on the primary if none will do. The last part of the answer says where that was.
+
+        A replica refuses to write, and the primary runs what it has refused.
+        """
+        call = Call(mode, sql, arguments, timeout, settings, self._loop, where)
+        payload, names = await self._outcome(call)
+        return payload, names, served(call.note, NOTHING if where[1] is None else Token(*where[1]))
+
+    async def _outcome(self, call: Call) -> tuple[Any, tuple[str, ...] | None]:
         self._send(call)
         try:
             return await call.future
@@ -183,6 +200,21 @@ class Dispatcher:
                 raise self._no_worker()
             self._find_workers()
             await asyncio.sleep(RETRY_EVERY)
+
+    async def token(self) -> Token:
+        """How far the primary has come, as a worker finds out now.
+
+        Raises:
+            UnavailableError: no worker, or no primary, answers.
+        """
+        while True:
+            try:
+                kind, value = await (await self.channel()).ask("token")
+            except WorkerGone:
+                continue  # another one will say
+            if kind == "error":
+                raise unpack_error(value)
+            return Token(*value)
 
     async def reconfigure(self, changes: dict[str, Any]) -> dict[str, Any]:
         """Change settings of the pool.

@@ -32,6 +32,7 @@ _COUNTERS = {
     "connection_pool_calls_rejected": ("rejected", "Calls that the circuit breaker refused."),
     "connection_pool_query_retries": ("retries", "Reads that were sent again after their connection was lost."),
     "connection_pool_queries_together": ("together", "Reads that shared a write to the server with others."),
+    "connection_pool_replica_reads": ("replica_reads", "Statements that a replica answered."),
     "connection_pool_rows_fetched": ("rows", "Rows that statements returned."),
     "connection_pool_rows_written": ("written", "Rows that statements inserted, updated, deleted or copied."),
     "connection_pool_connections_acquired": ("acquired", "Times that a connection was handed to a caller."),
@@ -124,6 +125,11 @@ def _guide(snapshots: Snapshots) -> Iterator[Metric]:
     up = GaugeMetricFamily(
         "connection_pool_worker_up", "Whether a worker was heard of in the last seconds.", labels=("pool", "worker")
     )
+    lag = GaugeMetricFamily(
+        "connection_pool_replica_lag_seconds",
+        "Seconds that a replica is behind; 0 if it has all that the primary had when it was asked.",
+        labels=("pool", "replica"),
+    )
     labels = ("pool", "fingerprint", "type")
     calls = CounterMetricFamily(
         "connection_pool_statement_calls", "Calls of the statements that take most time.", labels=labels
@@ -155,13 +161,15 @@ def _guide(snapshots: Snapshots) -> Iterator[Metric]:
             breaker.add_metric((pool, state), known["circuit_breaker"]["state"] == state)
         for worker, levels in known["workers"].items():
             up.add_metric((pool, str(worker)), levels["up"])
+        for address, seconds_behind in known["replicas"].items():
+            lag.add_metric((pool, address), seconds_behind)
         for statement in known["statements"]:
             values = (pool, statement["fingerprint"], statement["command"])
             calls.add_metric(values, statement["count"])
             seconds.add_metric(values, statement["seconds"])
             failures.add_metric(values, statement["errors"])
     yield from (info, queries, errors, rate, throughput, used, connections, most, waiting, checks, breaker, up)
-    yield from (calls, seconds, failures)
+    yield from (lag, calls, seconds, failures)
     for name, (key, text) in _COUNTERS.items():
         counter = CounterMetricFamily(name, text, labels=_POOL)
         for pool, known in snapshots.items():

@@ -37,11 +37,22 @@ Arguments: TypeAlias = tuple[Any, ...]
 Settings: TypeAlias = "tuple[tuple[str, str], ...] | None"
 """PostgreSQL settings for one statement, as (name, value), sorted by name."""
 
-Run: TypeAlias = "tuple[int, str, list[Arguments], float | None, Settings]"
-"""(mode, SQL, one tuple of parameters per call, timeout in seconds or None, settings or None)."""
+Where: TypeAlias = "tuple[float | None, tuple[int, int, tuple[str, ...]] | None]"
+"""That a replica may answer: (most seconds that its data may be old, or None; a :class:`raypg.core.seen.Token` that it
+must show, as a plain tuple, or None)."""
 
-Part: TypeAlias = "tuple[int, list[int] | range, tuple[str, ...] | None, list[Any], dict[int, PortableError] | None]"
-"""(batch number, positions, column names, one payload per position, errors by index into positions)."""
+Note: TypeAlias = "tuple[str, bool, tuple[int, int, tuple[str, ...]]]"
+"""How a read that a replica may answer was answered: (the replica's address, or "" for the primary; whether a replica
+has refused it because it writes; what the session has seen now, as a token)."""
+
+Run: TypeAlias = "tuple[int, str, list[Arguments], float | None, Settings, Where | None]"
+"""(mode, SQL, one tuple of parameters per call, timeout in seconds or None, settings or None, None = the primary)."""
+
+Part: TypeAlias = (
+    "tuple[int, list[int] | range, tuple[str, ...] | None, list[Any], dict[int, PortableError] | None, Note | None]"
+)
+"""(batch number, positions, column names, one payload per position, errors by index into positions, the note of all of
+them)."""
 
 Reply: TypeAlias = "tuple[int, int, list[Part], int]"
 
@@ -80,7 +91,7 @@ def size_of(arguments: Arguments) -> int:
 
 def finished_of(part: Part) -> Iterator[tuple[int, Finished]]:
     """The outcomes in *part*: pairs of position and :class:`Finished`."""
-    _, positions, names, payloads, failed = part
+    _, positions, names, payloads, failed, _ = part
     for index, position in enumerate(positions):
         error = failed.get(index) if failed else None
         yield position, Finished(payloads[index], names, error)

@@ -8,22 +8,18 @@ import weakref
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-import asyncpg
-
 from raypg import messages, monitoring
+from raypg.answers import answer_to, arguments_of, rows_with
 from raypg.core.nearest import did_you_mean
-from raypg.core.sql import classify
-from raypg.core.sqlstate import error_category
-from raypg.errors import ConfigError, OutcomeUnknownError, QueryTimeoutError, StatementNotAllowedError, UnavailableError
+from raypg.errors import ConfigError
 from raypg.lease import LeasedConnection, acquire
 from raypg.metrics_access import ANSWER_WITHIN, snapshots
 from raypg.metrics_status import comprehensive, counters, statistics
-from raypg.row import Row, row_type
+from raypg.replica_status import replicas_of
+from raypg.row import Row
 
 if TYPE_CHECKING:
     from raypg.pool import WorkflowConnectionPool
-
-_FETCH_MODES = ("one", "all", "many")
 
 
 _KEYS: dict[str, frozenset[str]] = {
@@ -127,32 +123,18 @@ class Operations:
         """
         if not isinstance(query, str):
             raise ConfigError("operation 'execute' needs the key 'query', a string")
-        if fetch_mode not in _FETCH_MODES:
-            raise ConfigError(f"fetch_mode={fetch_mode!r}: must be 'one', 'all' or 'many'")
-        arguments = _arguments(params)
+        arguments = arguments_of(params)
         lease = None if connection_id is None else self._lease(connection_id)
         if lease is not None and settings:
             raise ConfigError("settings are for a statement on any connection: on a lease, use SET")
-        started = time.perf_counter()
-        answer: dict[str, Any] = {"success": True, "data": None, "error": None}
-        try:
+
+        async def run() -> tuple[list[Row], str]:
             if lease is not None:
-                rows, status = await lease.execute_with_rows(query, arguments, timeout)
-            else:
-                (plain, status), names = await self._pool._run(messages.BOTH, query, arguments, timeout, settings)
-                rows = list(map(row_type(names), plain)) if plain else []
-        except UnavailableError:
-            raise
-        except (asyncpg.PostgresError, asyncpg.InterfaceError, ValueError, TypeError, OverflowError) as error:
-            answer |= _failure(error)
-        except (QueryTimeoutError, OutcomeUnknownError, StatementNotAllowedError) as error:
-            answer |= _failure(error)
-        else:
-            answer["data"] = _data(query, rows, status, fetch_mode)
-            answer["rows_affected"] = _affected(status)
-        answer["execution_time_ms"] = (time.perf_counter() - started) * 1000
-        answer["connection_id"] = connection_id
-        return answer
+                return await lease.execute_with_rows(query, arguments, timeout)
+            (plain, status), names = await self._pool._run(messages.BOTH, query, arguments, timeout, settings)
+            return rows_with(names, plain), status
+
+        return {**await answer_to(query, fetch_mode, run), "connection_id": connection_id}
 
     async def adjust_pool_size(self, new_size: Any = None) -> dict[str, Any]:
         """Change ``max_connections`` of the whole pool: ``{success, previous_size, new_size}``, or why not."""
@@ -196,6 +178,7 @@ class Operations:
             "available_count": _sum(status, "idle"),
             "waiting_count": _sum(status, "waiting"),
             "max_connections": status["max_connections"],
+            "replicas": replicas_of(_figures_of(status)),
             "workers": [
                 {
                     **{key: worker[key] for key in ("index", "node", "budget", "state", "reachable")},
@@ -271,43 +254,6 @@ class Operations:
     async def _figures(self) -> dict[str, Any]:
         dispatcher = await self._pool._dispatcher()
         return await dispatcher.ask_pool("status")  # type: ignore[no-any-return]
-
-
-def _arguments(params: Any) -> tuple[Any, ...]:
-    if params is None:
-        return ()
-    if isinstance(params, list | tuple):
-        return tuple(params)
-    raise ConfigError(f"params must be a list or tuple of values for $1, $2 …, not {type(params).__name__}")
-
-
-def _data(query: str, rows: list[Row], status: str, fetch_mode: str) -> Any:
-    affected = _affected(status)
-    if not rows and affected is not None and not classify(query).returning:
-        return [{"rows_affected": affected}]
-    if fetch_mode == "one":
-        return dict(rows[0].items()) if rows else None
-    return [dict(row.items()) for row in rows]
-
-
-def _affected(status: str) -> int | None:
-    """The count in the command tag of a statement that changes rows (``INSERT 0 3``, ``UPDATE 2``)."""
-    command, _, count = status.rpartition(" ")
-    if count.isdigit() and command.split(" ")[0] in ("INSERT", "UPDATE", "DELETE", "MERGE", "COPY"):
-        return int(count)
-    return None if status.startswith(("SELECT", "FETCH", "SHOW", "VALUES", "EXPLAIN")) else 0
-
-
-def _failure(error: Exception) -> dict[str, Any]:
-    sqlstate = getattr(error, "sqlstate", None)
-    timed_out = isinstance(error, TimeoutError)
-    return {
-        "success": False,
-        "error": str(error),
-        "error_type": type(error).__name__,
-        "error_category": error_category(sqlstate, connecting=False, timed_out=timed_out),
-        "sqlstate": sqlstate,
-    }
 
 
 def _figures_of(status: dict[str, Any]) -> list[dict[str, Any]]:

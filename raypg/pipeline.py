@@ -22,9 +22,8 @@ from raypg.core.sql import shorten
 from raypg.dispatch import Dispatcher
 from raypg.errors import ConfigError, PipelineClosedError, StatementNotAllowedError
 from raypg.explaining import PlanStep, explained
-from raypg.naming import check_pool_name
 from raypg.pipeline_transaction import TransactionSender
-from raypg.pool import WorkflowConnectionPool
+from raypg.pool import WorkflowConnectionPool, check_pool
 from raypg.results import PipelineResult, PipelineResults
 from raypg.sending import MOST_BYTES, Sender
 
@@ -105,12 +104,7 @@ class QueryPipelineNode:
             raise ConfigError(f"strategy={strategy!r} is unknown{did_you_mean(str(strategy), STRATEGIES)}")
         if on_open not in ("fail", "wait"):
             raise ConfigError(f"on_open={on_open!r} is unknown{did_you_mean(str(on_open), ('fail', 'wait'))}")
-        if isinstance(connection_pool, str):
-            if not connection_pool:
-                raise ConfigError("connection_pool: give the name of a pool, or a handle")
-            check_pool_name(connection_pool)
-        elif not isinstance(connection_pool, WorkflowConnectionPool):
-            raise ConfigError(f"connection_pool: a pool's name or handle, not {type(connection_pool).__name__}")
+        check_pool(connection_pool)
         self.name = name
         self.batch_size = batch_size
         self.flush_interval = flush_interval

@@ -21,6 +21,7 @@ from raypg.lease import AcquireContext, Isolation, LeasedConnection, PoolTransac
 from raypg.naming import check_pool_name
 from raypg.operations import Operations
 from raypg.portable import unpack_error
+from raypg.reading import After, Reading, read
 from raypg.row import Row, row_type
 from raypg.sync import SyncPool
 
@@ -122,7 +123,14 @@ class WorkflowConnectionPool:
     # --- asyncpg's words ---
 
     async def fetch(
-        self, query: str, *args: Any, timeout: float | None = None, settings: Mapping[str, str] | None = None
+        self,
+        query: str,
+        *args: Any,
+        timeout: float | None = None,
+        settings: Mapping[str, str] | None = None,
+        read_from: str = "primary",
+        max_staleness: float | None = None,
+        after: After = None,
     ) -> list[Row]:
         """Run a query and return all its rows.
 
@@ -132,6 +140,11 @@ class WorkflowConnectionPool:
             timeout: seconds for waiting and running together.
             settings: PostgreSQL settings for this statement alone, e.g. ``{"search_path": "app", "role": "reader"}``;
                 it then runs in a transaction of its own.
+            read_from: ``"replica"``: a replica may answer; the primary does if none will do. A replica refuses to
+                write; what it has refused runs on the primary.
+            max_staleness: seconds that a replica's data may be older than the primary's.
+            after: what the answer must show: a token, see :meth:`token`, or a :class:`raypg.Session`, which learns
+                what it has seen then.
 
         Raises:
             asyncpg.PostgresError: what the server says of the statement, as asyncpg's own class.
@@ -140,14 +153,23 @@ class WorkflowConnectionPool:
             ResultLostError: it took effect, but the rows it returned cannot be read (their type was altered, say).
             UnavailableError: it could not run now, and did not.
         """
-        payload, names = await self._run(messages.FETCH, query, args, timeout, settings)
+        where = (read_from, max_staleness, after) if read_from != "primary" else None
+        payload, names = await self._run(messages.FETCH, query, args, timeout, settings, where)
         return list(map(row_type(names), payload)) if payload else []
 
     async def fetchrow(
-        self, query: str, *args: Any, timeout: float | None = None, settings: Mapping[str, str] | None = None
+        self,
+        query: str,
+        *args: Any,
+        timeout: float | None = None,
+        settings: Mapping[str, str] | None = None,
+        read_from: str = "primary",
+        max_staleness: float | None = None,
+        after: After = None,
     ) -> Row | None:
         """Run a query and return its first row, or ``None``. Errors as :meth:`fetch`."""
-        payload, names = await self._run(messages.ROW, query, args, timeout, settings)
+        where = (read_from, max_staleness, after) if read_from != "primary" else None
+        payload, names = await self._run(messages.ROW, query, args, timeout, settings, where)
         return row_type(names)(payload[0]) if payload else None
 
     async def fetchval(
@@ -157,9 +179,13 @@ class WorkflowConnectionPool:
         column: int = 0,
         timeout: float | None = None,
         settings: Mapping[str, str] | None = None,
+        read_from: str = "primary",
+        max_staleness: float | None = None,
+        after: After = None,
     ) -> Any:
         """Run a query and return one value of its first row, or ``None``. Errors as :meth:`fetch`."""
-        payload, _ = await self._run(messages.ROW, query, args, timeout, settings)
+        where = (read_from, max_staleness, after) if read_from != "primary" else None
+        payload, _ = await self._run(messages.ROW, query, args, timeout, settings, where)
         return payload[0][column] if payload else None
 
     async def execute(
@@ -305,13 +331,25 @@ class WorkflowConnectionPool:
         args: Any,
         timeout: float | None,
         settings: Mapping[str, str] | None = None,
+        where: Reading | None = None,
     ) -> tuple[Any, Any]:
         check_statement(query)
         check_timeout(timeout)
         known = self._known  # the shortest way, for every call but the first
         if known is None or not known.is_here():
             known = await self._dispatcher()
-        return await known.run(mode, query, args, timeout, checked_settings(settings) if settings else None)
+        checked = checked_settings(settings) if settings else None
+        if where is None:
+            return await known.run(mode, query, args, timeout, checked)
+        return await read(known, mode, query, args, timeout, checked, where)
+
+    async def token(self) -> str:
+        """What has been written up to now, for ``after`` of reads on replicas, in this process or another.
+
+        Raises:
+            UnavailableError: the primary cannot be asked.
+        """
+        return str(await (await self._dispatcher()).token())
 
     async def _dispatcher(self) -> Dispatcher:
         if self._closed is not None:
@@ -329,6 +367,20 @@ class WorkflowConnectionPool:
 
 def _unpickle(name: str) -> WorkflowConnectionPool:
     return WorkflowConnectionPool._attach(name)
+
+
+def check_pool(given: object) -> None:
+    """Refuse what is neither the name of a pool nor a handle.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if isinstance(given, str):
+        if not given:
+            raise ConfigError("connection_pool: give the name of a pool, or a handle")
+        check_pool_name(given)
+    elif not isinstance(given, WorkflowConnectionPool):
+        raise ConfigError(f"connection_pool: a pool's name or handle, not {type(given).__name__}")
 
 
 def get_pool(name: str) -> WorkflowConnectionPool:

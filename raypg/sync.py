@@ -117,16 +117,27 @@ class SyncPool:
             return background.run(lambda: self._pool.process(request))
 
     def fetch(
-        self, query: str, *args: Any, timeout: float | None = None, settings: Mapping[str, str] | None = None
+        self,
+        query: str,
+        *args: Any,
+        timeout: float | None = None,
+        settings: Mapping[str, str] | None = None,
+        **reading: Any,
     ) -> list[Row]:
-        """Run a query and return all its rows."""
-        return background.run(lambda: self._pool.fetch(query, *args, timeout=timeout, settings=settings))
+        """Run a query and return all its rows. *reading*: ``read_from``, ``max_staleness``, ``after``; see
+        :meth:`WorkflowConnectionPool.fetch`."""
+        return background.run(lambda: self._pool.fetch(query, *args, timeout=timeout, settings=settings, **reading))
 
     def fetchrow(
-        self, query: str, *args: Any, timeout: float | None = None, settings: Mapping[str, str] | None = None
+        self,
+        query: str,
+        *args: Any,
+        timeout: float | None = None,
+        settings: Mapping[str, str] | None = None,
+        **reading: Any,
     ) -> Row | None:
-        """Run a query and return its first row, or ``None``."""
-        return background.run(lambda: self._pool.fetchrow(query, *args, timeout=timeout, settings=settings))
+        """Run a query and return its first row, or ``None``. *reading* as for :meth:`fetch`."""
+        return background.run(lambda: self._pool.fetchrow(query, *args, timeout=timeout, settings=settings, **reading))
 
     def fetchval(
         self,
@@ -135,11 +146,16 @@ class SyncPool:
         column: int = 0,
         timeout: float | None = None,
         settings: Mapping[str, str] | None = None,
+        **reading: Any,
     ) -> Any:
-        """Run a query and return one value of its first row, or ``None``."""
+        """Run a query and return one value of its first row, or ``None``. *reading* as for :meth:`fetch`."""
         return background.run(
-            lambda: self._pool.fetchval(query, *args, column=column, timeout=timeout, settings=settings)
+            lambda: self._pool.fetchval(query, *args, column=column, timeout=timeout, settings=settings, **reading)
         )
+
+    def token(self) -> str:
+        """What has been written up to now; see :meth:`WorkflowConnectionPool.token`."""
+        return background.run(self._pool.token)
 
     def execute(
         self, query: str, *args: Any, timeout: float | None = None, settings: Mapping[str, str] | None = None

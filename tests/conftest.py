@@ -21,6 +21,7 @@ import asyncpg
 import pytest
 from hypothesis import settings as hypothesis_settings
 from pgserver import main_server, system_server
+from standby import standby_of
 
 from raypg.embedded import EmbeddedServer
 
@@ -55,6 +56,13 @@ def pg18() -> Iterator[EmbeddedServer]:
 def pg15() -> Iterator[EmbeddedServer]:
     """A running PostgreSQL of the system, shared by the session; skipped where there is none (not in CI)."""
     with system_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def standby18(pg18: EmbeddedServer) -> Iterator[EmbeddedServer]:
+    """A streaming standby of `pg18`, shared by the session. To delay, pause or promote: `standby_of`."""
+    with standby_of(pg18) as server:
         yield server
 
 

@@ -8,7 +8,7 @@ import * as format from "./format.js";
 import { Live } from "./live.js";
 import { showLights, showNoNews, showPools, showTiles, showVerdict } from "./overview.js";
 import { FINE, Series } from "./series.js";
-import { Errors, Leases, Statements, Waits, Workers } from "./tables.js";
+import { Errors, Leases, Replicas, Statements, Waits, Workers } from "./tables.js";
 
 const WINDOWS = [120, 1200, 3600];
 
@@ -22,6 +22,7 @@ const page = {
   charts: new Charts(),
   errors: new Errors(),
   leases: new Leases(),
+  replicas: new Replicas(),
   series: new Series(() => drawCharts()),
   statements: new Statements(),
   waits: new Waits(),
@@ -62,6 +63,7 @@ function showFrame() {
   page.errors.show(pool.errors);
   page.alerts.show(alerts, names, Object.keys(pools));
   page.workers.show(pool.workers);
+  page.replicas.show(pool.replicas);
   page.leases.show(pool.leases);
   if (page.series.pool !== name || page.series.isOld) page.series.show(name, page.seconds);
   page.series.append(pool.now);

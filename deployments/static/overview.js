@@ -11,7 +11,7 @@ export const LEVELS = {
 };
 
 /** Where the page says more about a light. */
-const MORE = { pool: "workers", database: "waits", breaker: "breaker", alerts: "alerts", replicas: "workers" };
+const MORE = { pool: "workers", database: "waits", breaker: "breaker", alerts: "alerts", replicas: "replicas" };
 
 const level = (name) => LEVELS[name] ?? LEVELS.unknown;
 

@@ -1,4 +1,4 @@
-// What is told in tables: who waits for whom, statements, errors, workers, leases.
+// What is told in tables: who waits for whom, statements, errors, workers, replicas, leases.
 
 import { byId, choose, el, keyed, recall, remember, setAttribute, setText, Table } from "./dom.js";
 import * as format from "./format.js";
@@ -238,6 +238,32 @@ function workerState(worker) {
   const words = [worker.silent ? `silent for ${format.duration(worker.silent)}` : format.words(worker.state ?? "up")];
   if (worker.isolated) words.push("isolated: it alone cannot reach the database");
   return words.join(", ");
+}
+
+// --- replicas ---
+
+export class Replicas {
+  constructor() {
+    this.table = new Table(
+      byId("replicas-body"),
+      "Replicas",
+      [
+        { title: "Replica", text: (replica) => replica.replica },
+        { title: "Role", text: (replica) => format.words(replica.role) },
+        { title: "Reads", text: (replica) => (replica.healthy ? "are sent there" : `go elsewhere${replica.problem ? `: ${replica.problem}` : ""}`) },
+        { title: "Behind", number: true, text: (replica) => (replica.lag_seconds === null ? "–" : format.duration(replica.lag_seconds)) },
+        { title: "In use", number: true, text: (replica) => format.number(replica.active) },
+        { title: "Open", number: true, text: (replica) => format.number(replica.total) },
+        { title: "May open", number: true, text: (replica) => format.number(replica.budget), hint: "its part of the cap" },
+      ],
+      { key: (replica) => replica.replica, empty: "", level: (replica) => (replica.healthy ? null : "warning") },
+    );
+  }
+
+  show(replicas) {
+    byId("replicas").hidden = !replicas?.length;
+    this.table.update(replicas ?? []);
+  }
 }
 
 // --- leases ---

@@ -103,6 +103,11 @@ def _workers(up: bool) -> Callable[[Snapshot], float]:
     return lambda known: sum(worker["up"] == up for worker in known["workers"].values())
 
 
+def _slowest_replica(known: Snapshot) -> float:
+    lags = [lag for lag in known["replicas"].values() if not math.isnan(lag)]
+    return max(lags, default=math.nan)
+
+
 # --- what they are ---------------------------------------------------------------------------------------------------
 
 _NOW = {
@@ -132,7 +137,7 @@ _NOW = {
         "Seconds since any worker of the pool was heard of",
         lambda known: known["as_of"] - known["heard_at"],
     ),
-    "replica_lag_seconds": ("Seconds that the slowest replica is behind", lambda known: math.nan),
+    "replica_lag_seconds": ("Seconds that the slowest replica is behind", _slowest_replica),
 }
 _LAST_MINUTE = {
     "queries_per_second": ("Statements per second, over ten seconds", _window("queries_per_second")),

@@ -12,13 +12,51 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = ["CLOCK", "FORBIDDEN", "NEWER", "PURE", "READ", "VOLATILE_BUT_HARMLESS"]
+__all__ = [
+    "CLOCK",
+    "FORBIDDEN",
+    "LOCAL",
+    "LOCAL_RELATIONS",
+    "NEWER",
+    "NEWER_VOLATILE",
+    "PURE",
+    "READ",
+    "STEADY",
+    "VOLATILE_BUT_HARMLESS",
+]
 
 
 def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
+# The catalogue, looked at
+_CATALOGUE: Final = _names("""
+    aclexplode col_description format_type has_any_column_privilege has_column_privilege has_database_privilege
+    has_foreign_data_wrapper_privilege has_function_privilege has_language_privilege has_schema_privilege
+    has_sequence_privilege has_server_privilege has_table_privilege has_tablespace_privilege
+    has_type_privilege obj_description pg_char_to_encoding pg_client_encoding pg_collation_for
+    pg_collation_is_visible pg_column_compression pg_column_is_updatable pg_column_size pg_describe_object
+    pg_encoding_to_char pg_function_is_visible pg_get_constraintdef pg_get_expr
+    pg_get_function_arg_default pg_get_function_arguments pg_get_function_identity_arguments
+    pg_get_function_result pg_get_functiondef pg_get_indexdef pg_get_keywords pg_get_object_address
+    pg_get_partition_constraintdef pg_get_partkeydef pg_get_ruledef pg_get_serial_sequence
+    pg_get_statisticsobjdef pg_get_triggerdef pg_get_userbyid pg_get_viewdef pg_has_role
+    pg_identify_object pg_index_column_has_property pg_index_has_property pg_indexam_has_property
+    pg_is_other_temp_schema pg_my_temp_schema pg_opclass_is_visible pg_options_to_table pg_operator_is_visible
+    pg_partition_root pg_relation_filenode pg_relation_is_publishable pg_relation_is_updatable
+    pg_sequence_parameters pg_table_is_visible pg_tablespace_location pg_type_is_visible pg_typeof
+    row_security_active shobj_description to_regclass to_regcollation to_regnamespace to_regoper
+    to_regoperator to_regproc to_regprocedure to_regrole to_regtype
+""")
+# The session and the server, looked at
+_SESSION: Final = _names("""
+    current_database current_schema current_schemas current_setting current_user getdatabaseencoding
+    inet_client_addr inet_client_port inet_server_addr inet_server_port pg_backend_pid pg_conf_load_time
+    pg_current_snapshot pg_postmaster_start_time pg_snapshot_xip pg_snapshot_xmax pg_snapshot_xmin
+    pg_visible_in_snapshot pg_wal_lsn_diff session_user version
+    pg_stat_get_activity pg_stat_get_dead_tuples pg_stat_get_live_tuples pg_stat_get_numscans
+""")
 PURE: Final = frozenset().union(
     # Aggregates and window functions
     _names("""
@@ -96,33 +134,8 @@ PURE: Final = frozenset().union(
         path pclose point polygon popen radius slope width abbrev broadcast family host hostmask inet_merge
         inet_same_family macaddr8_set7bit masklen netmask network set_masklen
     """),
-    # The catalogue
-    _names("""
-        col_description format_type has_any_column_privilege has_column_privilege has_database_privilege
-        has_foreign_data_wrapper_privilege has_function_privilege has_language_privilege has_schema_privilege
-        has_sequence_privilege has_server_privilege has_table_privilege has_tablespace_privilege
-        has_type_privilege obj_description pg_char_to_encoding pg_client_encoding pg_collation_for
-        pg_collation_is_visible pg_column_compression pg_column_is_updatable pg_column_size pg_describe_object
-        pg_encoding_to_char pg_function_is_visible pg_get_constraintdef pg_get_expr
-        pg_get_function_arg_default pg_get_function_arguments pg_get_function_identity_arguments
-        pg_get_function_result pg_get_functiondef pg_get_indexdef pg_get_keywords pg_get_object_address
-        pg_get_partition_constraintdef pg_get_partkeydef pg_get_ruledef pg_get_serial_sequence
-        pg_get_statisticsobjdef pg_get_triggerdef pg_get_userbyid pg_get_viewdef pg_has_role
-        pg_identify_object pg_index_column_has_property pg_index_has_property pg_indexam_has_property
-        pg_is_other_temp_schema pg_my_temp_schema pg_opclass_is_visible pg_operator_is_visible
-        pg_partition_root pg_relation_filenode pg_relation_is_publishable pg_relation_is_updatable
-        pg_sequence_parameters pg_table_is_visible pg_tablespace_location pg_type_is_visible pg_typeof
-        row_security_active shobj_description to_regclass to_regcollation to_regnamespace to_regoper
-        to_regoperator to_regproc to_regprocedure to_regrole to_regtype
-    """),
-    # The session and the server, looked at
-    _names("""
-        current_database current_schema current_schemas current_setting current_user getdatabaseencoding
-        inet_client_addr inet_client_port inet_server_addr inet_server_port pg_backend_pid pg_conf_load_time
-        pg_current_snapshot pg_postmaster_start_time pg_snapshot_xip pg_snapshot_xmax pg_snapshot_xmin
-        pg_visible_in_snapshot pg_wal_lsn_diff session_user version
-        pg_stat_get_activity pg_stat_get_dead_tuples pg_stat_get_live_tuples pg_stat_get_numscans
-    """),
+    _CATALOGUE,
+    _SESSION,
 )
 """Every overload is immutable or stable, and none writes, blocks, executes SQL or touches the session."""
 
@@ -169,8 +182,14 @@ NEWER: Final = _names("""
 So they count only when written ``pg_catalog.name``.
 """
 
+NEWER_VOLATILE: Final = _names("random_normal uuidv4 uuidv7")
+"""Like VOLATILE_BUT_HARMLESS, but missing in PostgreSQL 15."""
+
 CLOCK: Final = _names("age now statement_timestamp transaction_timestamp")
 """Functions of PURE that depend on when the transaction or message began: equal for all rows of a group."""
+
+STEADY: Final = (PURE | NEWER) - CLOCK - _CATALOGUE - _SESSION
+"""The same answer for the same arguments and settings, whatever the time and the catalogue."""
 
 FORBIDDEN: Final = _names("""
     brin_desummarize_range brin_summarize_new_values brin_summarize_range currtid2 currval cursor_to_xml
@@ -204,3 +223,28 @@ FORBIDDEN: Final = _names("""
 """Traps, named so that a test keeps them off the lists: they write, lock, read server files, run SQL, or
 depend on or change the session, whatever volatility the catalogue gives them.
 """
+
+LOCAL: Final = _names("""
+    current_setting currval inet_client_addr inet_client_port inet_server_addr inet_server_port lastval
+    pg_advisory_lock pg_advisory_lock_shared pg_advisory_unlock pg_advisory_unlock_all pg_advisory_unlock_shared
+    pg_advisory_xact_lock pg_advisory_xact_lock_shared pg_backend_pid pg_blocking_pids pg_cancel_backend
+    pg_conf_load_time pg_config pg_current_logfile pg_current_snapshot pg_current_wal_flush_lsn
+    pg_current_wal_insert_lsn pg_current_wal_lsn pg_cursor pg_export_snapshot pg_is_in_recovery
+    pg_is_other_temp_schema pg_last_wal_receive_lsn pg_last_wal_replay_lsn pg_last_xact_replay_timestamp
+    pg_listening_channels pg_lock_status pg_my_temp_schema pg_postmaster_start_time pg_prepared_statement
+    pg_reload_conf pg_safe_snapshot_blocking_pids pg_sequence_last_value pg_settings_get_flags
+    pg_show_all_settings pg_stat_get_activity pg_stat_get_dead_tuples pg_stat_get_live_tuples
+    pg_stat_get_numscans pg_terminate_backend pg_try_advisory_lock pg_try_advisory_lock_shared
+    pg_try_advisory_xact_lock pg_try_advisory_xact_lock_shared pg_xact_status set_config setseed
+    txid_current_snapshot txid_status
+""")
+"""About one server, or one session of it: its settings, locks, statistics, connections, and the position in its WAL.
+Another server has another answer, though no data differ."""
+
+LOCAL_RELATIONS: Final = _names("""
+    pg_aios pg_available_extension_versions pg_available_extensions pg_backend_memory_contexts pg_config pg_cursors
+    pg_dsm_registry_allocations pg_file_settings pg_hba_file_rules pg_ident_file_mappings pg_locks
+    pg_prepared_statements pg_prepared_xacts pg_replication_origin_status pg_replication_slots pg_sequences
+    pg_settings pg_shmem_allocations pg_shmem_allocations_numa
+""")
+"""Views of ``pg_catalog`` of that kind, beside all that begin with ``pg_stat_`` or ``pg_statio_``."""

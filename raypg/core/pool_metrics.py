@@ -11,7 +11,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Final, TypedDict
+from typing import Any, Final, NotRequired, TypedDict
 
 from raypg.core.history import History
 from raypg.core.lazy import Lazy
@@ -39,6 +39,7 @@ COUNTERS: Final = (
     "health_check_failures",
     "rows",  # that statements returned
     "written",  # rows that statements inserted, updated, deleted or copied
+    "replica_reads",  # statements that a replica answered
 )
 TIMES: Final = ("execution", "wait", "connect", "use", "fetch", "health_check")
 """What is timed, in seconds; ``execution`` comes by statement, see :class:`Group`."""
@@ -81,6 +82,7 @@ class Delta(TypedDict):
     ``groups``: the fields of :class:`Group`.
     ``age``: seconds since the second look; ``seconds``: between the two. ``times`` as :meth:`Sketch.take` gives them.
     ``floor``: seconds that any fingerprint may have taken beside ``groups``.
+    ``replicas``: address → seconds that a replica is behind, NaN if that is not known.
     """
 
     seq: int
@@ -93,6 +95,7 @@ class Delta(TypedDict):
     errors: dict[tuple[str, str], int]
     recent: list[dict[str, Any]]
     gauges: dict[str, float]
+    replicas: NotRequired[dict[str, float]]
 
 
 @dataclass
@@ -101,6 +104,7 @@ class _Worker:
     heard_at: float
     known: dict[str, int] = field(default_factory=dict)
     gauges: dict[str, float] = field(default_factory=dict)
+    replicas: dict[str, float] = field(default_factory=dict)
     gone: bool = False
 
 
@@ -196,7 +200,7 @@ class PoolMetrics:
             if delta["seq"] > known.known[incarnation]:
                 known.known[incarnation] = delta["seq"]
                 self._note_cap(known.gauges, delta["gauges"], now)
-                known.gauges = delta["gauges"]
+                known.gauges, known.replicas = delta["gauges"], delta.get("replicas", {})
                 self._add(delta, now)
         return known.known[incarnation]
 
@@ -204,7 +208,7 @@ class PoolMetrics:
         """This worker has ended, and is missed by nobody: what it has counted stays."""
         known = self._workers.get(worker)
         if known is not None:
-            known.gone, known.gauges = True, {}
+            known.gone, known.gauges, known.replicas = True, {}, {}
 
     def leave_silent(self, now: float, seconds: float) -> None:
         """Nobody misses a worker any more that was not heard of for so long."""
@@ -288,6 +292,15 @@ class PoolMetrics:
         of_all = {name: max((gauges[name] for gauges in told), default=0) for name in GAUGES[6:]}
         return {**sums, **of_all}
 
+    def _replicas(self, now: float) -> dict[str, float]:
+        """The lag of each replica as the worker sees it to which it seems longest."""
+        lags: dict[str, float] = {}
+        for worker in self._workers.values():
+            for address, lag in worker.replicas.items() if self._is_up(worker, now) else ():
+                known = lags.get(address, math.nan)
+                lags[address] = lag if math.isnan(known) else known if math.isnan(lag) else max(lag, known)
+        return lags
+
     def snapshot(self, now: float, statements: int = 20, in_detail: bool = True) -> dict[str, Any]:
         """All there is to know, as plain data: times in seconds, quantiles of nothing NaN, points of time in seconds
         since the epoch. ``recent`` and ``window`` are of the last minute, the rest since the pool began.
@@ -316,6 +329,7 @@ class PoolMetrics:
                 "window_seconds": lambda: WINDOW,
                 "workers": lambda: self._workers_now(now),
                 "gauges": lambda: self._gauges(now),
+                "replicas": lambda: self._replicas(now),
                 "counters": lambda: {name: self._counters[name] for name in COUNTERS},
                 "window": lambda: self._last_minute(now),
                 "recent": lambda: Lazy({name: partial(self._recently, name, now) for name in TIMES}),

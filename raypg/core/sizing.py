@@ -24,19 +24,24 @@ def reserve(cap: int) -> int:
     return 1 if cap >= CONTROL_NEEDS else 0
 
 
-def check(cap: int, workers: int) -> None:
+def check(cap: int, workers: int, servers: int = 1) -> None:
     """Whether *workers* may share *cap* connections.
 
+    Args:
+        servers: that each worker connects to: the primary, and its replicas.
+
     Raises:
-        ValueError: there is less than one connection for each worker, or a number makes no sense.
+        ValueError: there is less than one connection for each worker and server, or a number makes no sense.
     """
     if cap < 1:
         raise ValueError(f"a pool needs at least 1 connection, not {cap}")
     if workers < 1:
         raise ValueError(f"a pool needs at least 1 worker, not {workers}")
-    if workers > cap - reserve(cap):
+    if workers * servers > cap - reserve(cap):
         kept = ", one of them for control" if reserve(cap) else ""
-        raise ValueError(f"{workers} workers cannot share {cap} connections{kept}: each needs at least one")
+        who = f"{workers} workers" if workers > 1 or servers == 1 else "one worker"
+        each = "" if servers == 1 else f" to each of {servers} servers"
+        raise ValueError(f"{who} cannot share {cap} connections{kept}: each needs at least one{each}")
 
 
 def share(total: int, part: int, whole: int) -> int:

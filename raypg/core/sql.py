@@ -23,7 +23,7 @@ import pgparse
 from raypg.core import functions
 from raypg.core.sql_text import blank, first_word, highest_parameter, statement_count
 
-__all__ = ["LONGEST", "Kind", "Verdict", "classify", "classify_under", "shorten", "words"]
+__all__ = ["LONGEST", "Kind", "Verdict", "classify", "classify_under", "command_of", "shorten", "words"]
 
 Kind = Literal["read", "write", "transaction", "utility", "empty", "invalid"]
 
@@ -86,14 +86,14 @@ READ_TAGS: Final = EXPRESSION_TAGS | words("""
     JsonTablePathSpec JsonValueExpr RangeFunction RangeSubselect RangeTableFunc RangeTableFuncCol
     RangeTableSample RangeVar ResTarget SelectStmt SortBy SubLink WindowDef WithClause XmlExpr XmlSerialize
 """)
-_SAMPLING_METHODS: Final = words("bernoulli system")
+SAMPLING_METHODS: Final = words("bernoulli system")
 # Those of SQLValueFunction that do not depend on the clock.
-_CLOCKLESS_VALUES: Final = words("""
+CLOCKLESS_VALUES: Final = words("""
     SVFOP_CURRENT_CATALOG SVFOP_CURRENT_ROLE SVFOP_CURRENT_SCHEMA SVFOP_CURRENT_USER SVFOP_SESSION_USER
     SVFOP_USER
 """)
 # 'now'::timestamptz and its like are the clock too; a text that merely has the word is not worth the risk.
-_CLOCK_WORDS: Final = re.compile(r"\b(?:now|today|tomorrow|yesterday)\b", re.IGNORECASE)
+CLOCK_WORDS: Final = re.compile(r"\b(?:now|today|tomorrow|yesterday)\b", re.IGNORECASE)
 GROUPABLE_FUNCTIONS: Final = functions.PURE - functions.CLOCK
 
 _WRITES: Final = {
@@ -253,8 +253,7 @@ def _parsed(sql: str) -> Verdict:
 def _of_node(node: dict[str, Any]) -> Verdict:
     ((tag, body),) = node.items()
     if tag == "TransactionStmt":
-        command = body["kind"].removeprefix("TRANS_STMT_").replace("_", " ")
-        command = {"START": "START TRANSACTION", "PREPARE": "PREPARE TRANSACTION"}.get(command, command)
+        command = command_of(tag, body)
         # These two end somebody's prepared transaction, and are refused inside one.
         kind: Kind = "utility" if command in ("COMMIT PREPARED", "ROLLBACK PREPARED") else "transaction"
         return Verdict(kind, command, reason=f"{command} is not a query")
@@ -275,7 +274,7 @@ def _of_node(node: dict[str, Any]) -> Verdict:
         if not doubt:
             return Verdict("read", "EXPLAIN", retryable=True, clean=True, parameters=parameters)
         return Verdict("utility", "EXPLAIN", parameters=parameters, reason=doubt)
-    command = _WRITES.get(tag) or _utility_command(tag, body)
+    command = command_of(tag, body)
     return Verdict(
         "write" if tag in _WRITES else "utility",
         command,
@@ -286,7 +285,13 @@ def _of_node(node: dict[str, Any]) -> Verdict:
     )
 
 
-def _utility_command(tag: str, body: dict[str, Any]) -> str:
+def command_of(tag: str, body: dict[str, Any]) -> str:
+    """What a statement is called, in capitals: its node's name in the tree, and what is below it."""
+    if tag in _WRITES:
+        return _WRITES[tag]
+    if tag == "TransactionStmt":
+        command: str = body["kind"].removeprefix("TRANS_STMT_").replace("_", " ")
+        return {"START": "START TRANSACTION", "PREPARE": "PREPARE TRANSACTION"}.get(command, command)
     if tag == "VariableSetStmt":
         return "RESET" if body.get("kind") in ("VAR_RESET", "VAR_RESET_ALL") else "SET"
     return _UTILITIES.get(tag) or re.sub(r"(?<=[a-z])(?=[A-Z])", " ", tag.removesuffix("Stmt")).upper()
@@ -335,7 +340,7 @@ def inspect_tree(
                 if not doubt:
                     doubt = _doubt(key, value, callable_, clock)
             elif "A" <= key[0] <= "Z" and key not in tags and not doubt:
-                doubt = f"{_LABELS.get(key, key)} in it"
+                doubt = f"{LABELS.get(key, key)} in it"
             if type(value) is dict or type(value) is list:
                 todo.append(value)
     return doubt, parameters
@@ -343,7 +348,7 @@ def inspect_tree(
 
 # Keys whose value decides; the others are judged by their name alone, or are harmless attributes.
 _CHECKED: Final = words("ParamRef FuncCall A_Const SQLValueFunction intoClause name operName useOp method")
-_LABELS: Final = {
+LABELS: Final = {
     "LockingClause": "a locking clause",
     "InsertStmt": "an INSERT",
     "UpdateStmt": "an UPDATE",
@@ -371,7 +376,7 @@ def relations_in(root: object) -> tuple[str, ...]:
 
 def _doubt(key: str, value: Any, callable_: frozenset[str], clock: bool) -> str:
     if key == "FuncCall":
-        name = _names(value["funcname"])
+        name = names_in(value["funcname"])
         if len(name) == 1:
             known = name[0] in callable_
         else:
@@ -380,19 +385,20 @@ def _doubt(key: str, value: Any, callable_: frozenset[str], clock: bool) -> str:
     if key == "intoClause":
         return "it creates a table"
     if key == "method" and isinstance(value, list):  # of TABLESAMPLE
-        name = _names(value)
-        known = name[-1] in _SAMPLING_METHODS and name[:-1] in ([], ["pg_catalog"])
+        name = names_in(value)
+        known = name[-1] in SAMPLING_METHODS and name[:-1] in ([], ["pg_catalog"])
         return "" if known else f"sampling method {'.'.join(name)} is not known"
     if key in ("name", "operName", "useOp") and isinstance(value, list):  # of an operator
-        name = _names(value)
+        name = names_in(value)
         return "" if name[:-1] in ([], ["pg_catalog"]) else f"operator of schema {name[0]}"
     if not clock:
-        if key == "SQLValueFunction" and value.get("op") not in _CLOCKLESS_VALUES:
+        if key == "SQLValueFunction" and value.get("op") not in CLOCKLESS_VALUES:
             return "it depends on the clock"
-        if key == "A_Const" and _CLOCK_WORDS.search(value.get("sval", {}).get("sval", "")):
+        if key == "A_Const" and CLOCK_WORDS.search(value.get("sval", {}).get("sval", "")):
             return "it may depend on the clock"
     return ""
 
 
-def _names(parts: list[dict[str, Any]]) -> list[str]:
+def names_in(parts: list[dict[str, Any]]) -> list[str]:
+    """The parts of a name in a tree."""
     return [part.get("String", {}).get("sval", "") for part in parts]

@@ -1,10 +1,12 @@
-"""What is wrong with a pool now, in words: one light each for the pool, its database, its breaker and its alerts.
+"""What is wrong with a pool now, in words: one light each for the pool, its database, its breaker, its alerts, and its
+replicas if it has any.
 
 All of it is decided from what the actors have answered; ``None`` where one has not.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, Literal, TypedDict
 
@@ -32,6 +34,9 @@ SERVER_SPARE: Final = 3
 
 CONNECT_ERRORS: Final = frozenset({"connection_refused", "connection_timeout", "authentication_failed"})
 
+LAG_FROM: Final = 10.0
+"""Seconds that a replica is behind from which it is worth a word."""
+
 RECENT: Final = 5.0
 """Seconds for which an attempt to connect that failed is news."""
 
@@ -52,6 +57,7 @@ def lights(
     breaker: Status | None,
     activity: Status | None,
     alerts: Sequence[Status],
+    replicas: Sequence[Status] = (),
 ) -> dict[str, Light]:
     """The state lights of one pool.
 
@@ -61,13 +67,15 @@ def lights(
         breaker: the breaker's status, see :func:`raypg.breaker_status.describe`.
         activity: what the server says of who waits for whom; ``error`` if it did not answer.
         alerts: the pool's own that fire or are about to.
+        replicas: see :func:`raypg.replica_status.replicas_of`.
     """
-    return {
+    found = {
         "database": _database(activity, snapshot, status),
         "breaker": _breaker(breaker),
         "pool": _pool(status, snapshot),
         "alerts": _alerts(alerts),
     }
+    return {**found, "replicas": _replicas(replicas)} if replicas else found
 
 
 def verdict(found: Mapping[str, Light]) -> Light:
@@ -217,6 +225,25 @@ def _holder(told: Sequence[Status]) -> str:
         return ""
     longest = max(leases, key=lambda lease: lease["age"])
     return f"; held longest, {longest['age']:.0f} s, by {longest['held_by']} of job {longest['job']}"
+
+
+# --- the replicas ---
+
+
+def _replicas(replicas: Sequence[Status]) -> Light:
+    problems: list[tuple[Level, str]] = []
+    for replica in replicas:
+        lag = replica["lag_seconds"]
+        if not replica["healthy"]:
+            why = replica["problem"] or f"it is {replica['role']}"
+            problems.append(("warning", f"{replica['replica']} answers no reads: {why}"))
+        elif lag >= LAG_FROM:
+            problems.append(("warning", f"{replica['replica']} is {lag:.0f} s behind"))
+    if not any(replica["healthy"] for replica in replicas):
+        problems.append(("warning", "all reads go to the primary"))
+    known = [replica["lag_seconds"] for replica in replicas if not math.isnan(replica["lag_seconds"])]
+    lag = f", at most {max(known):.1f} s behind" if known else ""
+    return _light(problems, f"{len(replicas)} {_word(len(replicas), 'answers', 'answer')} reads{lag}")
 
 
 # --- alerts ---

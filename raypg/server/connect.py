@@ -9,6 +9,7 @@ import logging
 import socket
 import ssl
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import asyncpg
@@ -20,6 +21,7 @@ from raypg.server import _asyncpg, codecs, pooler
 from raypg.server.connection import ServerConnection
 from raypg.server.pooler import Mode
 from raypg.server.text_arrays import SafeConnection
+from raypg.target import Target
 
 logger = logging.getLogger(__name__)
 
@@ -35,22 +37,31 @@ class Connector:
         config: the pool's configuration.
         application_name: identity of this worker's incarnation, at most 63 bytes; the server shows it in
             ``pg_stat_activity`` and raypg counts and reaps by it.
+        replica: which of the pool's replicas it connects to; ``None`` = the primary.
 
     Attributes:
+        on_open: asks each new connection what its server is; raises ConnectError if that will not do.
         pooler: what is in front of the server; None = not known yet (``pooler="auto"``, nothing opened so far).
     """
 
-    def __init__(self, config: PoolConfig, application_name: str) -> None:
+    def __init__(self, config: PoolConfig, application_name: str, replica: int | None = None) -> None:
         self.config = config
+        self.replica = replica
+        self.on_open: Callable[[asyncpg.Connection], Awaitable[None]] | None = None
         self.base_name = application_name
         self.pooler: Mode | None = None if config.pooler == "auto" else config.pooler
         self._numbers = itertools.count(1)
         self._safe = self.pooler in (None, "off")  # poolers refuse these settings
 
     @property
+    def target(self) -> Target:
+        """Where it connects to."""
+        return self.config.target if self.replica is None else self.config.replicas[self.replica]
+
+    @property
     def application_name(self) -> str:
         """The name under which the server shows these connections."""
-        return self.config.server_settings_for(self.base_name)["application_name"]
+        return self.config.server_settings_for(self.base_name, target=self.target)["application_name"]
 
     async def open(self) -> ServerConnection:
         """Open one connection.
@@ -64,7 +75,7 @@ class Connector:
         except ConnectError:
             raise
         except Exception as error:
-            raise explain(error, config) from error
+            raise explain(error, config, self.target) from error
         pooled = self.pooler == "transaction"
         if pooled:
             _asyncpg.never_set_jit(raw)
@@ -74,16 +85,21 @@ class Connector:
         try:
             async with asyncio.timeout(config.connect_timeout):
                 await codecs.install(raw, config.codecs)
+                if self.on_open is not None:
+                    await self.on_open(raw)
         except BaseException as error:  # a probe that took too long is cancelled
             raw.terminate()
-            if isinstance(error, Exception):
-                raise explain(error, config) from error
+            if isinstance(error, Exception) and not isinstance(error, ConnectError):
+                raise explain(error, config, self.target) from error
             raise
         return connection
 
     async def _open(self) -> asyncpg.Connection:
-        arguments = {**self.config.connect_arguments(), "command_timeout": None}  # ours waits for the outcome
-        passwords = await self._passwords(arguments["host"], arguments["port"])
+        target = self.target
+        arguments = {**self.config.connect_arguments(target), "command_timeout": None}  # ours waits for the outcome
+        if self.config.replicas and self.replica is None and target.target_session_attrs == "any":
+            arguments["target_session_attrs"] = "primary"  # there may be standbys among several hosts
+        passwords = await self._passwords(target, arguments["host"], arguments["port"])
         known = self.pooler
         if known == "transaction":
             arguments["statement_cache_size"] = 0
@@ -109,12 +125,11 @@ class Connector:
         if mode != "off":
             self._safe = False
 
-    async def _passwords(self, hosts: list[str], ports: list[int]) -> list[str]:
+    async def _passwords(self, target: Target, hosts: list[str], ports: list[int]) -> list[str]:
         """The password for each host; empty where the source knows none."""
-        target = self.config.target
         passwords = await asyncio.gather(
             *(
-                self.config.password_source.read(host=host, port=port, database=target.database, user=target.user)
+                target.password_source.read(host=host, port=port, database=target.database, user=target.user)
                 for host, port in zip(hosts, ports, strict=True)
             )
         )
@@ -128,7 +143,7 @@ class Connector:
             raw = await asyncpg.connect(
                 **arguments,
                 password=passwords[0] if len(set(passwords)) == 1 else in_turn,
-                server_settings=self.config.server_settings_for(self.base_name, safety=safe),
+                server_settings=self._settings(safe),
                 connection_class=SafeConnection,
             )
         except asyncpg.PostgresError as error:
@@ -145,17 +160,24 @@ class Connector:
                 )
             self._safe = False
             return await self._connect(arguments, passwords)
-        _asyncpg.set_socket_options(raw, self.config.target.socket_options())
+        _asyncpg.set_socket_options(raw, self.target.socket_options())
         return raw
 
+    def _settings(self, safe: bool) -> dict[str, str]:
+        settings = self.config.server_settings_for(self.base_name, safety=safe, target=self.target)
+        if safe and self.replica is not None:
+            # It may be promoted at any time: what is meant to read only must not write then.
+            settings["default_transaction_read_only"] = "on"
+        return settings
 
-def explain(error: BaseException, config: PoolConfig) -> ConnectError:
+
+def explain(error: BaseException, config: PoolConfig, to: Target) -> ConnectError:
     """The :class:`ConnectError` that says in words what *error*, raised while connecting, means."""
-    where = " or ".join(f"{host}:{port}" for host, port in config.hosts)
+    where = " or ".join(f"{host}:{port}" for host, port in to.hosts)
     target = f"PostgreSQL at {where}"
     if isinstance(error, asyncpg.ConnectionDoesNotExistError | ConnectionResetError):
         # asyncpg's own words. With TLS 1.3 the client learns only after the handshake that it was refused in it.
-        may_be = "it may refuse the certificate in sslcert, or be" if config.target.tls.sslcert else "it may be"
+        may_be = "it may refuse the certificate in sslcert, or be" if to.tls.sslcert else "it may be"
         return ConnectError(
             f"{target} closed the connection without a word; {may_be} shutting down: see its log", "connection_refused"
         )
@@ -163,9 +185,9 @@ def explain(error: BaseException, config: PoolConfig) -> ConnectError:
         state = error.sqlstate
         category = error_category(state, connecting=True, timed_out=False)
         said = f"{error.args[0] if error.args else type(error).__name__} [{state}]"
-        remedy = _remedy(error, config)
+        remedy = _remedy(error, to)
         return ConnectError(
-            f"{target} refused user {config.user!r}, database {config.database!r}: {said}; {remedy}", category, state
+            f"{target} refused user {to.user!r}, database {to.database!r}: {said}; {remedy}", category, state
         )
     if isinstance(error, TimeoutError):
         return ConnectError(
@@ -187,11 +209,11 @@ def explain(error: BaseException, config: PoolConfig) -> ConnectError:
         return ConnectError(f"TLS to {target} failed: {what}; {remedy}", "connection_refused")
     if isinstance(error, ConnectionError) and "rejected SSL upgrade" in str(error):
         return ConnectError(
-            f"{target} offers no TLS, but sslmode={config.sslmode!r} insists on it; switch it on there (ssl = on), or "
+            f"{target} offers no TLS, but sslmode={to.tls.sslmode!r} insists on it; switch it on there (ssl = on), or "
             "use sslmode='prefer' where the network can be trusted",
             "connection_refused",
         )
-    if isinstance(error, FileNotFoundError) and config.hosts[0][0].startswith("/"):
+    if isinstance(error, FileNotFoundError) and to.hosts[0][0].startswith("/"):
         return ConnectError(
             f"{target}: no such socket on this node; sockets lead to servers on the worker's own node, others need a "
             "host name: check host, port and unix_socket_directories of the server",
@@ -204,7 +226,7 @@ def explain(error: BaseException, config: PoolConfig) -> ConnectError:
     )
 
 
-def _remedy(error: asyncpg.PostgresError, config: PoolConfig) -> str:
+def _remedy(error: asyncpg.PostgresError, to: Target) -> str:
     """What to do about an error with which the server refuses a connection."""
     state = error.sqlstate or ""
     said = str(error.args[0]) if error.args else ""
@@ -215,7 +237,7 @@ def _remedy(error: asyncpg.PostgresError, config: PoolConfig) -> str:
         )
     if state[:2] == "28":
         if "no encryption" in said or "SSL off" in said:  # the words of pg_hba.conf's refusal, since and before 14
-            return f"if the server wants TLS, use sslmode='require' or stronger (now {config.sslmode!r})"
+            return f"if the server wants TLS, use sslmode='require' or stronger (now {to.tls.sslmode!r})"
         if "client certificate" in said or "certificate authentication" in said:
             return "give the client's certificate: sslcert=… and sslkey=…, issued for this very user"
     return {

@@ -85,6 +85,15 @@ class Control:
             connection.last_used = time.monotonic()
             return records
 
+    async def open(self) -> None:
+        """Open the connection, if it is not open.
+
+        Raises:
+            ConnectError: the server cannot be reached.
+        """
+        async with self._lock:
+            await self._opened()
+
     async def _opened(self) -> ServerConnection:
         if self._connection is not None and not await self._connection.is_alive():
             self._connection.abandon()

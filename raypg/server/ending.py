@@ -51,7 +51,8 @@ def fail_waiting(engine: Engine, error: Exception) -> None:
     """Fail all that waits for a connection."""
     packed = pack_error(error)
     for work in engine.queue.drain():
-        engine.figures.refused(error)
+        if not engine.is_spare:
+            engine.figures.refused(error)
         work.fail(packed)
 
 
@@ -62,6 +63,8 @@ async def close(engine: Engine, reason: str) -> None:
     engine.closed = PoolClosedError(reason)
     fail_waiting(engine, engine.closed)
     engine.leases.close()
+    if engine.replicas is not None:
+        await engine.replicas.close(reason)
     await _until(engine, lambda: engine.connections.idle == engine.connections.total, CLOSE_GRACE)
     with contextlib.suppress(Exception):
         await engine.connections.close()

@@ -11,16 +11,16 @@ import logging
 import random
 import time
 from collections.abc import Awaitable, Coroutine, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raypg.config import PoolConfig
 from raypg.core.backoff import Backoff
 from raypg.core.fair_queue import FairQueue, QueueFull
-from raypg.core.sql import classify, classify_under
+from raypg.core.sql import classify
 from raypg.errors import ConnectError, PoolClosedError, PoolExhaustedError, WorkerDrainingError
-from raypg.messages import MANY, STATUS, Run
+from raypg.messages import STATUS, Run
 from raypg.portable import pack_error
-from raypg.server import ending
+from raypg.server import ending, intake
 from raypg.server.acquisitions import Acquisitions
 from raypg.server.catalogue import Catalogue
 from raypg.server.connect import Connector
@@ -34,7 +34,10 @@ from raypg.server.probing import Prober
 from raypg.server.reads import Pace, gather
 from raypg.server.replies import BatchState, Client
 from raypg.server.streams import Streams
-from raypg.server.work import Servable, Statement, Work, refuse
+from raypg.server.work import Servable, Work
+
+if TYPE_CHECKING:
+    from raypg.server.replicas import Replicas
 
 logger = logging.getLogger(__name__)
 
@@ -57,12 +60,19 @@ class Engine:
     Args:
         config: the pool's configuration.
         connector: opens connections.
+        figures: what is counted and timed; of a replica's engine that of the primary's.
+
+    Attributes:
+        replicas: where reads may go that need not run here.
+        is_spare: whether another engine serves whom this one refuses.
     """
 
-    def __init__(self, config: PoolConfig, connector: Connector) -> None:
+    def __init__(self, config: PoolConfig, connector: Connector, figures: Figures | None = None) -> None:
         self.config = config
         self._connector = connector
-        self.figures = Figures()
+        self.is_spare = figures is not None
+        self.figures = Figures() if figures is None else figures
+        self.replicas: Replicas | None = None
         self.guard = Guard(config.name, config.breaker(), self._breaker_moved, self.figures)
         self.connections = ConnectionSet(connector, config, self.guard, self.pump)
         self._prober = Prober(self.connections, self.guard)
@@ -90,6 +100,11 @@ class Engine:
         """What was found out about a pooler in front; ``None`` before the first connection."""
         return self._connector.pooler
 
+    @property
+    def target(self) -> str:
+        """Addresses of its server."""
+        return ",".join(self._connector.target.addresses)
+
     def now(self) -> float:
         """The monotonic clock, in seconds. Not the event loop's, which uvloop keeps in whole milliseconds."""
         return time.monotonic()
@@ -100,54 +115,18 @@ class Engine:
             self.guard.machine.configure(config.breaker(), self.now())
         self.config = self.connections.config = self._connector.config = config
         self.queue.limit = config.max_waiting
+        if self.replicas is not None:
+            self.replicas.use(config)
 
     # --- what callers ask for ---
 
     def submit(self, client: Client, number: int, runs: Sequence[Run]) -> BatchState:
         """Take in a batch; the outcomes appear in the returned state as they come."""
-        now = self.now()
-        total = sum(len(rows) for _, _, rows, *_ in runs)
-        batch = BatchState(client, number, total)
-        client.batches[number] = batch
-        position = 0
-        for mode, sql, rows, timeout, settings in runs:
-            verdict = classify_under(sql, settings)
-            refusal = self.closed or self.draining or refuse(verdict, sql)
-            if timeout is None:
-                timeout = self.config.command_timeout
-            deadline = now + (
-                self.config.acquire_timeout if timeout is None else min(timeout, self.config.acquire_timeout)
-            )
-            expires_at = None if timeout is None else now + timeout
-            for arguments in rows:
-                if refusal is not None:
-                    batch.finish(position, None, None, pack_error(refusal))
-                elif client.early and client.early.pop((number, position), False):
-                    batch.finish(position, None, None, pack_error(TimeoutError("cancelled before it ran")))
-                else:
-                    statement = Statement(
-                        batch, position, mode, sql, arguments, verdict, now, deadline, expires_at, settings
-                    )
-                    batch.statements[position] = statement
-                    self.enqueue(client.job, statement, cost=len(arguments) / 8 if mode == MANY else 1.0)
-                position += 1
-        self.pump()
-        return batch
+        return intake.submit(self, client, number, runs)
 
     def cancel(self, client: Client, number: int, position: int) -> None:
-        """One caller left. What still waits is taken out; what runs, runs alone, and is cancelled on the server."""
-        batch = client.batches.get(number)
-        if batch is None:
-            client.left_early(number, position)
-            return
-        statement = batch.statements.get(position)
-        if statement is None:
-            return
-        statement.cancelled = True
-        if statement.connection is not None:
-            statement.connection.cancel("caller")
-        elif statement.ticket is not None and self.queue.cancel(statement.ticket):
-            statement.fail(pack_error(TimeoutError("cancelled before it ran")))
+        """One caller of a batch has left; see :func:`raypg.server.intake.cancel`."""
+        intake.cancel(self, client, number, position)
 
     async def run_leased(
         self, token: str, number: int, mode: int, sql: str, arguments: Any, timeout: float | None
@@ -363,6 +342,24 @@ class Engine:
             await self._lane(connection, self.queue.pop(self.now()))
 
     @property
+    def servers(self) -> list[Engine]:
+        """The engines of all servers that this one's worker has connections to: its own, and those of replicas."""
+        return [self] if self.replicas is None else list(self.replicas.engines)
+
+    @property
+    def budget(self) -> int:
+        """Most connections, to all servers together."""
+        return self.connections.budget if self.replicas is None else self.replicas.budget
+
+    def grant(self, budget: int, valid_until: float) -> None:
+        """Have so many connections at most, to all servers together, and open none after *valid_until*."""
+        if self.replicas is not None:
+            self.replicas.grant(budget, valid_until)
+        else:
+            self.connections.grant(budget, valid_until)
+        self.pump()
+
+    @property
     def demand(self) -> int:
         """Connections that there is work for now."""
         return self.connections.total - self.connections.idle + len(self.queue)
@@ -431,7 +428,8 @@ class Engine:
             self._refuse(work, error)
 
     def _refuse(self, work: Work, error: Exception) -> None:
-        self.figures.refused(error)
+        if not self.is_spare:
+            self.figures.refused(error)
         work.fail(pack_error(error))
 
     async def close(self, reason: str) -> None:
@@ -441,7 +439,8 @@ class Engine:
     @property
     def at_rest(self) -> bool:
         """Whether nothing waits, nothing runs, nothing is leased, and all outcomes are told."""
-        return not len(self.queue) and self.connections.idle == self.connections.total and not self.untold
+        rests = not len(self.queue) and self.connections.idle == self.connections.total and not self.untold
+        return rests and (self.replicas is None or self.replicas.at_rest)
 
     @property
     def untold(self) -> bool:

@@ -76,6 +76,7 @@ class Figures:
         "refused_calls",
         "rejected",
         "released",
+        "replica_reads",
         "retries",
         "rows",
         "together",
@@ -94,6 +95,7 @@ class Figures:
         self.released = 0
         self.rows = 0
         self.written = 0
+        self.replica_reads = 0
         self.health_check_failures = 0
         self.wait, self.connect, self.use = Sketch(), Sketch(), Sketch()
         self.fetch, self.health_check = Sketch(), Sketch()
@@ -306,6 +308,7 @@ class Figures:
         floor, self._floor = self._floor, 0.0
         since, self._taken_at = self._taken_at, now
         self._number += 1
+        lags = {} if engine.replicas is None else engine.replicas.lags()
         return {
             "seq": self._number,
             "age": now,  # until it is sent
@@ -317,10 +320,12 @@ class Figures:
             "errors": errors,
             "recent": [{**error, "ago": now - error["at"]} for error in recent],
             "gauges": gauges(engine),
+            "replicas": lags,
         }
 
     def _totals(self, engine: Engine, groups: list[tuple[Any, ...]]) -> dict[str, int]:
         """All counters since the worker began."""
+        servers = [each.connections for each in engine.servers]
         acquired = self._taken["acquired"] + self.wait.count
         checks = self._taken["health_checks"] + self.health_check.count
         return {
@@ -334,13 +339,14 @@ class Figures:
             "acquired": acquired,
             "reused": acquired - self.first_uses,
             "released": self.released,
-            "created": engine.connections.created,
-            "recycled": engine.connections.recycled,
-            "connect_failures": engine.connections.failed,
+            "created": sum(connections.created for connections in servers),
+            "recycled": sum(connections.recycled for connections in servers),
+            "connect_failures": sum(connections.failed for connections in servers),
             "health_checks": checks,
             "health_check_failures": self.health_check_failures,
             "rows": self.rows,
             "written": self.written,
+            "replica_reads": self.replica_reads,
         }
 
     def as_dict(self) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def gather(engine: Engine, connection: ServerConnection, first: Any) -> Reads | 
 
 
 def _may_join(engine: Engine, connection: ServerConnection, work: Any, now: float) -> bool:
-    if type(work) is not Statement or work.settings is not None or work.alone or work.cancelled:
+    if not isinstance(work, Statement) or work.settings is not None or work.alone or work.cancelled:
         return False
     verdict: Verdict = work.verdict
     return (

@@ -8,9 +8,9 @@ and what finishes later is fetched by ``collect``.
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
-from raypg.messages import Part
+from raypg.messages import Note, Part
 from raypg.portable import PortableError
 
 if TYPE_CHECKING:
@@ -29,6 +29,10 @@ HOLD = 1.0
 """Seconds that ``collect`` waits for something to tell; its answer, even if empty, shows that the worker lives."""
 
 
+_Column: TypeAlias = "tuple[tuple[str, ...] | None, Note | None, list[int], list[object], dict[int, PortableError]]"
+"""(names, note, positions, payloads, errors) of outcomes that have names and note in common."""
+
+
 class BatchState:
     """What is known of one batch: how many of its statements are open, and the outcomes not yet told."""
 
@@ -42,16 +46,22 @@ class BatchState:
         self.deferred = False
         self.statements: dict[int, Statement] = {}
         self._waiter: asyncio.Future[None] | None = None
-        self._untold: dict[tuple[str, ...] | None, tuple[list[int], list[object], dict[int, PortableError]]] = {}
+        self._untold: dict[object, _Column] = {}
 
     def finish(
-        self, position: int, payload: object, names: tuple[str, ...] | None, error: PortableError | None = None
+        self,
+        position: int,
+        payload: object,
+        names: tuple[str, ...] | None,
+        error: PortableError | None = None,
+        note: Note | None = None,
     ) -> None:
         """Note the outcome of the statement at *position*; each position is finished once."""
-        column = self._untold.get(names)
+        key = names if note is None else (note, names)
+        column = self._untold.get(key)
         if column is None:
-            column = self._untold[names] = ([], [], {})
-        positions, payloads, errors = column
+            column = self._untold[key] = (names, note, [], [], {})
+        _, _, positions, payloads, errors = column
         if error is not None:
             errors[len(positions)] = error
         self.statements.pop(position, None)
@@ -91,13 +101,13 @@ class BatchState:
     @property
     def done(self) -> int:
         """Outcomes that wait to be told."""
-        return sum(len(column[0]) for column in self._untold.values())
+        return sum(len(column[2]) for column in self._untold.values())
 
     def take(self) -> list[Part]:
         """The outcomes not told yet; afterwards they count as told."""
         parts: list[Part] = [
-            (self.number, positions, names, payloads, errors or None)
-            for names, (positions, payloads, errors) in self._untold.items()
+            (self.number, positions, names, payloads, errors or None, note)
+            for names, note, positions, payloads, errors in self._untold.values()
         ]
         self._untold = {}
         return parts

@@ -112,6 +112,10 @@ class Statement:
     def fail(self, error: PortableError) -> None:
         self.batch.finish(self.position, None, None, error)
 
+    def withdraw(self, engine: Engine) -> bool:
+        """Take it out of the queue of *engine*; whether it was still there."""
+        return self.ticket is not None and engine.queue.cancel(self.ticket)
+
     async def serve(self, engine: Engine, connection: ServerConnection) -> ServerConnection | None:
         now = engine.now()
         if self.cancelled:

@@ -10,14 +10,15 @@ if TYPE_CHECKING:
 
 def gauges(engine: Engine) -> dict[str, float]:
     """What it has now; see :data:`raypg.core.pool_metrics.GAUGES`."""
-    connections = engine.connections
+    servers = engine.servers
+    total, idle = sum(each.connections.total for each in servers), sum(each.connections.idle for each in servers)
     return {
-        "total": connections.total,
-        "idle": connections.idle,
-        "active": connections.total - connections.idle,
-        "waiting": len(engine.queue),
-        "opening": connections.opening,
-        "health": sum(connection.health for connection in connections),
+        "total": total,
+        "idle": idle,
+        "active": total - idle,
+        "waiting": sum(len(each.queue) for each in servers),
+        "opening": sum(each.connections.opening for each in servers),
+        "health": sum(connection.health for each in servers for connection in each.connections),
         "max_connections": engine.config.max_connections,
         "min_connections": engine.config.min_connections,
     }
@@ -32,13 +33,15 @@ def status(engine: Engine) -> dict[str, Any]:
     return {
         "pooler": engine.pooler,
         "circuit_breaker": engine.guard.as_dict(),
-        "budget": engine.connections.budget,
+        "budget": engine.budget,
+        "replicas": [] if engine.replicas is None else engine.replicas.describe(),
         **{name: levels[name] for name in ("total", "idle", "opening", "active", "waiting")},
         **engine.figures.as_dict(),
         "reclaimed_leases": dict(engine.leases.reclaimed),
         "last_error": str(last_error) if last_error else None,
         "connections": {
             c.identifier: {
+                "server": "primary" if each is engine else each.target,
                 "health_score": c.health,
                 "active_queries": int(c.busy),
                 "last_used": now - c.last_used,
@@ -49,6 +52,7 @@ def status(engine: Engine) -> dict[str, Any]:
                 if (lease := leased.get(c.identifier)) is None
                 else {**lease.owner, "age": now - lease.since},
             }
-            for c in engine.connections
+            for each in engine.servers
+            for c in each.connections
         },
     }

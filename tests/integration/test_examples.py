@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import socket
 import sys
 from pathlib import Path
 
@@ -17,9 +18,9 @@ from raypg.embedded import EmbeddedServer
 ROOT = Path(__file__).parents[2]
 
 
-def submit(cluster: LocalCluster, example: str) -> str:
+def submit(cluster: LocalCluster, example: str, *arguments: str) -> str:
     """The output of an example, submitted as a Ray job."""
-    command = (RAY, "job", "submit", "--", sys.executable, str(ROOT / "examples" / example))
+    command = (RAY, "job", "submit", "--", sys.executable, str(ROOT / "examples" / example), *arguments)
     done = run(*command, environment=cluster.environment(), timeout=90)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -46,6 +47,16 @@ async def test_share_between_jobs(command_cluster: LocalCluster, direct: asyncpg
         assert done.stdout == "shared: ended\n"
     finally:
         await direct.execute("drop table if exists public.visits")
+
+
+def test_query_over_http(command_cluster: LocalCluster) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    said = submit(command_cluster, "query_over_http.py", str(port))
+    assert "200 [{'word': 'hello', 'price': '12.50'}] by the primary" in said
+    assert "422 division by zero" in said
+    assert "403 statements of kind DDL are not run here" in said
 
 
 def test_each_example_is_named_here() -> None:

@@ -26,6 +26,8 @@ class Levels:
         self.connections = _Empty(self.connections)
         self.queue: list[Any] = []
         self.config = SimpleNamespace(max_connections=10, min_connections=2)
+        self.servers = [self]
+        self.replicas = None
 
 
 class _Empty:

@@ -41,7 +41,7 @@ def test_a_pool_actor_that_was_held_up_takes_nobody_for_lost() -> None:
 @pytest.fixture
 def membership() -> Membership:
     config = from_kwargs(name="p", environ={}, host="127.0.0.1", max_connections=3)
-    reaper = Reaper("p", Control(Connector(config, "raypg:none:control:0")), "raypg:none:", lambda: 3)
+    reaper = Reaper("p", [Control(Connector(config, "raypg:none:control:0"))], "raypg:none:", lambda: 3)
     return Membership("p", lambda: config, reaper, 1)
 
 

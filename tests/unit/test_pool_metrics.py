@@ -202,3 +202,13 @@ def test_histograms_count_all_values() -> None:
     times = metrics.snapshot(START)["commands"]["SELECT"]
     assert times["at_most"] == [10, 10, 10, 20, 20, 20, 20, 30, 30]
     assert times["sum"] == pytest.approx(30.205)
+
+
+def test_the_lag_of_a_replica_is_what_the_worker_sees_that_sees_most() -> None:
+    metrics = joined(0, 1)
+    metrics.apply(0, "life", [delta(1, replicas={"a": 1.0, "b": math.nan, "c": math.nan})], START)
+    metrics.apply(1, "life", [delta(1, replicas={"a": 2.0, "b": 0.5, "c": math.nan})], START)
+    lags = metrics.snapshot(START)["replicas"]
+    assert (lags["a"], lags["b"], math.isnan(lags["c"])) == (2.0, 0.5, True)
+    metrics.leave(1)
+    assert metrics.snapshot(START)["replicas"]["a"] == 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -166,3 +167,32 @@ def test_where_nobody_can_look_failed_attempts_to_connect_tell() -> None:
     assert (found["level"], "nobody listens at h:2" in found["text"]) == ("critical", True)
     metrics["recent_errors"][0]["at"] = NOW - 60
     assert told(snapshot=metrics, activity=unseen)["database"]["level"] == "ok"
+
+
+def replica(address: str = "b:5432", healthy: bool = True, lag: float = 0.1, **more: Any) -> dict[str, Any]:
+    return {"replica": address, "role": "standby", "healthy": healthy, "problem": "", "lag_seconds": lag, **more}
+
+
+@pytest.mark.parametrize(
+    ("replicas", "level", "text"),
+    [
+        ([replica(), replica("c:5432", lag=2.0)], "ok", "2 answer reads, at most 2.0 s behind"),
+        ([replica(lag=math.nan)], "ok", "1 answers reads"),
+        ([replica(lag=31.4), replica("c:5432")], "warning", "b:5432 is 31 s behind"),
+        (
+            [replica(healthy=False, problem="connection refused"), replica("c:5432")],
+            "warning",
+            "b:5432 answers no reads: connection refused",
+        ),
+        (
+            [replica(healthy=False, role="foreign")],
+            "warning",
+            "b:5432 answers no reads: it is foreign; all reads go to the primary",
+        ),
+    ],
+)
+def test_replicas(replicas: list[dict[str, Any]], level: str, text: str) -> None:
+    assert "replicas" not in told()
+    found = told(replicas=replicas)
+    assert found["replicas"] == {"level": level, "text": text}
+    assert verdict(found)["level"] == level

@@ -1,0 +1,145 @@
+"""Reads on replicas: do sessions see their own writes, how many reads run there, and how fast.
+
+One primary and two standbys. For the sessions one standby replays each commit 20 ms late, and the other one is paused
+for 0.1 s now and then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+
+import asyncpg
+import ray
+import uvloop
+from measure import compare, rate, ratio, report
+
+from raypg import Session, WorkflowConnectionPool, messages
+from raypg.embedded import EmbeddedServer
+from raypg.reading import where_of
+
+PAIRS = int(os.environ.get("RAYPG_BENCH_PAIRS", "100000"))
+SESSIONS = 200
+ROWS = 10_000
+CLIENTS = 500
+QUERY = "SELECT id, balance FROM accounts WHERE id = $1"
+
+
+def standby_of(primary: EmbeddedServer) -> EmbeddedServer:
+    """A streaming copy of *primary*."""
+    standby = EmbeddedServer(settings={"max_connections": "100"}, password=primary.password)
+    primary.run("pg_basebackup", "--pgdata", str(standby.data_directory), "--write-recovery-conf", "--checkpoint=fast")
+    return standby
+
+
+async def tell(server: EmbeddedServer, *statements: str) -> None:
+    """Run statements on a connection made for them."""
+    connection = await asyncpg.connect(**server.parameters)
+    for statement in statements:
+        await connection.execute(statement)
+    await connection.close()
+
+
+@contextlib.asynccontextmanager
+async def disturbed(late: EmbeddedServer, paused: EmbeddedServer) -> AsyncIterator[None]:
+    """One standby is late, the other one paused again and again."""
+    await tell(late, "ALTER SYSTEM SET recovery_min_apply_delay = '20ms'", "SELECT pg_reload_conf()")
+
+    async def disturb() -> None:
+        while True:
+            await tell(paused, "SELECT pg_wal_replay_pause()")
+            await asyncio.sleep(0.1)
+            await tell(paused, "SELECT pg_wal_replay_resume()")
+            await asyncio.sleep(0.9)
+
+    disturbing = asyncio.create_task(disturb())
+    try:
+        yield
+    finally:
+        disturbing.cancel()
+        await asyncio.gather(disturbing, return_exceptions=True)
+        await tell(paused, "SELECT pg_wal_replay_resume()")
+        await tell(late, "ALTER SYSTEM RESET recovery_min_apply_delay", "SELECT pg_reload_conf()")
+
+
+async def pairs(pool: WorkflowConnectionPool) -> tuple[float, int, Counter[str]]:
+    """Write, then read, in sessions of their own: (pairs/s, stale reads, reads by who answered)."""
+    dispatcher = await pool._dispatcher()
+    targets: Counter[str] = Counter()
+    stale = 0
+
+    async def session(number: int) -> None:
+        nonlocal stale
+        mine = Session()
+        for value in range(PAIRS // SESSIONS):
+            await pool.execute("UPDATE accounts SET balance = $2 WHERE id = $1", number, value)
+            mine.wrote()
+            begun = mine.reads()
+            where = where_of("replica", None, begun[0])
+            assert where is not None
+            rows, _, served = await dispatcher.read(messages.FETCH, QUERY, (number,), None, None, where)
+            mine.saw(begun, served.token)
+            targets[served.target] += 1
+            stale += rows[0][1] != value
+
+    started = time.perf_counter()
+    await asyncio.gather(*(session(number) for number in range(1, SESSIONS + 1)))
+    return PAIRS / (time.perf_counter() - started), stale, targets
+
+
+async def main() -> None:
+    settings = {"max_connections": "100"}
+    with EmbeddedServer(settings=settings) as primary, standby_of(primary) as one, standby_of(primary) as other:
+        ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+        pool = WorkflowConnectionPool(
+            name="bench", max_connections=13, replicas=[one.dsn, other.dsn], **primary.parameters
+        )
+        try:
+            await pool.execute("CREATE TABLE accounts (id int PRIMARY KEY, balance int)")
+            await pool.execute("INSERT INTO accounts SELECT g, g FROM generate_series(1, $1::int) g", ROWS)
+            await asyncio.sleep(1)
+
+            async def plain(number: int) -> None:
+                await pool.fetchrow(QUERY, number % ROWS + 1)
+
+            async def replica(number: int) -> None:
+                await pool.fetchrow(QUERY, number % ROWS + 1, read_from="replica")
+
+            mine = Session()
+
+            async def session(number: int) -> None:
+                await pool.fetchrow(QUERY, number % ROWS + 1, read_from="replica", after=mine)
+
+            reads = await compare(
+                {
+                    "primary": lambda: rate(plain, 20_000, CLIENTS),
+                    "replicas": lambda: rate(replica, 20_000, CLIENTS),
+                    "replicas, one session": lambda: rate(session, 20_000, CLIENTS),
+                }
+            )
+            report(
+                f"{CLIENTS} coroutines, point reads with two replicas on the same machine",
+                "reads/s",
+                reads,
+                [f"{name} ÷ primary: {ratio(reads, name, 'primary'):.2f}" for name in list(reads)[1:]],
+            )
+            async with disturbed(one, other):
+                speed, stale, targets = await pairs(pool)
+            report(
+                f"{PAIRS:,} pairs of a write and a read of {SESSIONS} sessions, a late and a paused replica",
+                "pairs/s",
+                {"pairs": [speed]},
+                [f"stale reads: {stale}", f"reads on replicas: {targets['replica'] / PAIRS:.1%}"],
+            )
+        finally:
+            await pool.close()
+            ray.shutdown()
+
+
+if __name__ == "__main__":
+    uvloop.run(main())

@@ -1,0 +1,224 @@
+"""Replicas that stop, die, hang and are promoted, under load."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import asyncpg
+import pytest
+from pools import backends_of, own_pool, worker_pids
+from standby import ask, caught_up, promote, standby_of
+from waiting import eventually
+
+from raypg import Session, WorkflowConnectionPool
+from raypg.embedded import EmbeddedServer
+from raypg.errors import OutcomeUnknownError, UnavailableError
+
+
+@pytest.fixture(scope="module")
+def victim(pg18: EmbeddedServer) -> Iterator[EmbeddedServer]:
+    """A standby of `pg18` that these tests do harm to."""
+    with standby_of(pg18) as server:
+        yield server
+
+
+@pytest.fixture
+async def read_pool(
+    ray_cluster: Any, pg18: EmbeddedServer, standby18: EmbeddedServer, victim: EmbeddedServer
+) -> AsyncIterator[WorkflowConnectionPool]:
+    """A pool with two replicas, `victim` the second, which are both in use."""
+    async with own_pool(
+        pg18, max_connections=10, replicas=[standby18.dsn, victim.dsn], circuit_breaker_recovery_timeout=0.5
+    ) as pool:
+        await eventually(lambda: is_used(pool, True), 30)
+        await eventually(lambda: is_used(pool, True, place=0), 30)
+        yield pool
+
+
+async def is_used(pool: WorkflowConnectionPool, wanted: bool, place: int = 1) -> bool:
+    status = await pool.process({"operation": "get_status"})
+    return bool(status["replicas"][place]["healthy"]) is wanted
+
+
+class Readers:
+    """Callers that read from replicas as fast as they can."""
+
+    def __init__(self, pool: WorkflowConnectionPool, sql: str = "select 1") -> None:
+        self._pool = pool
+        self._sql = sql
+        self._going = True
+        self.outcomes: Counter[str] = Counter()
+        self.slowest = 0.0
+
+    async def _read(self) -> None:
+        while self._going:
+            started = time.monotonic()
+            try:
+                await self._pool.fetchval(self._sql, read_from="replica")
+                self.outcomes["ok"] += 1
+            except Exception as error:
+                self.outcomes[type(error).__name__] += 1
+            self.slowest = max(self.slowest, time.monotonic() - started)
+
+    async def more(self, number: int = 200) -> None:
+        """Wait until so many more have been answered."""
+        until = self.outcomes["ok"] + number
+        await eventually(lambda: self.outcomes["ok"] >= until)
+
+    async def __aenter__(self) -> Readers:
+        self._tasks = [asyncio.create_task(self._read()) for _ in range(16)]
+        await self.more()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._going = False
+        await asyncio.gather(*self._tasks)
+
+
+async def test_no_reader_notices_that_a_replica_is_stopped_and_comes_back(
+    read_pool: WorkflowConnectionPool, victim: EmbeddedServer
+) -> None:
+    async with Readers(read_pool) as readers:
+        await asyncio.to_thread(victim.stop, "fast")
+        await readers.more()
+        await eventually(lambda: is_used(read_pool, False))
+        status = await read_pool.process({"operation": "get_status"})
+        assert status["replicas"][1]["problem"]
+        await asyncio.to_thread(victim.start)
+        await eventually(lambda: is_used(read_pool, True), 20)
+        await readers.more()
+    assert readers.outcomes.keys() == {"ok"}
+
+
+async def test_a_replica_that_is_killed_takes_only_what_it_runs(
+    read_pool: WorkflowConnectionPool, victim: EmbeddedServer
+) -> None:
+    """Of a read whose server dies without a word nobody knows whether it was the reason: it is not sent on."""
+    async with Readers(read_pool, "select pg_sleep(0.005)") as readers:
+        await asyncio.to_thread(victim.kill)
+        await readers.more()
+        assert await is_used(read_pool, False)
+        before = +readers.outcomes
+        await readers.more()
+        assert (readers.outcomes - before).keys() == {"ok"}
+        await asyncio.to_thread(victim.start)
+        await eventually(lambda: is_used(read_pool, True), 20)
+    assert readers.outcomes.keys() <= {"ok", "ConnectionLostError"}
+    assert readers.outcomes["ConnectionLostError"] <= 9
+
+
+async def test_a_replica_that_hangs_is_left(read_pool: WorkflowConnectionPool, victim: EmbeddedServer) -> None:
+    """What it runs is read elsewhere as soon as it has not answered for two seconds; what comes then, at once."""
+    async with Readers(read_pool) as readers:
+        assert victim.pid is not None
+        stopped = [victim.pid, *await backend_pids(victim)]
+        try:
+            for pid in stopped:
+                os.kill(pid, signal.SIGSTOP)
+            await eventually(lambda: is_used(read_pool, False), 15)
+            readers.slowest = 0.0
+            await readers.more()
+        finally:
+            for pid in stopped:
+                os.kill(pid, signal.SIGCONT)
+        await eventually(lambda: is_used(read_pool, True), 30)
+        await readers.more()
+    assert readers.outcomes.keys() == {"ok"}
+
+
+async def test_a_dead_worker_leaves_nothing_on_a_replica(
+    read_pool: WorkflowConnectionPool, standby18: EmbeddedServer
+) -> None:
+    eye = await asyncpg.connect(**standby18.parameters)
+    try:
+        before = {row["application_name"] for row in await backends_of(eye, read_pool.name)}
+        (process,) = (await worker_pids(read_pool.name)).values()
+        os.kill(process, signal.SIGKILL)
+
+        async def replaced() -> bool:
+            now = {row["application_name"] for row in await backends_of(eye, read_pool.name, control=False)}
+            return bool(now) and now.isdisjoint(before)
+
+        await eventually(replaced, 30)
+        await eventually(lambda: is_used(read_pool, True), 20)
+        assert await read_pool.fetchval("select pg_is_in_recovery()", read_from="replica") is True
+    finally:
+        await eye.close()
+
+
+async def backend_pids(server: EmbeddedServer) -> list[int]:
+    connection = await asyncpg.connect(**server.parameters)
+    try:
+        rows = await connection.fetch(
+            "select pid from pg_stat_activity where backend_type = 'client backend' and pid <> pg_backend_pid()"
+        )
+    finally:
+        await connection.close()
+    return [row["pid"] for row in rows]
+
+
+async def test_a_replica_is_promoted_under_load(ray_cluster: Any) -> None:
+    """The primary dies, one of its two standbys takes over; both are named as hosts of the connection string."""
+    with EmbeddedServer() as first, standby_of(first) as second, standby_of(first) as third:
+        await ask(first, "create table written (id int primary key)")
+        for standby in (second, third):
+            await caught_up(first, standby)
+        hosts = ",".join(f"127.0.0.1:{server.port}" for server in (first, second))
+        user, database = first.parameters["user"], first.parameters["database"]
+        async with own_pool(
+            first,
+            **dict.fromkeys(("host", "port", "user", "database", "password")),
+            connection_string=f"postgresql://{user}:{first.password}@{hosts}/{database}",
+            replicas=[second.dsn, third.dsn],
+            max_connections=10,
+            circuit_breaker_recovery_timeout=0.5,
+        ) as pool:
+            await eventually(lambda: is_used(pool, True), 30)
+            outcomes: Counter[str] = Counter()
+            written: list[tuple[float, int]] = []
+            going = True
+
+            async def write(number: int) -> None:
+                mine = Session()
+                while going:
+                    number += 100
+                    try:
+                        await pool.execute("insert into written values ($1)", number)
+                        mine.wrote()
+                        written.append((time.monotonic(), number))
+                        seen = await pool.fetchval(
+                            "select count(*) from written where id = $1", number, read_from="replica", after=mine
+                        )
+                        outcomes["ok" if seen == 1 else "stale"] += 1
+                    except (UnavailableError, OutcomeUnknownError) as error:
+                        outcomes[type(error).__name__] += 1
+                        await asyncio.sleep(0.01)
+                    except Exception as error:
+                        outcomes[repr(error)] += 1
+
+            writers = [asyncio.create_task(write(number)) for number in range(1, 9)]
+            await eventually(lambda: outcomes["ok"] > 100)
+            await asyncio.to_thread(first.kill)
+            await asyncio.sleep(0.3)  # so that the breaker has opened
+            await promote(second)
+            promoted = time.monotonic()
+            await eventually(lambda: written and written[-1][0] > promoted)
+            resumed = next(then for then, _ in written if then > promoted) - promoted
+            done = len(written)
+            await eventually(lambda: len(written) > done + 100)
+            going = False
+            await asyncio.gather(*writers)
+            kinds = set(outcomes) - {"ok"}
+            assert kinds <= {"ConnectError", "CircuitBreakerError", "ConnectionLostError", "OutcomeUnknownError"}
+            assert resumed < 2.0
+            status = await pool.process({"operation": "get_status"})
+            assert [replica["role"] for replica in status["replicas"]] == ["primary", "standby"]
+            assert "timeline" in status["replicas"][1]["problem"]
+            late = [number for then, number in written if then > promoted]
+            assert await ask(second, "select count(*) from written where id = any($1)", late) == len(late)

@@ -1,0 +1,147 @@
+"""What is read from the catalogue of a real server, and when it is read again."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncIterator
+
+import asyncpg
+import pytest
+
+from raypg.core import functions
+from raypg.core.classifier import Classifier
+from raypg.core.facts import judge
+from raypg.core.mentions import mentions
+from raypg.embedded import EmbeddedServer
+from raypg.server import facts_reader
+
+
+@pytest.fixture
+async def fresh(pg18: EmbeddedServer) -> AsyncIterator[asyncpg.Connection]:
+    """A connection to a database of its own: facts are of a whole database."""
+    name = f"facts_{secrets.token_hex(4)}"
+    admin = await asyncpg.connect(**pg18.parameters)
+    await admin.execute(f"create database {name}")
+    connection = await asyncpg.connect(**(pg18.parameters | {"database": name}))
+    try:
+        yield connection
+    finally:
+        connection.terminate()
+        await admin.execute(f"drop database {name} with (force)")
+        await admin.close()
+
+
+async def test_each_view_of_the_system_is_about_one_server_or_proven_by_its_definition(
+    fresh: asyncpg.Connection,
+) -> None:
+    facts = await facts_reader.load(fresh.fetch)
+    views = await fresh.fetch(
+        "select n.nspname::text as schema, c.relname::text as name, pg_get_viewdef(c.oid) as definition"
+        " from pg_class c join pg_namespace n on n.oid = c.relnamespace where c.relkind = 'v'"
+    )
+    assert len(views) > 100
+    classifier = Classifier(facts)
+    unproven, reads = {}, set()
+    for view in views:
+        verdict = classifier.classify(f"select * from {view['schema']}.{view['name']}")
+        proof = judge(mentions(view["definition"]), facts)
+        if verdict.kind == "READ":
+            reads.add(view["name"])
+            if proof.kind != "READ":
+                unproven[view["name"]] = proof.reason
+    # Neither do these functions write, nor tell more of a session than which schema of temporary tables to leave out.
+    assert {reason.split()[1] for reason in unproven.values()} <= {
+        *("pg_is_other_temp_schema", "pg_my_temp_schema", "pg_mcv_list_items", "pg_get_statisticsobjdef_expressions"),
+        *(
+            "pg_get_publication_tables",
+            "pg_timezone_abbrevs_zone",
+            "pg_timezone_abbrevs_abbrevs",
+            "pg_timezone_names",
+            "pg_get_wait_events",
+        ),
+    }, unproven
+    assert {"pg_tables", "pg_views", "pg_indexes", "pg_roles", "tables", "columns", "pg_stats"} <= reads
+    for name in ("pg_stat_activity", "pg_locks", "pg_settings", "pg_cursors", "pg_sequences", "pg_replication_slots"):
+        assert classifier.classify(f"select * from {name}").kind == "SESSION"
+
+
+async def test_operators_and_fields_of_the_system_call_nothing_volatile(fresh: asyncpg.Connection) -> None:
+    """What classification takes for granted: it looks at neither."""
+    assert not await fresh.fetchval(
+        "select count(*) from pg_operator o join pg_proc p on p.oid = o.oprcode where p.provolatile = 'v'"
+    )
+    # a.name may call a function `name` that takes a row of any kind.
+    called = await fresh.fetch(
+        "select proname::text as name from pg_proc where oid < 16384 and provolatile = 'v' and pronargs = 1"
+        " and proargtypes[0] in ('record'::regtype, 'anyelement'::regtype, 'anynonarray'::regtype, '\"any\"'::regtype)"
+    )
+    assert {row["name"] for row in called} <= functions.FORBIDDEN
+
+
+async def test_an_operator_class_of_a_function_that_writes_taints_the_tables_of_its_type(
+    fresh: asyncpg.Connection,
+) -> None:
+    await fresh.execute(
+        """
+        create table seen (a int);
+        create type odd as (n int);
+        create function compare(odd, odd) returns int language plpgsql as
+            $$ begin insert into seen values (1); return 0; end $$;
+        create function same(odd, odd) returns boolean language sql immutable as 'select true';
+        create operator #= (leftarg = odd, rightarg = odd, function = same);
+        create operator class odd_ops default for type odd using btree as
+            operator 3 #= , function 1 compare(odd, odd);
+        create table odds (o odd);
+        create table lists (many odd[]);
+        create table others (a int);
+        """
+    )
+    classifier = Classifier(await facts_reader.load(fresh.fetch))
+    expected = {
+        "select o from odds order by o": "WRITE",
+        "select distinct o from odds": "WRITE",
+        "select max(many) from lists": "WRITE",
+        "select row(1)::odd = row(2)::odd": "WRITE",
+        "select * from others order by a": "READ",
+    }
+    assert {sql: classifier.classify(sql).kind for sql in expected} == expected
+
+
+async def test_a_change_of_the_catalogue_is_noticed_and_nothing_else(fresh: asyncpg.Connection) -> None:
+    await fresh.execute("create table t (a int); create view v as select a from t")
+    known = await facts_reader.digest(fresh.fetch)
+    await fresh.execute("insert into t values (1); analyze t; create temp table x (a int); drop table x")
+    await fresh.execute("vacuum t")
+    assert await facts_reader.digest(fresh.fetch) == known
+    for change in (
+        "create function f() returns int language sql as 'select 1'",
+        "create or replace function f() returns int language sql as $$ select nextval('s')::int $$",
+        "create or replace view v as select a + 1 as a from t",
+        "alter table t enable row level security",
+        "create policy p on t using (true)",
+        "alter policy p on t using (f() = 1)",
+        "alter table t set unlogged",
+        "alter table t rename to u",
+        "create domain d as int check (value > 0)",
+        "create operator #+ (leftarg = int, rightarg = int, function = int4pl)",
+        "create schema s",
+        "alter function f() set schema s",
+        "drop function s.f() cascade",
+    ):
+        await fresh.execute(change if "nextval" not in change else f"create sequence s; {change}")
+        now = await facts_reader.digest(fresh.fetch)
+        assert now != known, change
+        known = now
+
+
+@pytest.mark.pg15
+async def test_an_older_server_tells_the_same_way(pg15: EmbeddedServer) -> None:
+    connection = await asyncpg.connect(**pg15.parameters)
+    try:
+        classifier = Classifier(await facts_reader.load(connection.fetch))
+        assert await facts_reader.digest(connection.fetch)
+    finally:
+        await connection.close()
+    assert classifier.classify("select lower(relname) from pg_class").kind == "READ"
+    assert classifier.classify("select pg_advisory_lock(1)").kind == "SESSION"
+    assert classifier.classify("select uuidv7()").kind == "UNKNOWN"  # not there yet: somebody's own, if anything
