@@ -130,6 +130,7 @@ def _counts(counts: Mapping[str, int]) -> dict[str, int]:
         "queries_together": counts["together"],
         "rows_fetched": counts["rows"],
         "rows_written": counts["written"],
+        "replica_reads": counts["replica_reads"],
         "calls_refused": counts["refused"],
         "calls_rejected": counts["rejected"],
         "pool_exhaustion_events": counts["exhausted"],

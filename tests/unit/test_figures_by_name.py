@@ -106,6 +106,8 @@ def test_what_is_of_alerts_alone() -> None:
     }
     assert {name: ALL[name] for name in expected} == expected
     assert math.isnan(ALL["replica_lag_seconds"])
+    behind = {**KNOWN, "replicas": {"b:5432": 2.0, "c:5432": 31.0, "d:5432": math.nan}}
+    assert figures(behind, ["replica_lag_seconds"]) == {"replica_lag_seconds": 31.0}
 
 
 def test_a_breaker_of_which_nothing_is_known() -> None:

@@ -28,6 +28,7 @@ WORKER = {
         "active": 2,
         "waiting": 1,
         "last_error": None,
+        "replicas": [],
         "connections": {"1": {"lease": LEASE, "backend_pid": 42}, "2": {"lease": None, "backend_pid": 43}},
     },
 }
