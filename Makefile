@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-system lint format bench clean system-packages
+.PHONY: help setup demo test test-system lint format bench screenshots clean system-packages
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,7 +41,7 @@ $(STAMP): pyproject.toml
 demo: setup ## Load 336,776 real flights through a pool on a local Ray cluster, and query them
 	$(VENV)/bin/raypg demo $(ARGS)
 
-system-packages: ## What some tests need of the system: PostgreSQL with TLS and contrib, PgBouncer, Prometheus (root, apt)
+system-packages: ## What some tests need of the system: PostgreSQL with TLS and contrib, PgBouncer, Prometheus, Chromium (root, apt)
 	@bash tests/system-packages.sh
 
 test: setup system-packages ## Run all tests on real PostgreSQL and real Ray
@@ -69,6 +69,9 @@ bench: setup ## Run the benchmarks
 	@shopt -s nullglob; files=(benchmarks/bench_*.py); \
 	if [ $${#files[@]} -eq 0 ]; then echo "benchmarks/ holds no bench_*.py"; exit 1; fi; \
 	for file in "$${files[@]}"; do echo "== $$file"; $(VENV)/bin/python "$$file" $(ARGS) || exit 1; done
+
+screenshots: setup system-packages ## Take the pictures of the dashboard in docs/ anew, of a real pool under load
+	PYTHONPATH=tests $(VENV)/bin/python tests/browser/screenshots.py
 
 clean: ## Delete all that make made: .venv, builds, caches
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

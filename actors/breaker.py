@@ -27,7 +27,7 @@ from ray.actor import ActorHandle
 from raypg import _compat
 from raypg.actors.serving_all import ServingAll
 from raypg.actors.worker import Answer
-from raypg.breaker_status import describe, describe_transitions
+from raypg.breaker_status import SHOWN, describe, describe_transitions
 from raypg.core.breaker import DISABLED, BreakerConfig, Transition
 from raypg.core.quorum import Order, Quorum, Report
 from raypg.errors import UnavailableError
@@ -207,15 +207,15 @@ class BreakerActor(ServingAll):
             "unreached": sorted({*unreached, *missing}),
         }
 
-    async def status(self, pool: str) -> Answer:
-        """How the breaker of *pool* stands."""
+    async def status(self, pool: str, shown: int = SHOWN) -> Answer:
+        """How the breaker of *pool* stands, with the last *shown* transitions."""
         known: _Pool | None = await self.find(pool)
         if known is None:
             return "error", pack_error(_unknown(pool))
         now = time.monotonic()
         known.quorum.tick(now)
         known.push()
-        return "ok", describe(known.quorum, now, time.time())
+        return "ok", describe(known.quorum, now, time.time(), shown)
 
     async def states(self) -> dict[str, dict[str, Any]]:
         """How the breakers of all pools stand, in short."""

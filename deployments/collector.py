@@ -41,6 +41,9 @@ IDENTITY_FOR = 30.0
 STATEMENTS = 20
 """Fingerprints that are shown."""
 
+TRANSITIONS = 50
+"""Changes of a breaker's state that are shown: while a server is away it tries again and again."""
+
 HISTORY = 50
 """Alerts of the past that are shown."""
 
@@ -133,7 +136,9 @@ def _of_pool(name: str, method: str) -> Question:
 
 def _of_breaker(name: str) -> Question:
     async def question() -> Any:
-        kind, status = await ask(cluster.find_breaker, "status", name, within=ANSWERED_WITHIN, otherwise="no answer")
+        kind, status = await ask(
+            cluster.find_breaker, "status", name, TRANSITIONS, within=ANSWERED_WITHIN, otherwise="no answer"
+        )
         return status if kind == "ok" else None
 
     return question

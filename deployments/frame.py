@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from raypg.core.pool_metrics import utilization
@@ -134,7 +135,7 @@ def _breaker(status: Mapping[str, Any] | None) -> dict[str, Any]:
     return {
         **{name: status[name] for name in ("state", "forced", "forced_reason", "reason", "time_until_recovery")},
         "transitions": [
-            {name: change[name] for name in ("from", "to", "timestamp", "reason")}
+            {**{name: change[name] for name in ("from", "to", "reason")}, "timestamp": _epoch(change["timestamp"])}
             for change in status["state_transitions"]
         ],
         "workers": {
@@ -142,6 +143,12 @@ def _breaker(status: Mapping[str, Any] | None) -> dict[str, Any]:
             for index, worker in status["workers"].items()
         },
     }
+
+
+def _epoch(timestamp: str) -> float:
+    """Seconds since the epoch, in tenths: read from two clocks, it differs by a little each time, and what differs is
+    sent anew."""
+    return round(datetime.fromisoformat(timestamp).timestamp(), 1)
 
 
 def _statement(known: Mapping[str, Any]) -> dict[str, Any]:

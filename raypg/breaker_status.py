@@ -13,18 +13,19 @@ from typing import Any
 from raypg.core.breaker import Transition
 from raypg.core.quorum import Quorum
 
-__all__ = ["describe", "describe_transitions"]
+__all__ = ["SHOWN", "describe", "describe_transitions"]
 
 SHOWN = 5
-"""Transitions in a status."""
+"""Transitions in a status, if no other number is asked for."""
 
 
-def describe(quorum: Quorum, now: float, wall: float) -> dict[str, Any]:
+def describe(quorum: Quorum, now: float, wall: float, shown: int = SHOWN) -> dict[str, Any]:
     """The breaker as a whole.
 
     Args:
         now: the time on the breaker's clock.
         wall: the same moment in seconds since the epoch.
+        shown: how many of the last transitions are in it.
     """
     machine = quorum.machine
     metrics = machine.metrics()
@@ -37,7 +38,7 @@ def describe(quorum: Quorum, now: float, wall: float) -> dict[str, Any]:
         "metrics": metrics,
         "config": asdict(machine.config),
         "time_until_recovery": machine.time_until_recovery(now),
-        "state_transitions": describe_transitions(list(machine.transitions)[-SHOWN:], now, wall),
+        "state_transitions": describe_transitions(list(machine.transitions)[-shown:], now, wall),
         "workers": quorum.workers(now),
         "as_of": _timestamp(now, now, wall),
     }

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Installs what some tests need of the system: its PostgreSQL (built with TLS, with contrib), PgBouncer and Prometheus.
+# Installs what some tests need of the system: its PostgreSQL (built with TLS, with contrib), PgBouncer, Prometheus,
+# and Chromium with fonts.
 # Nothing is left running. Without root or apt it says what will be skipped; with CI set, those tests fail instead.
 set -euo pipefail
 
 have_postgres() { compgen -G '/usr/lib/postgresql/*/bin/postgres' >/dev/null || compgen -G '/usr/pgsql-*/bin/postgres' >/dev/null; }
 have_pgbouncer() { command -v pgbouncer >/dev/null || [ -x /usr/sbin/pgbouncer ]; }
+have_chromium() { command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null; }
 have_prometheus() { command -v prometheus >/dev/null && command -v promtool >/dev/null; }
 
 missing() {
@@ -12,6 +14,7 @@ missing() {
     have_postgres || names+=(postgresql)
     have_pgbouncer || names+=(pgbouncer)
     have_prometheus || names+=(prometheus)
+    have_chromium || names+=(chromium fonts-liberation)
     echo "${names[*]-}"
 }
 

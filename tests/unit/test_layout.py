@@ -183,8 +183,8 @@ def test_the_wheel_holds_every_module(tmp_path: Path) -> None:
     expected = {f"raypg/{file.relative_to(PACKAGE)}" for file in PACKAGE.rglob("*.py") if not file.is_symlink()}
     for part in ("actors", "deployments"):
         expected |= {f"raypg/{part}/{file.relative_to(ROOT / part)}" for file in (ROOT / part).rglob("*.py")}
-    static = ROOT / "deployments" / "static"
-    expected |= {f"raypg/deployments/static/{file.relative_to(static)}" for file in static.rglob("*") if file.is_file()}
+    page = ROOT / "deployments" / "static"
+    expected |= {f"raypg/deployments/static/{file.relative_to(page)}" for file in page.rglob("*") if file.is_file()}
     assert expected - names == set()
     assert {
         "raypg/errors.py",
