@@ -252,6 +252,7 @@ export class Charts {
       marker: { color: shown.map((span) => this.color(STATES[span.state] ?? "--muted", span.state === "closed" ? 0.45 : 0.9)) },
       text: shown.map((span) => format.words(span.state)),
       textposition: "inside",
+      insidetextfont: { color: shown.map((span) => this.color(span.state === "closed" ? "--text" : "--on-badge")) },
       insidetextanchor: "middle",
       customdata: shown.map((span) => plain(`${format.words(span.state)} since ${format.moment(span.from)}${span.reason ? `: ${span.reason}` : ""}`)),
       hovertemplate: "%{customdata}<extra></extra>",
