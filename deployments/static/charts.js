@@ -94,6 +94,7 @@ export class Charts {
     document.body.append(this.probe);
     this.visible = new Set();
     this.drawn = new Map(); // chart → of what and when its lines are
+    this.last = new Map(); // chart → the turn in which it was drawn
     this.turn = 0;
     this.seen = new IntersectionObserver((entries) => this.look(entries), { rootMargin: "100px" });
     this.figures = new Map();
@@ -162,6 +163,8 @@ export class Charts {
     if (this.library === null || document.hidden) return;
     const due = drawings.filter(([id]) => this.visible.has(id) && !this.drawn.has(id));
     due.forEach(([id]) => this.drawn.set(id, { pool: series.pool, seconds: series.seconds, until }));
+    // Those first whose turn has not come for longest: on a slow machine it may not come for all each time.
+    due.sort(([one], [other]) => (this.last.get(one) ?? 0) - (this.last.get(other) ?? 0));
     this.next(due, ++this.turn);
   }
 
@@ -172,7 +175,8 @@ export class Charts {
       drawings.forEach(([id]) => this.drawn.delete(id)); // by figures that are newer
       return;
     }
-    const [[, draw], ...later] = drawings;
+    const [[id, draw], ...later] = drawings;
+    this.last.set(id, turn);
     draw();
     requestAnimationFrame(() => this.next(later, turn));
   }
@@ -248,6 +252,7 @@ export class Charts {
       marker: { color: shown.map((span) => this.color(STATES[span.state] ?? "--muted", span.state === "closed" ? 0.45 : 0.9)) },
       text: shown.map((span) => format.words(span.state)),
       textposition: "inside",
+      insidetextfont: { color: shown.map((span) => this.color(span.state === "closed" ? "--text" : "--on-badge")) },
       insidetextanchor: "middle",
       customdata: shown.map((span) => plain(`${format.words(span.state)} since ${format.moment(span.from)}${span.reason ? `: ${span.reason}` : ""}`)),
       hovertemplate: "%{customdata}<extra></extra>",

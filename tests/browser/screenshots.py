@@ -24,11 +24,17 @@ DOCS = Path(__file__).parents[2] / "docs"
 LARGEST = 300 * 1024
 """Bytes of a picture."""
 
-WARM_UP = 130.0
-"""Seconds before the first picture: as long as the charts reach back, and a little more."""
+WARM_UP = 100.0
+"""Seconds before the first picture; the charts reach back two minutes."""
 
 PATIENCE = 120_000
 """Milliseconds for everything: a machine that runs all of it has much to do."""
+
+DRAWN = """() => [...document.querySelectorAll(".plot")].every(plot => {
+  const {top, bottom} = plot.getBoundingClientRect();
+  return bottom < 0 || top > innerHeight || plot.querySelector(".scatterlayer path, .barlayer path, .xtick") !== null;
+})"""
+"""Whether every chart that can be seen has something in it."""
 
 SETTINGS = {
     "workers": 2,
@@ -98,6 +104,7 @@ async def opened(browser: Browser, address: str, theme: str, width: int, height:
 async def take(page: Page, name: str) -> None:
     file = DOCS / name
     await page.bring_to_front()
+    await page.wait_for_function(DRAWN)
     await asyncio.sleep(1.5)  # two frames
     await page.screenshot(path=file, timeout=PATIENCE)
     size = file.stat().st_size

@@ -6,8 +6,11 @@ import dataclasses
 import json
 from typing import Any
 
+from raypg.breaker_status import describe as status
+from raypg.core.breaker import BreakerConfig
 from raypg.core.history import History
 from raypg.core.pool_metrics import GAUGES, PoolMetrics
+from raypg.core.quorum import Quorum
 from raypg.core.sqlstate import CATEGORIES
 from raypg.deployments.frame import Answers, describe, summary
 
@@ -90,3 +93,20 @@ def test_what_workers_say_now_is_preferred_to_what_they_told() -> None:
     (statement,) = frame["statements"]
     assert (statement["text"], statement["count"], statement["total_ms"]) == ("select <script>", 1, 500.0)
     assert frame["wait_ms"] == {"mean": None, "p50": None, "p95": None, "p99": None}
+
+
+def test_the_changes_of_a_breaker_are_all_there_and_stay_the_same_from_frame_to_frame() -> None:
+    """While a server is away there are many, and what opened it is the first; two clocks never agree to the
+    microsecond, and what differs would be sent anew each second."""
+    quorum = Quorum(BreakerConfig(), 0.0, lambda: 0.0, 1)
+    for number in range(10):
+        quorum.machine.force_open(f"reason {number}", 100.0 + number)
+        quorum.machine.force_close("back", 100.5 + number)
+    frames = [
+        describe(dataclasses.replace(NOTHING, breaker=status(quorum, 200.0, NOW + off, 50)), NOW)
+        for off in (0.01, 0.01001)
+    ]
+    assert frames[0] == frames[1]
+    changes = frames[0]["breaker"]["transitions"]
+    assert len(changes) == 20
+    assert (changes[0]["reason"], changes[0]["timestamp"]) == ("reason 0", NOW - 100.0)
