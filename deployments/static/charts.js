@@ -55,7 +55,10 @@ const CHARTS = [
   {
     id: "rows",
     title: "Rows per second",
-    lines: [{ series: "rows", name: "returned or written", color: "--chart-2", area: 0.16 }],
+    lines: [
+      { series: "rows_fetched", name: "returned", color: "--chart-1" },
+      { series: "rows", name: "written", color: "--chart-2", area: 0.16 },
+    ],
     format: format.short,
   },
 ];

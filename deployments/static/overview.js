@@ -160,8 +160,8 @@ const TILES = [
     sub: (pool) => `p50 ${format.ms(pool.wait_ms?.p50)}\np99 ${format.ms(pool.wait_ms?.p99)}`,
   },
   {
-    title: "Rows",
-    hint: "rows that statements have returned or written",
+    title: "Rows written",
+    hint: "rows that statements have inserted, updated, deleted or copied",
     value: (pool) => format.short(pool.rows_per_second),
     sub: () => "per second",
   },
