@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import secrets
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from raypg import _compat, naming
-from raypg.actors.webhooks import Webhooks
+from raypg.actors.webhooks import Message, Webhooks
 from raypg.core.alert_rule import DEFAULTS, Rule, make_rule, without_secrets
 from raypg.core.alerts import FIRING, Alert, Alerts
 from raypg.core.figures_by_name import DESCRIPTIONS, Snapshot, figures
@@ -26,6 +28,7 @@ __all__ = ["AlertKeeper"]
 logger = logging.getLogger("raypg.alerts")
 
 MOST_RULES = 200
+"""Rules that there may be: all are looked at once a second, for each pool."""
 
 _LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR, "critical": logging.CRITICAL}
 
@@ -36,10 +39,9 @@ class AlertKeeper:
     def __init__(self) -> None:
         _log_somewhere()
         self.rules: dict[str, Rule] = {rule.id: rule for rule in _stored_rules()}
-        kept = _stored_state()
-        self._alerts = Alerts.from_dict(kept["alerts"]) if kept else Alerts()
+        self._alerts, waiting = _stored_state()
         self._kept = self._alerts.changes
-        self._webhooks = Webhooks(kept["waiting"] if kept else (), self._keep)
+        self._webhooks = Webhooks(waiting, self._keep)
 
     def evaluate(self, pools: Mapping[str, Snapshot | None], now: float) -> None:
         """See which rules hold.
@@ -76,7 +78,7 @@ class AlertKeeper:
             "rules": [_shown(rule) for rule in rules],
             "active": [alert.to_dict() for alert in active],
             "history": [alert.to_dict() for alert in fired[:history]],
-            "webhooks": self._webhooks.status(),
+            "webhooks": self._webhooks.status({rule.webhook_url for rule in self.rules.values() if rule.webhook_url}),
             "names": dict(DESCRIPTIONS) if names else {},
         }
 
@@ -93,8 +95,9 @@ class AlertKeeper:
         Raises:
             ConfigError: it is no good, or there are too many.
         """
-        words = "".join(character if character.isalnum() else " " for character in str(given.get("name", ""))).split()
-        rule = make_rule(given, f"{'-'.join(words).lower()[:40] or 'rule'}-{secrets.token_hex(3)}")
+        rule = make_rule(given, secrets.token_hex(3))
+        words = re.sub("[^a-z0-9]+", "-", rule.name.lower()).strip("-")[:40]
+        rule = replace(rule, id=f"{words or 'rule'}-{rule.id}")
         for other in self.rules.values():
             if other.says_the_same(rule):
                 return other.id
@@ -158,12 +161,22 @@ def _shown(rule: Rule) -> dict[str, Any]:
     return shown
 
 
+def _stored(key: str) -> Any:
+    """What an earlier life kept; ``None`` if there is nothing that can be read."""
+    stored = _compat.kv_get(key)
+    try:
+        return None if stored is None else json.loads(stored)
+    except ValueError:
+        logger.error("what was kept of alerts under %s cannot be read; it begins anew", key)
+        return None
+
+
 def _stored_rules() -> list[Rule]:
-    stored = _compat.kv_get(naming.ALERT_RULES_KEY)
-    if stored is None:
+    stored = _stored(naming.ALERT_RULES_KEY)
+    if not isinstance(stored, list):
         return list(DEFAULTS)
     rules = []
-    for kept in json.loads(stored):
+    for kept in stored:
         try:
             rules.append(Rule(**kept))
         except (ConfigError, TypeError) as error:
@@ -171,17 +184,15 @@ def _stored_rules() -> list[Rule]:
     return rules
 
 
-def _stored_state() -> dict[str, Any] | None:
-    stored = _compat.kv_get(naming.ALERT_STATE_KEY)
-    if stored is None:
-        return None
+def _stored_state() -> tuple[Alerts, list[Message]]:
+    kept = _stored(naming.ALERT_STATE_KEY)
+    if kept is None:
+        return Alerts(), []
     try:
-        kept: dict[str, Any] = json.loads(stored)
-        Alerts.from_dict(kept["alerts"])
+        return Alerts.from_dict(kept["alerts"]), kept["waiting"]
     except (TypeError, KeyError, ValueError):
-        logger.warning("what has fired was kept by another version of raypg; it begins anew")
-        return None
-    return kept
+        logger.error("what has fired was kept by another version of raypg; it begins anew")
+        return Alerts(), []
 
 
 def _log_somewhere() -> None:

@@ -230,7 +230,11 @@ class MetricsActor(ServingAll):
         must not be taken for over."""
         if now - self._born < SETTLED_WITHIN and (known.missing or name not in self._states):
             return None
-        return ChainMap({"circuit_breaker": self._breaker_of(name)}, known.metrics.parts(now))  # type: ignore[arg-type]
+        ours: dict[str, Any] = {
+            "circuit_breaker": self._breaker_of(name),
+            "heard_at": max(known.metrics.heard_at, self._born),  # before that nobody listened
+        }
+        return ChainMap(ours, known.metrics.parts(now))  # type: ignore[arg-type]
 
     def _breaker_of(self, pool: str) -> dict[str, Any]:
         return self._states.get(pool, {"state": None, "forced": False})

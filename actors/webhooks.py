@@ -8,7 +8,7 @@ import logging
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import aiohttp
@@ -60,6 +60,9 @@ class Webhooks:
         if len(queue) >= MOST_WAITING:
             self._lose(queue.popleft(), f"more than {MOST_WAITING} wait")
         queue.append({"url": url, "at": at, "body": body})
+        self._start(url)
+
+    def _start(self, url: str) -> None:
         if url not in self._senders:
             self._senders[url] = asyncio.get_running_loop().create_task(self._tell_all(url))
 
@@ -67,8 +70,9 @@ class Webhooks:
         """What was not told yet."""
         return [message for queue in self._queues.values() for message in queue]
 
-    def status(self) -> dict[str, Any]:
-        """How many wait, how many were never told, and why the last try of each address failed."""
+    def status(self, urls: Collection[str]) -> dict[str, Any]:
+        """How many wait, how many were never told, and why the last try of each of *urls* failed, if it did."""
+        self._trouble = {url: why for url, why in self._trouble.items() if url in urls or url in self._queues}
         trouble = {without_secrets(url): why for url, why in self._trouble.items()}
         return {"waiting": len(self.waiting()), "lost": self._lost, "trouble": trouble}
 
@@ -78,27 +82,31 @@ class Webhooks:
 
     async def _tell_all(self, url: str) -> None:
         queue, backoff = self._queues[url], Backoff(FIRST_DELAY, LONGEST_DELAY)
-        try:
-            async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(ANSWER_WITHIN)) as session:
-                while queue:
-                    message = queue[0]
-                    again, why = await _tell(session, url, message["body"])
-                    late = time.time() - message["at"] > GIVEN_UP_AFTER
-                    if why:
-                        self._trouble[url] = why
-                    if again and not late:
-                        await asyncio.sleep(backoff.next(random.random()))
-                        continue
-                    if why:
-                        self._lose(message, why)
-                    else:
-                        self._trouble.pop(url, None)
-                    backoff.reset()
-                    with contextlib.suppress(ValueError):  # it had to make room meanwhile
-                        queue.remove(message)
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(ANSWER_WITHIN)) as session:
+            while queue:
+                message = queue[0]
+                again, why = await _tell(session, url, message["body"])
+                if why:
+                    self._trouble[url] = why
+                if again and time.time() - message["at"] < GIVEN_UP_AFTER:
+                    await asyncio.sleep(backoff.next(random.random()))
+                    continue
+                if why:
+                    self._lose(message, why)
+                else:
+                    self._trouble.pop(url, None)
+                backoff.reset()
+                with contextlib.suppress(ValueError):  # it had to make room meanwhile
+                    queue.remove(message)
+                try:
                     self._changed()
-        finally:
-            del self._senders[url], self._queues[url]
+                except Exception:  # the next life would tell it again
+                    logger.exception("what webhooks were told cannot be kept")
+        del self._senders[url]
+        if queue:  # something came while the connection was closed
+            self._start(url)
+        else:
+            del self._queues[url]
 
 
 async def _tell(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> tuple[bool, str]:
@@ -108,8 +116,7 @@ async def _tell(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) 
             status = answer.status
     except TimeoutError:
         return True, f"no answer within {ANSWER_WITHIN:g} s"
-    except (aiohttp.ClientError, OSError, ValueError) as error:
-        # Texts of these may hold the whole address.
+    except Exception as error:  # whatever it is, it may be better later; its text may hold the whole address
         return True, (error.strerror if isinstance(error, OSError) else None) or type(error).__name__
     if 200 <= status < 300:
         return False, ""

@@ -129,6 +129,8 @@ async def nobody_watches(here: Setting) -> None:
         [
             f"the dashboard ÷ Serve alone: {ratio(speeds, 'Serve and the dashboard', 'Serve alone'):.3f} (limit 0.99)",
             f"Serve and the dashboard ÷ without: {ratio(speeds, 'Serve and the dashboard', 'without'):.3f}",
+            "where rounds differ by more than 1 %, as on a machine that does other things too, only the next line can "
+            "show as little",
             "shares of one core when nothing runs: "
             + ", ".join(f"{name} {share * 100:.1f} %" for name, share in sorted(idle.items())),
         ],

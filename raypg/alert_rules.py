@@ -39,13 +39,16 @@ groups:
           description: "Pool {{ $labels.pool }}. `raypg status {{ $labels.pool }}` says why."
 
       - alert: DatabasePoolSaturated
-        expr: connection_pool_utilization > 0.9 and connection_pool_queue_depth > 0
+        # One connection of the most is for control: of ten, nine can be in use.
+        expr: >-
+          connection_pool_utilization * connection_pool_max_connections
+          >= 0.9 * (connection_pool_max_connections - 1) and connection_pool_queue_depth > 0
         for: 5m
         labels:
           severity: warning
         annotations:
           summary: "Nearly all connections are in use, and callers wait"
-          description: "Pool {{ $labels.pool }}: {{ $value | humanizePercentage }} of its connections are in use."
+          description: "Pool {{ $labels.pool }}: {{ $value }} of its connections are in use."
 
       - alert: DatabasePoolExhausted
         expr: increase(connection_pool_exhaustion_events_total[5m]) > 0

@@ -106,6 +106,11 @@ _PANELS = (
         ),
     ),
     _Panel(
+        "Alerts that fire",
+        "none",
+        ((f"raypg_alert_firing{_POOLS} == 1", "{{pool}} {{alertname}} ({{severity}})"),),
+    ),
+    _Panel(
         "Distribution of times, over all pools",
         "s",
         (

@@ -186,22 +186,20 @@ class _Parser:
     # --- from weakest to strongest ---
 
     def _any(self) -> _Number | _Truth:
-        first = self._all()
-        if self._token.text != "or":
-            return first
-        parts = [self._truth(first)]
-        while self._take("or"):
-            parts.append(self._truth(self._all()))
-        return _Truth(_or([part.verdict for part in parts]))
+        return self._joined("or", self._all, decisive=True)
 
     def _all(self) -> _Number | _Truth:
-        first = self._not()
-        if self._token.text != "and":
+        return self._joined("and", self._not, decisive=False)
+
+    def _joined(self, word: str, operand: Callable[[], _Number | _Truth], decisive: bool) -> _Number | _Truth:
+        """Operands with *word* between them; one that is *decisive* is enough."""
+        first = operand()
+        if self._token.text != word:
             return first
-        parts = [self._truth(first)]
-        while self._take("and"):
-            parts.append(self._truth(self._not()))
-        return _Truth(_and([part.verdict for part in parts]))
+        parts = [self._truth(first).verdict]
+        while self._take(word):
+            parts.append(self._truth(operand()).verdict)
+        return _Truth(_decided(parts, decisive))
 
     def _not(self) -> _Number | _Truth:
         if not self._take("not"):
@@ -336,18 +334,10 @@ def _multiplied(numbers: list[tuple[bool, Callable[[Figures], float]]]) -> Calla
     return value
 
 
-def _or(verdicts: list[Callable[[Figures], bool | None]]) -> Callable[[Figures], bool | None]:
+def _decided(parts: list[Callable[[Figures], bool | None]], decisive: bool) -> Callable[[Figures], bool | None]:
     def verdict(figures: Figures) -> bool | None:
-        found = [each(figures) for each in verdicts]
-        return True if True in found else None if None in found else False
-
-    return verdict
-
-
-def _and(verdicts: list[Callable[[Figures], bool | None]]) -> Callable[[Figures], bool | None]:
-    def verdict(figures: Figures) -> bool | None:
-        found = [each(figures) for each in verdicts]
-        return False if False in found else None if None in found else True
+        found = [part(figures) for part in parts]
+        return decisive if decisive in found else None if None in found else not decisive
 
     return verdict
 

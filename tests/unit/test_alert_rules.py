@@ -89,11 +89,13 @@ def test_each_fires(rules: Path, alert: str, after: str, series: str, values: st
     fires(rules, alert, after, {UP: "1+0x30", series: f"{start}x{count}"}, labels)
 
 
-def test_saturation_is_full_use_with_callers_that_wait(rules: Path) -> None:
+@pytest.mark.parametrize(("most", "used"), [(10, 0.9), (100, 0.95)])
+def test_saturation_is_full_use_with_callers_that_wait(rules: Path, most: int, used: float) -> None:
     use, depth = "connection_pool_utilization" + POOL, "connection_pool_queue_depth" + POOL
+    full = {UP: "1+0x30", use: f"{used}+0x30", "connection_pool_max_connections" + POOL: f"{most}+0x30"}
     labels = "{severity: warning, pool: production}"
-    fires(rules, "DatabasePoolSaturated", "6m", {UP: "1+0x30", use: "0.95+0x30", depth: "4+0x30"}, labels)
-    fires(rules, "DatabasePoolSaturated", "6m", {UP: "1+0x30", use: "0.95+0x30", depth: "0+0x30"}, None)
+    fires(rules, "DatabasePoolSaturated", "6m", {**full, depth: "4+0x30"}, labels)
+    fires(rules, "DatabasePoolSaturated", "6m", {**full, depth: "0+0x30"}, None)
 
 
 def test_no_data_is_an_alert(rules: Path) -> None:
