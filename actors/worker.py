@@ -23,7 +23,7 @@ from raypg.core.pool_metrics import Delta
 from raypg.core.quorum import Order
 from raypg.packing import packed
 from raypg.portable import pack_error
-from raypg.server import commits, cursors, ending, errand, planning, worker_status
+from raypg.server import commits, copying, cursors, ending, errand, planning, worker_status
 from raypg.server.chunk import ChunkRequest, ChunkRun
 from raypg.server.connect import Connector
 from raypg.server.connection import STEP
@@ -263,6 +263,29 @@ class PoolWorker:
     ) -> Answer:
         """One step of a cursor on a leased connection; see :func:`raypg.server.cursors.step`."""
         return await _answer(cursors.step(self._engine, token, number, cursor, step, timeout))
+
+    @packed
+    async def lease_copy(
+        self,
+        token: str,
+        number: int,
+        sql: str,
+        arguments: tuple[Any, ...],
+        how: tuple[int, int, frozenset[int]],
+        timeout: float | None,
+    ) -> Answer:
+        """Begin to copy the result of a query on a leased connection; see :func:`raypg.server.copying.begin`."""
+        return await _answer(copying.begin(self._engine, token, number, sql, arguments, *how, timeout))
+
+    @packed
+    async def lease_piece(self, token: str, number: int, timeout: float | None) -> Answer:
+        """The next piece of it; ``None`` at the end."""
+        return await _answer(copying.fetch(self._engine, token, timeout))
+
+    @packed
+    async def lease_copy_end(self, token: str, number: int) -> Answer:
+        """End it before its end."""
+        return await _answer(copying.stop(self._engine, token))
 
     @packed
     async def lease_listen(self, token: str, number: int, channel: str, on: bool) -> Answer:

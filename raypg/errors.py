@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 __all__ = [
+    "ArrowValueError",
     "CircuitBreakerError",
     "ConfigError",
     "ConnectError",
@@ -29,6 +30,7 @@ __all__ = [
     "QueryTimeoutError",
     "RaypgError",
     "ResultLostError",
+    "SnapshotLostError",
     "StatementNotAllowedError",
     "StatementNotRunError",
     "TransactionRolledBackError",
@@ -260,6 +262,30 @@ class QueryTimeoutError(RaypgError, TimeoutError):
         return self.message
 
 
+class ArrowValueError(RaypgError, ValueError):
+    """A value of PostgreSQL has no equal in the Arrow type of its column: ``infinity`` in a timestamp, say.
+
+    Args:
+        column: its column.
+        type_name: the column's type in PostgreSQL.
+        arrow: its type in Arrow.
+        value: what was found.
+    """
+
+    def __init__(self, column: str, type_name: str, arrow: str, value: str) -> None:
+        super().__init__(column, type_name, arrow, value)
+        self.column = column
+        self.type_name = type_name
+        self.arrow = arrow
+        self.value = value
+
+    def __str__(self) -> str:
+        return (
+            f"column {self.column!r} ({self.type_name}, in Arrow {self.arrow}) holds {self.value}, which Arrow cannot "
+            f'express; change it in the query, e.g. by nullif(…), or read the column as text: "{self.column}"::text'
+        )
+
+
 class OutcomeUnknownError(RaypgError):
     """A statement was sent, and whether it took effect cannot be known. It was not, and will not be, sent again.
 
@@ -303,6 +329,12 @@ class LeaseLostError(RaypgError):
     """The connection of a lease is gone: its deadline passed, it was released, or its worker or backend died.
 
     An open transaction was rolled back by the server. ``args``: (message,).
+    """
+
+
+class SnapshotLostError(RaypgError):
+    """A part of a read came too late: the snapshot that all its parts share has ended. Read again; give more time, or
+    ``consistent=False``, if that is not enough. ``args``: (message,).
     """
 
 

@@ -20,7 +20,7 @@ from raypg.core.sql import classify, classify_under
 from raypg.errors import ConnectError, PoolClosedError, PoolExhaustedError, WorkerDrainingError
 from raypg.messages import MANY, STATUS, Run
 from raypg.portable import pack_error
-from raypg.server import ending
+from raypg.server import copying, ending
 from raypg.server.acquisitions import Acquisitions
 from raypg.server.catalogue import Catalogue
 from raypg.server.connect import Connector
@@ -184,6 +184,7 @@ class Engine:
         lease = self.leases.find(token)
         status: str | None = None
         try:
+            await copying.stop(self, token)
             if last is not None:
                 status, _ = await self.leases.run(token, -1, STATUS, last, (), None)
         finally:

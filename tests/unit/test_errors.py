@@ -33,6 +33,8 @@ SAMPLES: dict[str, errors.RaypgError] = {
         errors.ConnectError("refused", "authentication_failed", "28P01"),
         errors.ConnectionLostError("lost"),
         errors.QueryTimeoutError("slow", 0.5),
+        errors.ArrowValueError("at", "timestamp", "timestamp[us]", "infinity"),
+        errors.SnapshotLostError("too late"),
         errors.OutcomeUnknownError("lost", "INSERT …"),
         errors.ResultLostError("unread", "INSERT …"),
         errors.LeaseLostError("gone"),
@@ -90,7 +92,7 @@ def test_its_classes_say_how_to_handle_it(name: str) -> None:
     assert isinstance(error, errors.UnavailableError) == (name in unavailable)
     assert isinstance(error, TimeoutError) == (name in {"PoolExhaustedError", "QueryTimeoutError"})
     assert isinstance(error, ConnectionError) == (name in {"ConnectError", "ConnectionLostError"})
-    assert isinstance(error, ValueError) == (name in {"ConfigError", "StatementNotAllowedError"})
+    assert isinstance(error, ValueError) == (name in {"ConfigError", "StatementNotAllowedError", "ArrowValueError"})
     assert isinstance(error, LookupError) == (name == "PoolNotFoundError")
 
 
