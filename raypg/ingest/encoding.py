@@ -121,12 +121,11 @@ def _uuids(column: pa.Array, field: Field) -> _Found:
     if not pc.any(wrong).as_py():
         wrong = None
     zero = pa.scalar("0" * 32)
-    padded = pc.if_else(pc.fill_null(right, False), digits, zero)
+    right = pc.fill_null(right, False)
+    padded = pc.if_else(right, digits, zero)
     values = bytes.fromhex("".join(padded.to_pylist()))
-    valid = pc.is_valid(column)
     raw = pa.Array.from_buffers(pa.binary(16), len(column), [None, pa.py_buffer(values)])
-    if column.null_count:
-        raw = pc.if_else(valid, raw, pa.scalar(None, pa.binary(16)))
+    raw = pc.if_else(right, raw, pa.scalar(None, pa.binary(16)))
     return raw, wrong, NOT_A_UUID, f"invalid input syntax for type uuid in column {field.column.name!r}"
 
 
