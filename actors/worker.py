@@ -74,6 +74,7 @@ class PoolWorker:
         self._breaker = BreakerLine(pool, index, self._incarnation, self._engine.guard)
         self._metrics = MetricsLine(pool, index, self._incarnation, self._engine)
         self._node: str = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
+        self._intake: Any = None
         self._newest = 0  # number of the newest ping
         self._epoch = 0
         # What is alive now (Ray, asyncpg) stays alive: looking through it again and again took 8 % of a busy worker.
@@ -318,6 +319,15 @@ class PoolWorker:
         """Run a chunk of a pipeline, on any connection or (*token*) inside a leased transaction. *place* is its place
         in the order of its pipeline, see :meth:`raypg.server.streams.Streams.turn`."""
         return await _answer(ChunkRequest.run(self._engine, job, runs, how, token, place))
+
+    @packed
+    async def write(self, job: str, spec: tuple[Any, ...], data: list[Any]) -> Answer:
+        """Write a batch of Arrow data; *data* holds the reference to it. See :mod:`raypg.server.writing`."""
+        from raypg.actors import intake  # pyarrow is big, and most pools never write that way
+
+        if self._intake is None:
+            self._intake = intake.make(self._engine)
+        return await _answer(intake.write(self._intake, job, spec, data[0]))
 
     @packed
     async def explain(self, job: str, runs: list[tuple[str, int]], how: tuple[Any, ...]) -> Answer:

@@ -41,6 +41,10 @@ SAMPLES: dict[str, errors.RaypgError] = {
         errors.TransactionRolledBackError("rolled back"),
         errors.StatementNotRunError("not run", "p-1"),
         errors.PipelineClosedError("closed"),
+        errors.IncompatibleDataError("no", "id", "string", "integer"),
+        errors.BatchConflictError("load", "monday/0", "events"),
+        errors.LedgerError("GRANT"),
+        errors.DataLostError("gone"),
     ]
 }
 
