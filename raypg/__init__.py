@@ -17,6 +17,7 @@ from raypg.pool import WorkflowConnectionPool, get_pool
 from raypg.row import Row
 
 if TYPE_CHECKING:
+    from raypg.datasink import PostgresDatasink
     from raypg.datasource import PostgresDatasource
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ __all__ = [
     "PipelineResult",
     "PipelineResults",
     "PlanStep",
+    "PostgresDatasink",
     "PostgresDatasource",
     "QueryPipelineNode",
     "Row",
@@ -34,7 +36,7 @@ __all__ = [
     *_errors,
 ]
 
-_RAY_DATA = {"PostgresDatasource": "datasource"}
+_RAY_DATA = {"PostgresDatasink": "datasink", "PostgresDatasource": "datasource"}
 """What needs Ray Data, which takes a second to import, and its module."""
 
 

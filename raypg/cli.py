@@ -1,5 +1,5 @@
-"""The command ``raypg``: demo, up, status, restart, scale, down, metrics. What a command needs is imported when it
-runs."""
+"""The command ``raypg``: demo, up, status, restart, scale, down, load, metrics. What a command needs is imported when
+it runs."""
 
 from __future__ import annotations
 
@@ -123,6 +123,29 @@ def down(name: Annotated[str, typer.Argument(help="Pool to end.")], address: Add
     from raypg import cli_pools
 
     cli_pools.down(name, address)
+
+
+@app.command()
+def load(
+    files: Annotated[list[str], typer.Argument(help="CSV, TSV or Parquet files, or patterns such as 'data/*.csv'.")],
+    into: Annotated[str, typer.Option(help="Table to load into, as in SQL.")],
+    pool: Annotated[str, typer.Option(help="Pool that runs.")] = "main_pool",
+    mode: Annotated[str, typer.Option(help="append, ignore or upsert.")] = "append",
+    key: Annotated[
+        list[str] | None, typer.Option(help="Column of the key, for ignore and upsert; may be given often.")
+    ] = None,
+    on_bad_rows: Annotated[str, typer.Option(help="fail, or quarantine: the others are loaded.")] = "fail",
+    batch_rows: Annotated[int, typer.Option(help="Rows in a transaction.", min=1)] = 65_536,
+    again: Annotated[bool, typer.Option("--again", help="Load what was loaded before, too.")] = False,
+    address: Address = "auto",
+) -> None:
+    """Load files into a table. Interrupted and started again it goes on where it was; a file that is loaded is skipped.
+
+    The first line of a CSV file names its columns, and an empty field is NULL.
+    """
+    from raypg import cli_load
+
+    cli_load.load(files, into, pool, mode, key or (), on_bad_rows, batch_rows, again, address)
 
 
 metrics = typer.Typer(help="Metrics for Prometheus and Grafana.", no_args_is_help=True, rich_markup_mode=None)

@@ -297,6 +297,11 @@ class PostgresDatasource(Datasource):  # type: ignore[misc]
                 return source, await self._conditions(source, shards, self._pool)
             connection = None if self._view.snapshot is None else await self._view.snapshot.use()
             if connection is None:
+                if (await self._pool._dispatcher()).config.max_connections < 2:
+                    raise ConfigError(
+                        f"pool {self._pool.name!r} has one connection, which the snapshot would take: give the pool "
+                        "more, or consistent=False"
+                    )
                 self._view.snapshot = await Snapshot.take(self._pool, self._timeout)
                 connection = await self._view.snapshot.use()
             return source, await self._conditions(source, shards, connection or self._pool)

@@ -72,8 +72,7 @@ async def status_of_all(pool: WorkflowConnectionPool) -> dict[str, Any]:
 
 async def nothing_leased(pool: WorkflowConnectionPool) -> bool:
     """Whether nobody holds a lease."""
-    workers = (await status_of_all(pool))["workers"]
-    return not any(connection["lease"] for worker in workers for connection in worker["connections"].values())
+    return not any(connection["lease"] for connection in (await status_of_all(pool))["connections"].values())
 
 
 _OURS = """

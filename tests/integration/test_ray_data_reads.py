@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import decimal
 import gc
@@ -42,6 +43,16 @@ def read(source: PostgresDatasource, blocks: int = 4) -> Dataset:
     return ray.data.read_datasource(source, override_num_blocks=blocks)
 
 
+async def blocks_of(task: Any) -> list[pa.Table]:
+    """What one read task yields; not in this thread, whose event loop it would block."""
+    return await asyncio.to_thread(lambda: list(task()))
+
+
+async def sizes_of(tasks: list[Any]) -> list[int]:
+    """How many rows each task reads."""
+    return [sum(block.num_rows for block in await blocks_of(task)) for task in tasks]
+
+
 def table_of(dataset: Dataset) -> pa.Table:
     """All rows, by id, those without one first."""
     blocks = [ray.get(reference) for reference in dataset.to_arrow_refs()]
@@ -67,7 +78,7 @@ async def test_a_table_comes_whole_in_shards(
     scores = found.column("score")
     assert scores.null_count == sum(record["score"] is None for record in records)
     assert dataset.count() == 20_050
-    sizes = [sum(block.num_rows for block in task()) for task in tasks]
+    sizes = await sizes_of(tasks)
     assert sum(sizes) == 20_050
     assert min(sizes) > 1000
     source.close()
@@ -110,11 +121,11 @@ async def test_filters_mean_the_same(
     source = PostgresDatasource(pool, table=items, consistent=False)
     (task,) = source.apply_predicate(predicate).apply_projection({"label": "label"}).get_read_tasks(1)
     assert len(task.read_fn.rest) == rest
-    found = sorted(row["label"] for block in task() for row in block.to_pylist())
+    found = sorted(row["label"] for block in await blocks_of(task) for row in block.to_pylist())
     assert found == sorted(row["label"] for row in await direct.fetch(f"select label from {items} where {condition}"))
     # And as pyarrow says of all rows.
     (whole,) = source.get_read_tasks(1)
-    everything = pa.concat_tables(list(whole()))
+    everything = pa.concat_tables(await blocks_of(whole))
     assert sorted(everything.filter(predicate.to_pyarrow()).column("label").to_pylist()) == found
 
 
@@ -124,7 +135,7 @@ async def test_queries_and_keys(pool: WorkflowConnectionPool, items: str) -> Non
         source = PostgresDatasource(pool, query=query, key=key)
         tasks = source.get_read_tasks(5)
         assert len(tasks) == (1 if key is None else 5)
-        sizes = [sum(block.num_rows for block in task()) for task in tasks]
+        sizes = await sizes_of(tasks)
         assert sum(sizes) == 20_050
         assert max(sizes) < (5000 if key else 30_000)
         source.close()
@@ -141,7 +152,7 @@ async def test_empty_tables_and_keys_that_are_all_null(
     await direct.execute(f"insert into {schema}.nothing select null, 'x' from generate_series(1, 10)")
     for key in (None, "id"):
         source = PostgresDatasource(pool, table=f"{schema}.nothing", key=key)
-        assert sum(block.num_rows for task in source.get_read_tasks(3) for block in task()) == 10
+        assert sum(await sizes_of(source.get_read_tasks(3))) == 10
 
 
 async def test_partitions_and_views(pool: WorkflowConnectionPool, direct: asyncpg.Connection, schema: str) -> None:
@@ -153,7 +164,7 @@ async def test_partitions_and_views(pool: WorkflowConnectionPool, direct: asyncp
     )
     for table in ("parts", "seen"):
         source = PostgresDatasource(pool, table=f"{schema}.{table}", key="id")
-        sizes = [sum(block.num_rows for block in task()) for task in source.get_read_tasks(4)]
+        sizes = await sizes_of(source.get_read_tasks(4))
         assert sizes == [250] * 4
         assert len(PostgresDatasource(pool, table=f"{schema}.{table}", consistent=False).get_read_tasks(4)) == 1
 
@@ -163,17 +174,17 @@ async def test_all_shards_see_one_snapshot(
 ) -> None:
     source = PostgresDatasource(pool, table=items)
     tasks = source.get_read_tasks(3)
-    before = sum(block.num_rows for block in tasks[0]())
+    before = sum(await sizes_of(tasks[:1]))
     await direct.execute(f"delete from {items} where id % 2 = 0; insert into {items} (id) values (-1)")
-    seen = before + sum(block.num_rows for task in tasks[1:] for block in task())
+    seen = before + sum(await sizes_of(tasks[1:]))
     assert seen == 20_050
     loose = PostgresDatasource(pool, table=items, consistent=False)
-    assert sum(block.num_rows for task in loose.get_read_tasks(3) for block in task()) == 10_051
+    assert sum(await sizes_of(loose.get_read_tasks(3))) == 10_051
     source.close()
     with pytest.raises(SnapshotLostError):
-        list(tasks[1]())
+        await blocks_of(tasks[1])
     again = source.get_read_tasks(3)  # a new read, a new snapshot
-    assert sum(block.num_rows for task in again for block in task()) == 10_051
+    assert sum(await sizes_of(again)) == 10_051
     del tasks, again, source
     gc.collect()
     await eventually(lambda: nothing_leased(pool))
@@ -202,4 +213,4 @@ async def test_what_is_wrong_is_said_before_anything_is_read(pool: WorkflowConne
     with pytest.raises(ConfigError, match="same name"):
         PostgresDatasource(pool, query="select 1 as a, 2 as a").get_read_tasks(1)
     with pytest.raises(asyncpg.UndefinedColumnError):
-        list(PostgresDatasource(pool, table=items, filter="nope > 1").get_read_tasks(1)[0]())
+        await blocks_of(PostgresDatasource(pool, table=items, filter="nope > 1").get_read_tasks(1)[0])
