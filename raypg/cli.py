@@ -1,5 +1,5 @@
-"""The command ``raypg``: demo, up, status, restart, scale, down, load, metrics. What a command needs is imported when
-it runs."""
+"""The command ``raypg``: demo, up, status, restart, scale, down, load, metrics, ledger. What a command needs is imported
+when it runs."""
 
 from __future__ import annotations
 
@@ -178,6 +178,24 @@ def grafana() -> None:
     from raypg import cli_metrics
 
     cli_metrics.grafana()
+
+
+ledger = typer.Typer(help="The ledger of written batches.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(ledger, name="ledger")
+
+
+@ledger.command("prune")
+def prune_ledger(
+    name: Annotated[str, typer.Argument(help="Pool whose database has the ledger.")],
+    older_than: Annotated[str | None, typer.Option(help="Forget batches older than this: 36h, 30d, 2w.")] = None,
+    before: Annotated[str | None, typer.Option(help="Forget batches committed before this batch id.")] = None,
+    pipeline: Annotated[str | None, typer.Option(help="Only those of this pipeline.")] = None,
+    address: Address = "auto",
+) -> None:
+    """Forget old batches. One that is written again afterwards, under its old id, is written twice."""
+    from raypg import cli_ledger
+
+    cli_ledger.prune(name, pipeline, older_than, before, address)
 
 
 def main() -> None:

@@ -41,6 +41,7 @@ class Table(NamedTuple):
         ruled: it has rules.
         may_stage: we may make temporary tables.
         quiet: writing to it runs no code that could leave something in the session.
+        stamp: stands for its columns and their types.
     """
 
     schema: str
@@ -52,6 +53,7 @@ class Table(NamedTuple):
     quiet: bool
     columns: tuple[Column, ...]
     keys: tuple[Key, ...]
+    stamp: str = ""
 
     @property
     def shown(self) -> str:
@@ -230,6 +232,12 @@ def _key(table: Table, key: tuple[str, ...] | None, names: Sequence[str], mode: 
 
 
 # --- SQL -------------------------------------------------------------------------------------------------------------
+
+
+def begin_text(plan: WritePlan) -> str:
+    """What else to do when the transaction begins: from then on nobody can change the types of the columns, of which
+    the server would not notice that they are not those of the bytes that it is sent."""
+    return "" if plan.staged else f"; LOCK TABLE ONLY {plan.table.shown} IN ROW EXCLUSIVE MODE"
 
 
 def copy_text(plan: WritePlan) -> str:

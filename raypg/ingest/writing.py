@@ -15,7 +15,7 @@ from raypg.channel import Channel, WorkerGone
 from raypg.core import write_plan, write_state
 from raypg.core.write_state import BatchCounts
 from raypg.dispatch import Dispatcher
-from raypg.errors import CircuitBreakerError, ConfigError, OutcomeUnknownError
+from raypg.errors import CircuitBreakerError, ConfigError, ConnectError, OutcomeUnknownError
 from raypg.ingest import inputs
 from raypg.ingest.inputs import Piece
 from raypg.portable import unpack_error
@@ -27,7 +27,7 @@ TRIES = 10
 """Workers that are asked to write a batch that the ledger keeps from being written twice, until it fails."""
 
 POLL = 0.25
-"""Seconds, at most, between two tries while the circuit breaker is open and the caller wants to wait."""
+"""Seconds between two tries while the database cannot be used, and the caller waits."""
 
 Find = Callable[[], Awaitable[Dispatcher]]
 
@@ -157,7 +157,9 @@ class Writer:
         reference = data if isinstance(data, ray.ObjectRef) else await asyncio.to_thread(ray.put, data)
         del data
         spec = self._order.spec(batch_id, first)
-        for attempt in range(TRIES):
+        started = time.monotonic()
+        lost = refused = 0
+        while lost < TRIES:
             dispatcher = await self._find()
             channel = await self._channel(dispatcher)
             self._under_way[channel] += 1
@@ -170,6 +172,7 @@ class Writer:
                         f"the worker died with a batch into {self._order.into!r}; with batch_id=… the same write "
                         "can be repeated"
                     ) from None
+                lost += 1
                 continue  # the ledger knows whether it was written
             finally:
                 channel.open -= 1
@@ -177,11 +180,15 @@ class Writer:
             if kind == "ok":
                 return BatchCounts(*value), channel.index
             error = unpack_error(value)
-            if channel.refused_by(error) and not dispatcher.is_final(error) and attempt < TRIES - 1:
+            if channel.refused_by(error) and not dispatcher.is_final(error) and refused < TRIES:
+                refused += 1
                 continue
-            while self._wait and isinstance(error, CircuitBreakerError):
-                await asyncio.sleep(min(max(error.retry_after or POLL, 0.01), POLL))
-                return await self.one(reference, batch_id, first)
+            # Whoever has a batch id may ask again, whatever happened: the server may just be restarted.
+            again = batch_id is not None and isinstance(error, ConnectError | OutcomeUnknownError)
+            in_time = time.monotonic() - started < dispatcher.config.acquire_timeout
+            if (again and in_time) or (self._wait and isinstance(error, CircuitBreakerError)):
+                await asyncio.sleep(POLL)
+                continue
             raise error
         raise OutcomeUnknownError(f"{TRIES} workers died, one after the other, with a batch into {self._order.into!r}")
 

@@ -24,18 +24,16 @@ SCHEMA = f"""
 BEGIN;
 SELECT pg_catalog.pg_advisory_xact_lock({_ADVISORY});
 CREATE SCHEMA IF NOT EXISTS raypg;
-CREATE TABLE IF NOT EXISTS raypg.batches (
-    pipeline text NOT NULL,
-    batch_id text NOT NULL,
-    hash bytea,
-    target text,
-    rows bigint,
-    duplicates bigint NOT NULL DEFAULT 0,
-    quarantined bigint NOT NULL DEFAULT 0,
-    xid bigint DEFAULT pg_catalog.txid_current(),
-    committed_at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
-    PRIMARY KEY (pipeline, batch_id)
-);
+CREATE TABLE IF NOT EXISTS raypg.batches (pipeline text NOT NULL, batch_id text NOT NULL);
+ALTER TABLE raypg.batches
+    ADD COLUMN IF NOT EXISTS hash bytea,
+    ADD COLUMN IF NOT EXISTS target text,
+    ADD COLUMN IF NOT EXISTS rows bigint,
+    ADD COLUMN IF NOT EXISTS duplicates bigint NOT NULL DEFAULT 0,
+    ADD COLUMN IF NOT EXISTS quarantined bigint NOT NULL DEFAULT 0,
+    ADD COLUMN IF NOT EXISTS xid bigint DEFAULT pg_catalog.txid_current(),
+    ADD COLUMN IF NOT EXISTS committed_at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp();
+CREATE UNIQUE INDEX IF NOT EXISTS batches_pkey ON raypg.batches (pipeline, batch_id);
 CREATE TABLE IF NOT EXISTS raypg.quarantine (
     pipeline text NOT NULL,
     batch_id text,
@@ -69,8 +67,8 @@ INSERT INTO raypg.quarantine (pipeline, batch_id, target, row, sqlstate, message
 SELECT $1, $2, $3, bad.* FROM unnest($4::bigint[], $5::text[], $6::text[], $7::text[]) AS bad
 """
 
-MISSING = ("42P01", "3F000", "42703")
-"""There is no such table, schema, or column."""
+MISSING = ("42P01", "3F000", "42703", "42P10")
+"""There is no such table, schema, column, or unique index: of a table that somebody made by hand."""
 
 
 class Entry(NamedTuple):

@@ -27,9 +27,15 @@ SELECT n.nspname::text, c.relname::text, c.relkind::text,
               OR EXISTS (SELECT FROM pg_catalog.pg_attrdef d WHERE d.adrelid = k.oid
                          AND pg_catalog.pg_get_expr(d.adbin, d.adrelid) ~ '[(]'
                          AND pg_catalog.pg_get_expr(d.adbin, d.adrelid) !~ '^(nextval[(]''|now[(][)]$)')
-       )
+       ), __STAMP__
 FROM target JOIN pg_catalog.pg_class c ON c.oid = target.oid
 JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+"""
+
+_STAMP = """
+(SELECT md5(string_agg(concat_ws(' ', a.attnum, a.attname, a.atttypid, a.atttypmod, a.attgenerated, a.attidentity), ','
+                       ORDER BY a.attnum))
+ FROM pg_catalog.pg_attribute a WHERE a.attrelid = to_regclass($1) AND a.attnum > 0 AND NOT a.attisdropped)
 """
 
 _COLUMNS = """
@@ -75,10 +81,10 @@ async def read_table(connection: ServerConnection, name: tuple[str | None, str])
         asyncpg.UndefinedTableError: there is none.
     """
     text = ".".join(quoted(part) for part in name if part is not None)
-    rows, _ = await connection.run(FETCH, _TABLE, (text,), reads=True)
+    rows, _ = await connection.run(FETCH, _TABLE.replace("__STAMP__", _STAMP), (text,), reads=True)
     if not rows:
         raise asyncpg.UndefinedTableError(f"relation {text} does not exist")
-    ((schema, table, kind, secured, ruled, may_stage, quiet),) = rows
+    ((schema, table, kind, secured, ruled, may_stage, quiet, stamp),) = rows
     columns, _ = await connection.run(FETCH, _COLUMNS, (text,), reads=True)
     keys, _ = await connection.run(FETCH, _KEYS, (text,), reads=True)
     return Table(
@@ -91,4 +97,11 @@ async def read_table(connection: ServerConnection, name: tuple[str | None, str])
         quiet and kind in SIMPLE_KINDS,
         tuple(Column(*row) for row in columns),
         tuple(Key(tuple(names), primary, nulls) for names, primary, nulls in keys),
+        stamp,
     )
+
+
+async def is_unchanged(connection: ServerConnection, table: Table) -> bool:
+    """Whether the columns of *table* are those that were read; raises as :meth:`ServerConnection.run`."""
+    ((stamp,),), _ = await connection.run(FETCH, f"SELECT {_STAMP}", (table.shown,))
+    return bool(stamp == table.stamp)

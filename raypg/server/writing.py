@@ -49,6 +49,10 @@ RETRY_AFTER = 0.05
 """Seconds before the second try, about; each further one waits twice as long."""
 
 
+class TableChanged(Exception):
+    """The columns of the table are not those that were read lately."""
+
+
 class Spec(NamedTuple):
     """What is to be done with a batch.
 
@@ -121,6 +125,7 @@ class WriteRequest:
         "_since",
         "_spec",
         "_tries",
+        "_unsure",
         "arrived",
         "deadline",
         "future",
@@ -133,6 +138,7 @@ class WriteRequest:
         self._spec = spec
         self._prepared: Prepared | None = None
         self._tries = 0
+        self._unsure = False  # a COMMIT got no answer
         self._since: float | None = None  # we wait for another transaction since then
         self.arrived = arrived
         self.deadline = deadline
@@ -144,6 +150,8 @@ class WriteRequest:
         return False  # what is to be tried again was rolled back, or the ledger will tell
 
     def fail(self, error: PortableError) -> None:
+        if self._unsure:
+            error = pack_error(self._unknown())
         if not self.future.done():
             self.future.set_exception(Refused(error))
 
@@ -169,6 +177,9 @@ class WriteRequest:
                         engine.connections.drop(connection)
                         self._lost(engine, lost)
                         return None
+                if isinstance(error, TableChanged):
+                    anew, self._prepared = True, None
+                    continue
                 engine.figures.ran(engine.now() - started, True, text, error)
                 state = getattr(error, "sqlstate", None)
                 if await self._again(engine, error):
@@ -189,17 +200,11 @@ class WriteRequest:
 
     def _lost(self, engine: Engine, lost: ConnectionLost) -> None:
         """The connection died. Before COMMIT was sent nothing is written; after it, the ledger tells."""
-        if self._ended and lost.sent and self._spec.batch_id is None:
-            self.fail(
-                pack_error(
-                    OutcomeUnknownError(
-                        f"the server ended the connection at COMMIT of a batch into {self._spec.into[1]!r}; with "
-                        "batch_id=… the same write can be repeated"
-                    )
-                )
-            )
+        self._unsure = self._unsure or (self._ended and lost.sent)
+        if self._unsure and self._spec.batch_id is None:
+            self.fail(pack_error(self._unknown()))
             return
-        self._tries += 1
+        self._tries += 3 if lost.by_crash else 1  # the batch itself may be what the backend crashes of
         if self._tries >= TRIES:
             self.fail(
                 pack_error(asyncpg.ConnectionDoesNotExistError("the server ended the connection again and again"))
@@ -207,6 +212,12 @@ class WriteRequest:
             return
         self.deadline = engine.deadline_anew()
         engine.put_first(self)
+
+    def _unknown(self) -> OutcomeUnknownError:
+        return OutcomeUnknownError(
+            f"the server ended the connection at COMMIT of a batch into {self._spec.into[1]!r}; with batch_id=… the "
+            "same write can be repeated"
+        )
 
     async def _again(self, engine: Engine, error: Exception) -> bool:
         """Whether to write the batch once more: it was rolled back, for no fault of its own."""
@@ -242,10 +253,14 @@ class WriteRequest:
             self._intake.has_ledger = True
         if prepared.entry is not None:
             counts = await self._claim(connection, prepared)
+            self._unsure = False  # the ledger has told
             if counts is not None:
                 return counts
         else:
-            await connection.run(STATUS, "BEGIN ISOLATION LEVEL READ COMMITTED", ())
+            begin = "BEGIN ISOLATION LEVEL READ COMMITTED" + write_plan.begin_text(prepared.plan)
+            await connection.run(STATUS, begin, ())
+        if not prepared.plan.staged and not await write_target.is_unchanged(connection, prepared.plan.table):
+            raise TableChanged
         prepared.claimed = True
         loader = Loader(
             connection, prepared.plan, prepared.batch, prepared.chunks, prepared.bad, engine.config.command_timeout
@@ -263,7 +278,7 @@ class WriteRequest:
     async def _claim(self, connection: ServerConnection, prepared: Prepared) -> BatchCounts | None:
         """Begin the transaction with the batch's row in the ledger; what was written before, if it was."""
         for attempt in range(2):
-            await connection.run(STATUS, ledger.BEGIN, ())
+            await connection.run(STATUS, ledger.BEGIN + write_plan.begin_text(prepared.plan), ())
             try:
                 counts = None if prepared.entry is None else await ledger.claim(connection, prepared.entry)
             except asyncpg.PostgresError as error:

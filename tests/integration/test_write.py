@@ -323,7 +323,8 @@ async def test_views_and_row_security_and_identity(
     pipeline: QueryPipelineNode, schema: str, direct: asyncpg.Connection
 ) -> None:
     await direct.execute(
-        f"create table {schema}.t (id int generated always as identity, v int, twice int generated always as (v * 2) stored);"
+        f"create table {schema}.t (id int generated always as identity, v int,"
+        " twice int generated always as (v * 2) stored);"
         f"create view {schema}.w as select id, v from {schema}.t where v > 0 with check option"
     )
     assert (await pipeline.write(pa.table({"v": [1, 2]}), into=f"{schema}.t")).rows == 2
@@ -351,7 +352,7 @@ async def test_row_security_holds(pg: EmbeddedServer, schema: str, direct: async
         async with own_pool(pg, user=role, password="x", max_connections=2) as own:
             good = pa.table({"owner": [role, role], "v": [1, 2]})
             assert (await pipeline_of(own).write(good, into=f"{schema}.s")).rows == 2
-            with pytest.raises(asyncpg.InsufficientPrivilegeError, match="row 1 .*row-level security"):
+            with pytest.raises(asyncpg.InsufficientPrivilegeError, match=r"row 1 .*row-level security"):
                 await pipeline_of(own).write(pa.table({"owner": [role, "x"], "v": [3, 4]}), into=f"{schema}.s")
         assert await count(direct, f"{schema}.s") == 2
     finally:
