@@ -1,5 +1,5 @@
-"""The command ``raypg``: demo, up, status, restart, scale, down, load, metrics, ledger. What a command needs is imported
-when it runs."""
+"""The command ``raypg``: demo, up, status, restart, scale, down, load, metrics, ledger. What a command needs is
+imported when it runs."""
 
 from __future__ import annotations
 
