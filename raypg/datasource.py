@@ -141,7 +141,7 @@ class PostgresDatasource(Datasource):  # type: ignore[misc]
         consistent: read one snapshot. It takes one connection, and holds up VACUUM, until the dataset is dropped or
             ``close()`` is called, for at most *timeout* seconds. Without, each shard sees what is committed when it
             begins.
-        batch_bytes: bytes of a block as the server sends it, about.
+        batch_bytes: bytes that are fetched at a time, about; Ray Data makes larger blocks of them.
         timeout: seconds for which a shard may wait for its connection, and read; and for which the snapshot is held.
 
     Raises:
@@ -160,7 +160,7 @@ class PostgresDatasource(Datasource):  # type: ignore[misc]
         key: str | None = None,
         shards: int | None = None,
         consistent: bool = True,
-        batch_bytes: int = 4 * BATCH_BYTES,
+        batch_bytes: int = BATCH_BYTES,
         timeout: float = 3600.0,
     ) -> None:
         super().__init__()

@@ -41,7 +41,7 @@ class CopyOut:
         self._query = query
         self._connection = connection
         self._piece = piece
-        self._ready: asyncio.Queue[bytes | None] = asyncio.Queue(maxsize=1)
+        self._ready: asyncio.Queue[bytes] = asyncio.Queue(maxsize=1)
         self._parts: list[bytes] = []
         self._size = 0
         self._unwanted = False
