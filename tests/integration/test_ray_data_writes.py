@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 from collections.abc import Iterable
@@ -119,7 +120,9 @@ async def test_the_cap_holds_over_all_write_tasks(
     numbers = [pa.table({"id": range(first, first + 1_000)}) for first in range(0, 8_000, 1_000)]
     data = ray.data.from_arrow(numbers)
     async with own_pool(pg, max_connections=3) as own, CapWatch(pg, own.name) as watch:
-        data.write_datasink(PostgresDatasink(own.name, table, batch_rows=500), concurrency=4)
+        sink = PostgresDatasink(own.name, table, batch_rows=500)
+        # In another thread, or nobody would watch.
+        await asyncio.to_thread(lambda: data.write_datasink(sink, concurrency=4))
     watch.held(3)
     assert await direct.fetchrow(f"select count(*), sum(id) from {table}") == (8_000, 8_000 * 7_999 // 2)
 
