@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -36,8 +36,9 @@ def total_rows(data: Any) -> int | None:
     return data.num_rows if isinstance(data, pa.Table | pa.RecordBatch) else None
 
 
-async def pieces(data: Any, batch_rows: int) -> AsyncIterator[Piece]:
+async def pieces(data: Any, batch_rows: int, ordered: bool = False) -> AsyncGenerator[Piece, None]:
     """*data* as batches of *batch_rows* rows; the last may have less. One without rows if there are none.
+    *ordered*: a Dataset gives its blocks always in the same order.
 
     Raises:
         TypeError: it is nothing that can be written.
@@ -45,7 +46,7 @@ async def pieces(data: Any, batch_rows: int) -> AsyncIterator[Piece]:
     number = first = 0
     waiting: list[pa.Table] = []
     count = 0
-    async for item in _items(data, batch_rows):
+    async for item in _items(data, batch_rows, ordered):
         if isinstance(item, ray.ObjectRef):
             if count:
                 yield Piece(number, pa.concat_tables(waiting), first, count)
@@ -73,11 +74,13 @@ async def pieces(data: Any, batch_rows: int) -> AsyncIterator[Piece]:
         yield Piece(number, pa.concat_tables(waiting), first, count)
 
 
-async def _items(data: Any, batch_rows: int) -> AsyncIterator[Any]:
+async def _items(data: Any, batch_rows: int, ordered: bool) -> AsyncIterator[Any]:
     if isinstance(data, pa.Table | pa.RecordBatch | ray.ObjectRef):
         yield data
         return
     if _is_dataset(data):
+        if ordered:
+            data.context.execution_options.preserve_order = True
         data = data.iter_batches(batch_size=batch_rows, batch_format="pyarrow")
     elif hasattr(data, "__arrow_c_stream__") and not isinstance(data, pa.RecordBatchReader):
         data = pa.RecordBatchReader.from_stream(data)  # polars, pandas, DuckDB …

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -14,7 +14,7 @@ DRAW_EVERY = 0.1
 """Seconds between two pictures."""
 
 
-async def with_bar(writer: Writer, pieces: AsyncIterator[Piece], total: int | None, name: str) -> WriteResult:
+async def with_bar(writer: Writer, pieces: AsyncGenerator[Piece, None], total: int | None, name: str) -> WriteResult:
     """Run *writer* under a bar of *total* rows; raises as :meth:`Writer.run`."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as screen:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,7 +109,7 @@ class Writer:
             **self._sums, seconds=time.monotonic() - self._started, workers=dict(sorted(self._workers.items()))
         )
 
-    async def run(self, pieces: AsyncIterator[Piece]) -> WriteResult:
+    async def run(self, pieces: AsyncGenerator[Piece, None]) -> WriteResult:
         """Write all *pieces*. After the first failure no more are begun, and those under way are waited for.
 
         Raises:
@@ -117,21 +118,25 @@ class Writer:
         tasks: set[asyncio.Task[None]] = set()
         failure: BaseException | None = None
         try:
-            async for piece in pieces:
-                tasks.add(asyncio.ensure_future(self._write(piece)))
-                del piece
-                dispatcher = await self._find()
-                while len(tasks) >= AT_ONCE * max(1, dispatcher.workers) and failure is None:
-                    done, tasks = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                    failure = _first_failure(done)
-                if failure is not None:
-                    break
+            async with contextlib.aclosing(pieces):
+                async for piece in pieces:
+                    tasks.add(asyncio.ensure_future(self._write(piece)))
+                    del piece
+                    most = AT_ONCE * max(1, (await self._find()).workers)
+                    while len(tasks) >= most and failure is None:
+                        done, tasks = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                        failure = _first_failure(done)
+                    if failure is not None:
+                        break
+        except asyncio.CancelledError:
+            for task in tasks:
+                task.cancel()  # what the workers have begun, they end
+            raise
         except Exception as error:
             failure = error
-        finally:
-            if tasks:
-                done, _ = await asyncio.wait(tasks)
-                failure = failure or _first_failure(done)
+        if tasks:
+            done, _ = await asyncio.wait(tasks)
+            failure = failure or _first_failure(done)
         if failure is not None:
             failure.written = self.result  # type: ignore[attr-defined]
             raise failure
@@ -218,7 +223,7 @@ async def write(
     except ValueError as error:
         raise ConfigError(str(error)) from None
     writer = Writer(find, order, wait)
-    pieces = inputs.pieces(data, batch_rows)
+    pieces = inputs.pieces(data, batch_rows, ordered=order.batch_id is not None)
     if not progress:
         return await writer.run(pieces)
     from raypg.ingest.progress import with_bar

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -15,12 +16,14 @@ from pools import own_pool, pipeline_of, unique_name
 
 from raypg import (
     BatchConflictError,
+    ConfigError,
     DataLostError,
     IncompatibleDataError,
     LedgerError,
     QueryPipelineNode,
     StatementNotAllowedError,
     WorkflowConnectionPool,
+    ledger,
 )
 from raypg.embedded import EmbeddedServer
 from raypg.ingest.writing import write_batch
@@ -219,6 +222,20 @@ async def test_a_missing_privilege_is_named(
             assert (await pipeline_of(own).write(data, into=f"{schema}.t")).rows == 2
     finally:
         await direct.execute(f"drop owned by {role}; drop role {role}")
+
+
+async def test_old_batches_are_forgotten(
+    pool: WorkflowConnectionPool, pipeline: QueryPipelineNode, table: str, direct: asyncpg.Connection
+) -> None:
+    for number, batch_id in enumerate(("monday", "tuesday", "wednesday")):
+        await pipeline.write(items(100, number * 100), into=table, batch_id=batch_id, batch_rows=50)
+    assert await ledger.prune(pool, pipeline=pipeline.name, before="tuesday") == 2
+    assert await ledger.prune(pool, pipeline=pipeline.name, older_than=datetime.timedelta(hours=1)) == 0
+    assert await ledger.prune(pool, pipeline=pipeline.name, older_than=datetime.timedelta()) == 4
+    with pytest.raises(ConfigError, match="no batch 'tuesday'"):
+        await ledger.prune(pool, pipeline=pipeline.name, before="tuesday")
+    with pytest.raises(ConfigError, match="either"):
+        await ledger.prune(pool)
 
 
 # --- bad rows ---

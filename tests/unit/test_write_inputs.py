@@ -9,8 +9,10 @@ import pytest
 
 from raypg.core.arrow_types import Column, way
 from raypg.core.write_plan import Field, Table, WritePlan
+from raypg.errors import ConfigError
 from raypg.ingest import encoding
 from raypg.ingest.inputs import pieces
+from raypg.ledger import parse_age
 
 
 def rows(count: int, first: int = 0) -> pa.Table:
@@ -103,3 +105,14 @@ def test_the_hash_is_of_the_values_and_of_what_they_are_for() -> None:
     assert digest(whole) == digest(pa.concat_tables([whole.slice(0, 7), whole.slice(7)]))
     assert digest(whole) == digest(rows(20_010).slice(0, 20_000))
     assert len({digest(whole), digest(whole, "upsert"), digest(rows(19_999)), digest(rows(20_000, 1))}) == 4
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("36h", 129_600), ("30d", 2_592_000), ("2w", 1_209_600)])
+def test_ages(text: str, seconds: int) -> None:
+    assert parse_age(text).total_seconds() == seconds
+
+
+@pytest.mark.parametrize("text", ["", "30", "d", "-1d", "1y"])
+def test_what_is_no_age(text: str) -> None:
+    with pytest.raises(ConfigError, match="is no age"):
+        parse_age(text)
