@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from raypg.errors import LeaseLostError, RaypgError
+from raypg.errors import RaypgError
 from raypg.lease import LeasedConnection
 from raypg.pool import WorkflowConnectionPool
 
@@ -51,7 +51,7 @@ class Snapshot:
         if self._connection is not None:
             try:
                 await self._connection.fetchval("SELECT 1")
-            except (LeaseLostError, RaypgError):
+            except RaypgError:
                 self._connection = None
         return self._connection
 

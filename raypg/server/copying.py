@@ -137,11 +137,12 @@ async def begin(
     return columns
 
 
-async def _copied(engine: Engine, lease: Lease, number: int, sql: str, copy: CopyOut) -> Any:
+async def _copied(engine: Engine, lease: Lease, number: int, sql: str, copy: CopyOut) -> None:
     started = engine.now()
     error: BaseException | None = None
     try:
-        return await engine.leases.run(lease.token, number, STEP, sql, copy.run, None)
+        tag, _ = await engine.leases.run(lease.token, number, STEP, sql, copy.run, None)
+        engine.figures.rows += int(tag.split()[-1])  # COPY and a number
     except BaseException as problem:
         error = problem
         raise

@@ -272,6 +272,16 @@ async def test_a_large_result_is_never_in_memory_as_a_whole(ray_cluster: Any, pg
         assert max(grown) < 100
 
 
+async def test_its_rows_are_counted(pool: WorkflowConnectionPool) -> None:
+    async def fetched() -> int:
+        status = await pool.process({"operation": "get_comprehensive_status"})
+        return int(status["detailed_metrics"]["counters"]["rows_fetched"])
+
+    before = await fetched()
+    await pool.fetch_arrow(SERIES, 12_345)
+    assert await fetched() == before + 12_345
+
+
 async def test_a_decimal_is_one_where_its_scale_is_known(pool: WorkflowConnectionPool) -> None:
     stream = pool.stream("select 1.5::numeric(10, 2) as a union all select null", decimals={"a": (10, 2)})
     assert (await stream.read_all()).to_pylist() == [{"a": decimal.Decimal("1.50")}, {"a": None}]

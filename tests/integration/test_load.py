@@ -103,7 +103,7 @@ def test_what_is_no_file(tmp_path: Path) -> None:
 async def test_killed_and_started_again_it_goes_on(
     command_cluster: LocalCluster, pg18: EmbeddedServer, direct: asyncpg.Connection, tmp_path: Path
 ) -> None:
-    rows, name = 600_000, unique_name("load").replace("-", "_")
+    rows, name = 400_000, unique_name("load").replace("-", "_")
     (tmp_path / "rows.csv").write_text("id,label\n" + "".join(f"{n},row number {n}\n" for n in range(rows)))
     (tmp_path / "raypg.toml").write_text("[pools.loading]\nmax_connections = 3\n")
     environment = {**command_cluster.environment(), **variables_of(pg18)}
