@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import asyncpg
+
 from raypg.errors import RaypgError
 from raypg.lease import LeasedConnection
 from raypg.pool import WorkflowConnectionPool
@@ -51,8 +53,8 @@ class Snapshot:
         if self._connection is not None:
             try:
                 await self._connection.fetchval("SELECT 1")
-            except RaypgError:
-                self._connection = None
+            except (RaypgError, asyncpg.PostgresError):  # a question before may have failed, and the transaction
+                await self.end()
         return self._connection
 
     async def end(self) -> None:

@@ -214,5 +214,9 @@ async def test_what_is_wrong_is_said_before_anything_is_read(pool: WorkflowConne
         PostgresDatasource(pool, table=items, columns=["labl"]).get_read_tasks(1)
     with pytest.raises(ConfigError, match="same name"):
         PostgresDatasource(pool, query="select 1 as a, 2 as a").get_read_tasks(1)
+    keyed = PostgresDatasource(pool, table=items, filter="nope > 1", key="id")
+    for _ in range(2):
+        with pytest.raises(asyncpg.UndefinedColumnError):
+            keyed.get_read_tasks(2)
     with pytest.raises(asyncpg.UndefinedColumnError):
         await blocks_of(PostgresDatasource(pool, table=items, filter="nope > 1").get_read_tasks(1)[0])
