@@ -16,7 +16,6 @@ from typing import Any
 
 import asyncpg
 import numpy as np
-import psutil
 import pyarrow as pa
 import pytest
 import ray
@@ -88,12 +87,7 @@ async def kill_the_pipeline_actor(pool: WorkflowConnectionPool, server: Embedded
 
 
 async def kill_postgresql(pool: WorkflowConnectionPool, server: EmbeddedServer, rng: random.Random) -> None:
-    assert server.pid is not None
-    postmaster = psutil.Process(server.pid)
-    children = postmaster.children(recursive=True)
-    postmaster.kill()
-    gone = [child for child in children if child.is_running()]
-    await asyncio.to_thread(psutil.wait_procs, [*gone, postmaster], 10)
+    await asyncio.to_thread(server.kill)
     await asyncio.to_thread(server.start)
 
 
