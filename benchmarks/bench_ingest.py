@@ -7,7 +7,6 @@ import functools
 import os
 import resource
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
@@ -18,8 +17,7 @@ import asyncpg
 import numpy as np
 import pyarrow as pa
 import ray
-import uvloop
-from measure import Setting, compare, ratio, report, setting
+from measure import Setting, answer, compare, ratio, report
 from pgpq import ArrowToPostgresBinaryEncoder
 
 from raypg import QueryPipelineNode
@@ -190,12 +188,5 @@ def resident(pid: int) -> float:
 QUESTIONS = {"append": append, "write_sql": write_sql, "memory": memory}
 
 
-async def main() -> None:
-    asked = sys.argv[1:] or list(QUESTIONS)
-    async with setting() as here:
-        for question in asked:
-            await QUESTIONS[question](here)
-
-
 if __name__ == "__main__":
-    uvloop.run(main())
+    answer(QUESTIONS)

@@ -38,7 +38,7 @@ class Table(NamedTuple):
         schema, name: as they are, not quoted.
         kind: ``pg_class.relkind``.
         secured: row-level security holds for us.
-        ruled: it has rules.
+        ruled: it has rules, or we may not INSERT into all of its columns, and so not LOCK it.
         may_stage: we may make temporary tables.
         quiet: writing to it runs no code that could leave something in the session.
         stamp: stands for its columns and their types.

@@ -31,6 +31,16 @@ class Piece(NamedTuple):
     rows: int | None
 
 
+def put(data: pa.Table | pa.RecordBatch) -> ray.ObjectRef[Any]:
+    """A reference to *data* in Ray's object store. Blocks while that is full."""
+    table = _as_table(data)
+    for index, field in enumerate(table.schema):
+        to = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}.get(field.type)
+        if to is not None:  # Ray 2.60 cannot serialise views
+            table = table.set_column(index, field.name, table.column(index).cast(to))
+    return ray.put(table)
+
+
 def total_rows(data: Any) -> int | None:
     """How many rows *data* has, if that is known before it is read."""
     return data.num_rows if isinstance(data, pa.Table | pa.RecordBatch) else None

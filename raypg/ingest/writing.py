@@ -159,7 +159,7 @@ class Writer:
             OutcomeUnknownError: it has no batch id, and its worker or connection died with it.
             RaypgError, asyncpg.PostgresError: nothing of it was written.
         """
-        reference = data if isinstance(data, ray.ObjectRef) else await asyncio.to_thread(ray.put, data)
+        reference = data if isinstance(data, ray.ObjectRef) else await asyncio.to_thread(inputs.put, data)
         del data
         spec = self._order.spec(batch_id, first)
         started = time.monotonic()

@@ -15,7 +15,8 @@ WITH RECURSIVE target AS (SELECT to_regclass($1)::oid AS oid), family AS (
 )
 SELECT n.nspname::text, c.relname::text, c.relkind::text,
        c.relkind IN ('r', 'p') AND pg_catalog.row_security_active(c.oid),
-       EXISTS (SELECT FROM pg_catalog.pg_rewrite r WHERE r.ev_class = c.oid),
+       EXISTS (SELECT FROM pg_catalog.pg_rewrite r WHERE r.ev_class = c.oid)
+           OR NOT pg_catalog.has_table_privilege(c.oid, 'INSERT'),
        pg_catalog.has_database_privilege(pg_catalog.current_database(), 'TEMP'),
        NOT EXISTS (
            SELECT FROM family f JOIN pg_catalog.pg_class k ON k.oid = f.oid

@@ -91,9 +91,11 @@ class Intake:
             OutcomeUnknownError: without a batch id: the connection died under COMMIT.
             TypeError: what *fetch* gives is no Arrow data.
         """
+        engine = self._engine
         async with self._gate:
+            if engine.closed is not None:
+                raise engine.closed
             batch = encoding.one_batch(await fetch())
-            engine = self._engine
             now = engine.now()
             request = WriteRequest(self, batch, spec, now, now + engine.config.acquire_timeout)
             engine.enqueue(job, request, cost=max(1.0, batch.num_rows / 1000))

@@ -16,7 +16,6 @@ from typing import Any
 
 import asyncpg
 import numpy as np
-import psutil
 import pyarrow as pa
 import pytest
 import ray
@@ -29,7 +28,7 @@ from raypg.embedded import EmbeddedServer
 
 SCHEDULES = int(os.environ.get("RAYPG_FAULT_SCHEDULES", "2"))
 ROWS = int(os.environ.get("RAYPG_FAULT_ROWS", "400_000"))
-BATCH = 20_000
+BATCH = ROWS // 100
 WITHIN = 90.0
 """Seconds in which all rows must have arrived."""
 
@@ -49,6 +48,20 @@ async def server() -> AsyncIterator[EmbeddedServer]:
         await direct.execute("create table load (id int8, v int8, t text)")
         await direct.close()
         yield started
+
+
+async def at_least(server: EmbeddedServer, batches: int) -> bool:
+    """Whether so many batches have arrived. Each answer comes over a connection of its own: servers are killed."""
+    try:
+        direct = await asyncpg.connect(**server.parameters)
+    except (OSError, asyncpg.PostgresError):
+        return False
+    try:
+        return bool(await direct.fetchval("select count(*) from raypg.batches") >= batches)
+    except asyncpg.PostgresError:
+        return False  # there is no ledger yet
+    finally:
+        direct.terminate()
 
 
 async def kill_a_worker(pool: WorkflowConnectionPool, server: EmbeddedServer, rng: random.Random) -> None:
@@ -74,12 +87,7 @@ async def kill_the_pipeline_actor(pool: WorkflowConnectionPool, server: Embedded
 
 
 async def kill_postgresql(pool: WorkflowConnectionPool, server: EmbeddedServer, rng: random.Random) -> None:
-    assert server.pid is not None
-    postmaster = psutil.Process(server.pid)
-    children = postmaster.children(recursive=True)
-    postmaster.kill()
-    gone = [child for child in children if child.is_running()]
-    await asyncio.to_thread(psutil.wait_procs, [*gone, postmaster], 10)
+    await asyncio.to_thread(server.kill)
     await asyncio.to_thread(server.start)
 
 
@@ -110,12 +118,15 @@ async def test_every_row_exactly_once_whatever_dies(ray_cluster: Any, schedule: 
                 return calls
 
         work = asyncio.ensure_future(asyncio.wait_for(until_done(), WITHIN))
-        for kill in kinds:
-            await asyncio.sleep(rng.uniform(0.1, 0.6))
+        killed = 0
+        for kill, batches in zip(kinds, sorted(rng.sample(range(2, 80), len(kinds))), strict=True):
+            await eventually(lambda: work.done() or at_least(started, batches), timeout=WITHIN)  # noqa: B023
             if work.done():
                 break
-            print(kill.__name__)
+            print(f"{kill.__name__} after {batches} batches")
             await kill(pool, started, rng)
+            killed += 1
+        assert killed
         print(f"{await work} calls")
         direct = await asyncpg.connect(**started.parameters)
         found = await direct.fetchrow(CHECKSUM)
@@ -136,7 +147,7 @@ async def test_a_killed_job_goes_on_where_it_was(ray_cluster: Any, pg: EmbeddedS
         await direct.execute(f"create table {table} (id int8, v int8, t text)")
         try:
 
-            @ray.remote(num_cpus=0, max_retries=0)
+            @ray.remote(num_cpus=0)
             class Job:
                 async def write(self, pool: str, table: str, name: str, data: pa.Table) -> int:
                     pipeline = QueryPipelineNode(name=name, connection_pool=pool)

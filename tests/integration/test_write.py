@@ -213,13 +213,19 @@ async def test_a_missing_privilege_is_named(
     role = f"writer_{schema}"
     await direct.execute(f"create role {role} login password 'x'")
     try:
-        await direct.execute(f"create table {schema}.t (id int primary key)")
+        await direct.execute(
+            f"create table {schema}.t (id int primary key); create table {schema}.part (id int, other int)"
+        )
         await direct.execute(f"grant usage on schema {schema} to {role}; grant insert on {schema}.t to {role}")
+        await direct.execute(f"grant insert (id) on {schema}.part to {role}")
         async with own_pool(pg, user=role, password="x", max_connections=2) as own:
             data = pa.table({"id": [1, 2]})
             with pytest.raises(LedgerError, match=f"GRANT USAGE ON SCHEMA raypg TO {role}"):
                 await pipeline_of(own).write(data, into=f"{schema}.t", batch_id="b")
             assert (await pipeline_of(own).write(data, into=f"{schema}.t")).rows == 2
+            assert (await pipeline_of(own).write(data, into=f"{schema}.part")).rows == 2
+            with pytest.raises(asyncpg.InsufficientPrivilegeError, match="permission denied"):
+                await pipeline_of(own).write(data.rename_columns(["other"]), into=f"{schema}.part")
     finally:
         await direct.execute(f"drop owned by {role}; drop role {role}")
 
