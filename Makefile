@@ -12,7 +12,7 @@ ARGS ?=
 export PYTHONDONTWRITEBYTECODE =
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-system lint format bench screenshots clean system-packages
+.PHONY: help setup demo test test-system faults lint format bench screenshots clean system-packages
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,6 +61,9 @@ ON_SYSTEM := $(addprefix tests/integration/test_,$(addsuffix .py,leases transact
 
 test-system: setup system-packages ## Run the tests that depend on the server most on the system's PostgreSQL
 	RAYPG_TEST_POSTGRES=system $(VENV)/bin/pytest -q --durations=5 $(ON_SYSTEM) $(ARGS)
+
+faults: setup ## Kill workers, jobs and PostgreSQL under writes, by twenty schedules of two million rows (long)
+	RAYPG_FAULT_SCHEDULES=20 RAYPG_FAULT_ROWS=2000000 $(VENV)/bin/pytest -q tests/faults/test_write_faults.py $(ARGS)
 
 lint: setup ## Check format, lint and types
 	$(VENV)/bin/ruff format --check .

@@ -23,7 +23,7 @@ from raypg.core.pool_metrics import Delta
 from raypg.core.quorum import Order
 from raypg.packing import packed
 from raypg.portable import pack_error
-from raypg.server import commits, cursors, ending, errand, planning, tokens, worker_status
+from raypg.server import commits, copying, cursors, ending, errand, planning, tokens, worker_status
 from raypg.server.chunk import ChunkRequest, ChunkRun
 from raypg.server.connect import Connector
 from raypg.server.connection import STEP
@@ -77,6 +77,7 @@ class PoolWorker:
         self._breaker = BreakerLine(pool, index, self._incarnation, self._engine.guard)
         self._metrics = MetricsLine(pool, index, self._incarnation, self._engine)
         self._node: str = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
+        self._intake: Any = None
         self._newest = 0  # number of the newest ping
         self._epoch = 0
         # What is alive now (Ray, asyncpg) stays alive: looking through it again and again took 8 % of a busy worker.
@@ -273,6 +274,29 @@ class PoolWorker:
         return await _answer(cursors.step(self._engine, token, number, cursor, step, timeout))
 
     @packed
+    async def lease_copy(
+        self,
+        token: str,
+        number: int,
+        sql: str,
+        arguments: tuple[Any, ...],
+        how: tuple[int, int, frozenset[int]],
+        timeout: float | None,
+    ) -> Answer:
+        """Begin to copy the result of a query on a leased connection; see :func:`raypg.server.copying.begin`."""
+        return await _answer(copying.begin(self._engine, token, number, sql, arguments, *how, timeout))
+
+    @packed
+    async def lease_piece(self, token: str, number: int, timeout: float | None) -> Answer:
+        """The next piece of it; ``None`` at the end."""
+        return await _answer(copying.fetch(self._engine, token, timeout))
+
+    @packed
+    async def lease_copy_end(self, token: str, number: int) -> Answer:
+        """End it before its end."""
+        return await _answer(copying.stop(self._engine, token))
+
+    @packed
     async def lease_listen(self, token: str, number: int, channel: str, on: bool) -> Answer:
         """Listen to a channel on a leased connection, or do so no longer."""
         return await _answer(self._engine.leases.listen(token, number, channel, on))
@@ -303,6 +327,15 @@ class PoolWorker:
         """Run a chunk of a pipeline, on any connection or (*token*) inside a leased transaction. *place* is its place
         in the order of its pipeline, see :meth:`raypg.server.streams.Streams.turn`."""
         return await _answer(ChunkRequest.run(self._engine, job, runs, how, token, place))
+
+    @packed
+    async def write(self, job: str, spec: tuple[Any, ...], data: list[Any]) -> Answer:
+        """Write a batch of Arrow data; *data* holds the reference to it. See :mod:`raypg.server.writing`."""
+        from raypg.actors import intake  # pyarrow is big, and most pools never write that way
+
+        if self._intake is None:
+            self._intake = intake.make(self._engine)
+        return await _answer(intake.write(self._intake, job, spec, data[0]))
 
     @packed
     async def explain(self, job: str, runs: list[tuple[str, int]], how: tuple[Any, ...]) -> Answer:

@@ -7,15 +7,13 @@ import datetime
 import functools
 import os
 import resource
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import asyncpg
 import psycopg
-import uvloop
-from measure import Setting, compare, ratio, report, setting
+from measure import Setting, answer, compare, ratio, report
 
 from raypg import QueryPipelineNode
 
@@ -211,12 +209,5 @@ def resident() -> float:
 QUESTIONS = {"single_rows": single_rows, "bad_rows": bad_rows, "adding": adding, "memory": memory}
 
 
-async def main() -> None:
-    asked = sys.argv[1:] or list(QUESTIONS)
-    async with setting() as here:
-        for question in asked:
-            await QUESTIONS[question](here)
-
-
 if __name__ == "__main__":
-    uvloop.run(main())
+    answer(QUESTIONS)

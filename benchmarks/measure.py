@@ -11,6 +11,7 @@ import logging
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -19,6 +20,7 @@ from typing import Any
 
 import asyncpg
 import ray
+import uvloop
 
 from raypg import WorkflowConnectionPool
 from raypg.embedded import EmbeddedServer
@@ -58,6 +60,17 @@ async def setting(connections: int = 8) -> AsyncIterator[Setting]:
             await pool.close()
         finally:
             ray.shutdown()
+
+
+def answer(questions: Mapping[str, Callable[[Setting], Awaitable[None]]]) -> None:
+    """Answer the *questions* that the command line names, or all, in one setting."""
+
+    async def main() -> None:
+        async with setting() as here:
+            for question in sys.argv[1:] or list(questions):
+                await questions[question](here)
+
+    uvloop.run(main())
 
 
 async def rate(work: Callable[[int], Awaitable[Any]], count: int, clients: int) -> float:

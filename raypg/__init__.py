@@ -7,6 +7,8 @@ rows = await pool.fetch("SELECT * FROM users WHERE id = $1", 1)
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from raypg.breaker_config import CircuitBreakerConfig
 from raypg.core.seen import Session
 from raypg.errors import *  # noqa: F403
@@ -16,6 +18,10 @@ from raypg.pool import WorkflowConnectionPool, get_pool
 from raypg.router import QueryRouterNode
 from raypg.row import Row
 
+if TYPE_CHECKING:
+    from raypg.datasink import PostgresDatasink
+    from raypg.datasource import PostgresDatasource
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -23,6 +29,8 @@ __all__ = [
     "PipelineResult",
     "PipelineResults",
     "PlanStep",
+    "PostgresDatasink",
+    "PostgresDatasource",
     "QueryPipelineNode",
     "QueryRouterNode",
     "Row",
@@ -31,3 +39,14 @@ __all__ = [
     "get_pool",
     *_errors,
 ]
+
+_RAY_DATA = {"PostgresDatasink": "datasink", "PostgresDatasource": "datasource"}
+"""What needs Ray Data, which takes a second to import, and its module."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _RAY_DATA:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"raypg.{_RAY_DATA[name]}"), name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import deque
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from raypg import _compat, messages
@@ -283,14 +284,14 @@ class Channel:
             self._owned = self.handle.hold.remote(self._dispatcher.client)
             self.handle.watch.remote(self._dispatcher.client, [self._owned])
 
-    async def ask(self, method: str, *arguments: Any) -> Any:
-        """Send a message and wait for its answer, as long as the worker lives.
+    async def ask(self, method: str, *arguments: Any, references: Sequence[Any] = ()) -> Any:
+        """Send a message and wait for its answer, as long as the worker lives. *references* to objects go beside it.
 
         Raises:
             WorkerGone: it does not; nothing more goes over this line.
         """
         try:
-            future = asyncio.wrap_future(getattr(self.handle, method).remote(pack(arguments)).future())
+            future = asyncio.wrap_future(getattr(self.handle, method).remote(pack(arguments), *references).future())
             while True:
                 done, _ = await asyncio.wait((future,), timeout=PATIENCE)
                 if done:

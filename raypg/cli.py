@@ -1,5 +1,5 @@
-"""The command ``raypg``: demo, up, status, restart, scale, down, dashboard, token, metrics. What a command needs is
-imported when it runs."""
+"""The command ``raypg``: demo, up, status, restart, scale, down, load, dashboard, token, metrics, ledger. What a
+command needs is imported when it runs."""
 
 from __future__ import annotations
 
@@ -129,6 +129,29 @@ def down(name: Annotated[str, typer.Argument(help="Pool to end.")], address: Add
 
 
 @app.command()
+def load(
+    files: Annotated[list[str], typer.Argument(help="CSV, TSV or Parquet files, or patterns such as 'data/*.csv'.")],
+    into: Annotated[str, typer.Option(help="Table to load into, as in SQL.")],
+    pool: Annotated[str, typer.Option(help="Pool that runs.")] = "main_pool",
+    mode: Annotated[str, typer.Option(help="append, ignore or upsert.")] = "append",
+    key: Annotated[
+        list[str] | None, typer.Option(help="Column of the key, for ignore and upsert; may be given often.")
+    ] = None,
+    on_bad_rows: Annotated[str, typer.Option(help="fail, or quarantine: the others are loaded.")] = "fail",
+    batch_rows: Annotated[int, typer.Option(help="Rows in a transaction.", min=1)] = 65_536,
+    again: Annotated[bool, typer.Option("--again", help="Load what was loaded before, too.")] = False,
+    address: Address = "auto",
+) -> None:
+    """Load files into a table. Interrupted and started again it goes on where it was; a file that is loaded is skipped.
+
+    The first line of a CSV file names its columns, and an empty field is NULL.
+    """
+    from raypg import cli_load
+
+    cli_load.load(files, into, pool, mode, key or (), on_bad_rows, batch_rows, again, address)
+
+
+@app.command()
 def dashboard(
     host: Annotated[str, typer.Option(help="Address of this node to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 = any free one.", min=0, max=65535)] = 8080,
@@ -187,6 +210,24 @@ def grafana() -> None:
     from raypg import cli_metrics
 
     cli_metrics.grafana()
+
+
+ledger = typer.Typer(help="The ledger of written batches.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(ledger, name="ledger")
+
+
+@ledger.command("prune")
+def prune_ledger(
+    name: Annotated[str, typer.Argument(help="Pool whose database has the ledger.")],
+    older_than: Annotated[str | None, typer.Option(help="Forget batches older than this: 36h, 30d, 2w.")] = None,
+    before: Annotated[str | None, typer.Option(help="Forget batches committed before this batch id.")] = None,
+    pipeline: Annotated[str | None, typer.Option(help="Only those of this pipeline.")] = None,
+    address: Address = "auto",
+) -> None:
+    """Forget old batches. One that is written again afterwards, under its old id, is written twice."""
+    from raypg import cli_ledger
+
+    cli_ledger.prune(name, pipeline, older_than, before, address)
 
 
 def main() -> None:

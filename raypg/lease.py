@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
 
 from raypg import background, messages
+from raypg.arrow_stream import BATCH_BYTES, ArrowStream
 from raypg.channel import Channel, WorkerGone
 from raypg.checks import check_statement, check_timeout, rows_of
 from raypg.core.sql import classify, shorten
@@ -23,6 +24,8 @@ from raypg.row import Row, row_type
 from raypg.transaction import Isolation, Transaction, begin_text, raise_if_rolled_back
 
 if TYPE_CHECKING:
+    import pyarrow
+
     from raypg.dispatch import Dispatcher
 
 __all__ = [
@@ -57,6 +60,7 @@ class LeasedConnection:
         self._begun = ""
         self._transactions: list[Transaction] = []
         self._listeners = Listeners()
+        self._streaming = False
         self._ended: str | None = None
         background.start()
         self._channel.open += 1  # it takes a connection of that worker's share for as long as it is held
@@ -134,6 +138,22 @@ class LeasedConnection:
         """
         return CursorFactory(self, query, args, prefetch, timeout)
 
+    def stream(
+        self,
+        query: str,
+        *args: Any,
+        batch_bytes: int = BATCH_BYTES,
+        timeout: float | None = None,
+        decimals: Mapping[str, tuple[int, int]] | None = None,
+    ) -> ArrowStream:
+        """Read a result as Arrow record batches, by COPY; see :meth:`WorkflowConnectionPool.stream`. Until it is at
+        its end or closed, nothing else can be done on this connection; closed before, it fails its transaction."""
+        return ArrowStream(self, query, args, batch_bytes, timeout, decimals)
+
+    async def fetch_arrow(self, query: str, *args: Any, timeout: float | None = None) -> pyarrow.Table:
+        """Run a query and return all its rows as an Arrow table; see :meth:`WorkflowConnectionPool.fetch_arrow`."""
+        return await self.stream(query, *args, timeout=timeout).read_all()
+
     async def add_listener(self, channel: str, callback: Callback) -> None:
         """Listen to *channel*: ``callback(connection, pid, channel, payload)`` is called for each notification.
 
@@ -205,6 +225,10 @@ class LeasedConnection:
         async with self._turn:  # messages to an actor may overtake each other: one statement at a time keeps the order
             if self._ended is not None:
                 raise LeaseLostError(f"the lease is gone: {self._ended}")
+            if self._streaming:
+                raise asyncpg.InterfaceError(
+                    "a stream is open on this connection: read it to its end, or close it, before anything else"
+                )
             return await self._ask(sql, method, *arguments)
 
     async def _ask(self, sql: str | None, method: str, *arguments: Any) -> Any:

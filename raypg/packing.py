@@ -98,11 +98,11 @@ def unpack(data: bytes) -> Any:
 
 def packed(
     method: Callable[..., Awaitable[Any]],
-) -> Callable[[Any, bytes], Awaitable[bytes]]:
-    """Make an actor's method take its arguments, and give its answer, packed."""
+) -> Callable[..., Awaitable[bytes]]:
+    """Make an actor's method take its arguments, and give its answer, packed; references to objects come beside."""
 
-    async def call(self: Any, data: bytes) -> bytes:
-        return pack(await method(self, *unpack(data)))
+    async def call(self: Any, data: bytes, *references: Any) -> bytes:
+        return pack(await method(self, *unpack(data), *references))
 
     # Not functools.wraps: Ray would check calls against the signature of the wrapped method.
     functools.update_wrapper(call, method, updated=())

@@ -7,9 +7,9 @@ import atexit
 import logging
 import secrets
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from sys import getsizeof
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import asyncpg
@@ -26,6 +26,9 @@ from raypg.pipeline_transaction import TransactionSender
 from raypg.pool import WorkflowConnectionPool, check_pool
 from raypg.results import PipelineResult, PipelineResults
 from raypg.sending import MOST_BYTES, Sender
+
+if TYPE_CHECKING:
+    from raypg.ingest.writing import WriteResult
 
 __all__ = ["PipelineResult", "PipelineResults", "PlanStep", "QueryPipelineNode"]
 
@@ -244,6 +247,49 @@ class QueryPipelineNode:
             self._timer.cancel()
             self._timer = None
         self._sender.start()
+
+    # --- Arrow data ---
+
+    async def write(
+        self,
+        data: Any,
+        into: str,
+        mode: str = "append",
+        key: str | Sequence[str] | None = None,
+        batch_id: str | None = None,
+        on_bad_rows: str = "fail",
+        progress: bool = False,
+        *,
+        batch_rows: int = 65_536,
+        overriding: bool = False,
+    ) -> WriteResult:
+        """Write Arrow data into a table, by COPY over all workers; each batch in a transaction of its own.
+
+        Args:
+            data: Table, RecordBatch, RecordBatchReader or iterator of batches; ObjectRef of a Table or RecordBatch, or
+                iterator of these; Ray Data Dataset; or what has ``__arrow_c_stream__``.
+            into: name of the table as in SQL. Columns go by their names; those that are missing get their default.
+            mode: ``append``; ``ignore`` (a row whose key is there is left out) or ``upsert`` (it replaces that row's
+                values). Of rows of one batch with one key the last wins.
+            key: columns of a unique index; the primary key if not given.
+            batch_id: makes it exactly once: the ledger ``raypg.batches`` notes each batch in its own transaction, and
+                the same call again (the same rows, order and *batch_rows*) writes only what is not there yet.
+            on_bad_rows: ``fail``, or ``quarantine``: what is refused goes to ``raypg.quarantine``, the rest commits.
+            progress: show a bar on the terminal.
+            batch_rows: rows in a batch. An ObjectRef is a batch as it is.
+            overriding: values may be given for identity columns that are GENERATED ALWAYS.
+
+        Raises:
+            OutcomeUnknownError: only without *batch_id*.
+            Exception: nothing of the batch was written (asyncpg's own errors have the number of the ``row``, if known).
+                All have the result so far as ``written``.
+        """
+        from raypg.ingest.writing import Order, write  # pyarrow is big
+
+        if self._closed:
+            raise PipelineClosedError(f"pipeline {self.name!r} was closed: nothing can be written")
+        order = Order(into, mode, key, self.name, batch_id, on_bad_rows, overriding)
+        return await write(self._sender.find, data, order, batch_rows, self.on_open == "wait", progress)
 
     # --- flushing and closing ---
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from raypg import _compat, joining, messages
+from raypg.arrow_stream import BATCH_BYTES, ArrowStream
 from raypg.checks import check_statement, check_timeout, checked_settings, rows_of
 from raypg.circuit_breaker import PoolCircuitBreaker
 from raypg.cluster import find
@@ -26,6 +27,8 @@ from raypg.row import Row, row_type
 from raypg.sync import SyncPool
 
 if TYPE_CHECKING:
+    import pyarrow
+
     from raypg.pipeline import QueryPipelineNode
 
 __all__ = ["WorkflowConnectionPool", "get_pool"]
@@ -207,6 +210,41 @@ class WorkflowConnectionPool:
         rows = rows_of(args)
         if rows:
             await self._run(messages.MANY, command, rows, timeout, settings)
+
+    def stream(
+        self,
+        query: str,
+        *args: Any,
+        batch_bytes: int = BATCH_BYTES,
+        timeout: float | None = None,
+        lease_timeout: float | None = None,
+        decimals: Mapping[str, tuple[int, int]] | None = None,
+    ) -> ArrowStream:
+        """Read a result as Arrow record batches, in bounded memory: ``async for batch in pool.stream(…)``.
+
+        It goes by COPY on a lease of its own, in a transaction that ends with it. Types without an equal in Arrow
+        (numeric, enums, ranges, inet …) arrive as text; its fields' metadata has PostgreSQL's names of them.
+
+        Args:
+            query: one SELECT, VALUES, TABLE or WITH; *args* as for :meth:`fetch`.
+            batch_bytes: bytes of a batch as the server sends it, about. Some three batches are in memory at a time, in
+                the worker and here.
+            timeout: seconds for each batch.
+            lease_timeout: seconds for the whole; ``lease_timeout`` of the pool by default.
+            decimals: column → precision and scale: these, of type numeric, arrive as decimals.
+
+        Raises:
+            StatementNotAllowedError: another kind of statement.
+            ArrowValueError: a value has no equal in Arrow, such as ``infinity`` in a timestamp.
+            LeaseLostError: the worker, the backend or the lease ended before the stream did.
+            PoolExhaustedError, ConnectError, asyncpg.PostgresError, …: as for :meth:`fetch`.
+        """
+        transaction = self.transaction(lease_timeout=lease_timeout)
+        return ArrowStream(transaction, query, args, batch_bytes, timeout, decimals)
+
+    async def fetch_arrow(self, query: str, *args: Any, timeout: float | None = None) -> pyarrow.Table:
+        """Run a query and return all its rows as an Arrow table. Arguments and errors as :meth:`stream`."""
+        return await self.stream(query, *args, timeout=timeout).read_all()
 
     def acquire(self, *, timeout: float | None = None, lease_timeout: float | None = None) -> AcquireContext:
         """Lease a connection: ``async with pool.acquire() as connection``, or await it and ``release`` it.

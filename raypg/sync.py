@@ -14,8 +14,11 @@ from raypg import background, owner
 from raypg.lease import Isolation, LeasedConnection
 from raypg.row import Row
 from raypg.sync_statements import SyncCursor, SyncListener, SyncPreparedStatement
+from raypg.sync_stream import SyncStream
 
 if TYPE_CHECKING:
+    import pyarrow
+
     from raypg.pool import WorkflowConnectionPool
 
 
@@ -61,6 +64,14 @@ class SyncConnection:
         """Read a result in portions, inside a transaction: ``for row in connection.cursor(…)``; see
         :meth:`LeasedConnection.cursor`."""
         return SyncCursor(self._connection.cursor(query, *args, prefetch=prefetch, timeout=timeout))
+
+    def stream(self, query: str, *args: Any, **how: Any) -> SyncStream:
+        """Read a result as Arrow record batches; see :meth:`LeasedConnection.stream`."""
+        return SyncStream(self._connection.stream(query, *args, **how))
+
+    def fetch_arrow(self, query: str, *args: Any, timeout: float | None = None) -> pyarrow.Table:
+        """Run a query and return all its rows as an Arrow table."""
+        return self.stream(query, *args, timeout=timeout).read_all()
 
     def add_listener(self, channel: str, callback: Callable[..., Any]) -> None:
         """Listen to *channel*: ``callback(connection, pid, channel, payload)``; see
@@ -173,6 +184,15 @@ class SyncPool:
     ) -> None:
         """Run a statement for each row of *args*; all or none of them take effect."""
         background.run(lambda: self._pool.executemany(command, args, timeout=timeout, settings=settings))
+
+    def stream(self, query: str, *args: Any, **how: Any) -> SyncStream:
+        """Read a result as Arrow record batches: ``for batch in pool.sync.stream(…)``; arguments as of
+        :meth:`WorkflowConnectionPool.stream`."""
+        return SyncStream(self._pool.stream(query, *args, **how))
+
+    def fetch_arrow(self, query: str, *args: Any, timeout: float | None = None) -> pyarrow.Table:
+        """Run a query and return all its rows as an Arrow table."""
+        return self.stream(query, *args, timeout=timeout).read_all()
 
     @contextmanager
     def acquire(self, *, timeout: float | None = None, lease_timeout: float | None = None) -> Iterator[SyncConnection]:

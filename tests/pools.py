@@ -92,6 +92,11 @@ async def status_of_all(pool: WorkflowConnectionPool) -> dict[str, Any]:
     return told
 
 
+async def nothing_leased(pool: WorkflowConnectionPool) -> bool:
+    """Whether nobody holds a lease."""
+    return not any(connection["lease"] for connection in (await status_of_all(pool))["connections"].values())
+
+
 _OURS = """
 SELECT pid, state, application_name FROM pg_stat_activity
 WHERE backend_type = 'client backend' AND starts_with(application_name, $1)

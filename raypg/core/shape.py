@@ -14,6 +14,7 @@ import pgparse
 
 from raypg.core import functions, sql
 from raypg.core.sql import classify
+from raypg.core.sql_text import quoted_name
 
 __all__ = ["Shape", "default_is_clock", "quoted", "shape_of"]
 
@@ -83,7 +84,7 @@ def shape_of(text: str) -> Shape:
 def quoted(relation: dict[str, Any]) -> str:
     """A RangeVar as text for ``to_regclass``."""
     parts = [relation[key] for key in ("schemaname", "relname") if relation.get(key)]
-    return ".".join('"' + part.replace('"', '""') + '"' for part in parts)
+    return quoted_name(*parts)
 
 
 def default_is_clock(expression: str) -> bool:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from typing import Final
 
-__all__ = ["blank", "first_word", "highest_parameter", "mask", "statement_count"]
+__all__ = ["PARAMETER", "blank", "first_word", "highest_parameter", "mask", "quoted", "quoted_name", "statement_count"]
 
 _STOP: Final = re.compile(r"""[-/'"$]""")
 _LINE: Final = re.compile(r"--[^\r\n]*")
@@ -21,7 +21,7 @@ _ESCAPE_STRING: Final = re.compile(r"'(?:[^'\\]|\\.|'')*+(?:'|\Z|\\\Z)", re.DOTA
 _DOLLAR: Final = re.compile(r"\$(?:[^\W\d]\w*)?\$")
 _QUOTED_NAME: Final = re.compile(r'"[^"]*(?:"|\Z)')
 _WORD: Final = re.compile(r"[\s;(]*([A-Za-z]+)")
-_PARAMETER: Final = re.compile(r"(?<![\w$])\$(\d{1,5})(?!\d)")
+PARAMETER: Final = re.compile(r"(?<![\w$])\$(\d{1,5})(?!\d)")
 
 
 def blank(sql: str, literal: str = "''") -> str:
@@ -111,4 +111,14 @@ def highest_parameter(sql: str) -> int:
     """The highest ``$n``; 0 without any."""
     if "$" not in sql:
         return 0
-    return max((int(found[1]) for found in _PARAMETER.finditer(_code(sql))), default=0)
+    return max((int(found[1]) for found in PARAMETER.finditer(_code(sql))), default=0)
+
+
+def quoted(text: str) -> str:
+    """*text* as a literal, whatever ``standard_conforming_strings`` says."""
+    return "E'" + text.replace("\\", "\\\\").replace("'", "''") + "'"
+
+
+def quoted_name(*parts: str) -> str:
+    """A name as PostgreSQL writes it, whatever is in it."""
+    return ".".join('"' + part.replace('"', '""') + '"' for part in parts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import asyncpg
@@ -25,6 +25,14 @@ async def fetch_with_status(
     """
     records, status, _ = await raw._execute(sql, arguments, limit, None, return_status=True)
     return records, status.decode() if status else ""
+
+
+async def copy_in(raw: asyncpg.Connection, text: str, source: AsyncIterator[bytes]) -> str:
+    """Run the COPY … FROM STDIN *text* with the bytes of *source*; its command tag.
+
+    The public ``copy_to_table`` makes the text itself.
+    """
+    return await raw._copy_in(text, source, None)  # type: ignore[no-any-return]
 
 
 def cached_statement(raw: asyncpg.Connection, sql: str) -> Any:

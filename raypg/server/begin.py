@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from raypg import naming
+from raypg.core.sql_text import quoted
 
 
 def begin_with(settings: tuple[tuple[str, str], ...], application_name: str) -> str:
@@ -13,8 +14,3 @@ def begin_with(settings: tuple[tuple[str, str], ...], application_name: str) -> 
             value = naming.application_name(application_name, value)  # ours stays in front: we count and reap by it
         calls.append(f"pg_catalog.set_config({quoted(name)}, {quoted(value)}, true)")
     return f"BEGIN; SELECT {', '.join(calls)}"
-
-
-def quoted(text: str) -> str:
-    """*text* as a literal, whatever ``standard_conforming_strings`` says."""
-    return "E'" + text.replace("\\", "\\\\").replace("'", "''") + "'"

@@ -19,8 +19,9 @@ import asyncpg
 from raypg import messages, naming
 from raypg.core import health
 from raypg.core.backoff import jittered
+from raypg.core.sql_text import quoted
 from raypg.server import _asyncpg, pooler, witness
-from raypg.server.begin import begin_with, quoted
+from raypg.server.begin import begin_with
 from raypg.server.guard import Guard
 from raypg.server.outcomes import ConnectionLost, last_words, outcome_of, timed_out
 from raypg.server.pipelining import Pipeline, Prepared, Told
@@ -74,6 +75,8 @@ class ServerConnection:
 
     ``taken_at``, ``uses``: since when it is in use now, and by how many callers.
 
+    ``held_up``: seconds in which what runs has waited for its own caller, who reads slowly.
+
     ``guard``: whom to tell how statements end; ``None`` while it is opened.
     """
 
@@ -90,6 +93,7 @@ class ServerConnection:
         "expires_at",
         "guard",
         "health",
+        "held_up",
         "last_used",
         "lease",
         "number",
@@ -122,6 +126,7 @@ class ServerConnection:
         self.expires_at = math.inf if lifetime is None else now + jittered(lifetime, LIFETIME_JITTER, random.random())
         self.health = health.FULL
         self.guard: Guard | None = None
+        self.held_up = 0.0
         self.used = self.uses = 0
         self.dirty = False
         self.abandoned = False
@@ -196,7 +201,7 @@ class ServerConnection:
         guard = self.guard
         if guard is None:
             return await self._run(mode, sql, arguments, timeout, settings, simple, reads)
-        token, started = guard.token, time.monotonic()
+        token, started, self.held_up = guard.token, time.monotonic(), 0.0
         try:
             outcome = await self._run(mode, sql, arguments, timeout, settings, simple, reads)
         except ConnectionLost as lost:
@@ -204,10 +209,10 @@ class ServerConnection:
                 guard.lost(token, started, lost)
             raise
         except Exception as error:
-            if guard.answered(token, self.last_used - started, self.last_used, error):
+            if guard.answered(token, self.last_used - started - self.held_up, self.last_used, error):
                 self.health = health.after_error(self.health)
             raise
-        guard.succeeded(token, self.last_used - started, self.last_used)
+        guard.succeeded(token, self.last_used - started - self.held_up, self.last_used)
         return outcome
 
     async def _run(

@@ -20,7 +20,7 @@ from raypg.core.sql import classify
 from raypg.errors import ConnectError, PoolClosedError, PoolExhaustedError, WorkerDrainingError
 from raypg.messages import STATUS, Run
 from raypg.portable import pack_error
-from raypg.server import ending, intake
+from raypg.server import copying, ending, intake
 from raypg.server.acquisitions import Acquisitions
 from raypg.server.catalogue import Catalogue
 from raypg.server.connect import Connector
@@ -163,6 +163,7 @@ class Engine:
         lease = self.leases.find(token)
         status: str | None = None
         try:
+            await copying.stop(self, token)
             if last is not None:
                 status, _ = await self.leases.run(token, -1, STATUS, last, (), None)
         finally:

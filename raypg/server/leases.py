@@ -15,6 +15,7 @@ from raypg import messages
 from raypg.core.sql import classify
 from raypg.errors import LeaseLostError
 from raypg.server.connection import STEP, ServerConnection
+from raypg.server.copying import CopyOut
 from raypg.server.cursors import OpenCursor
 from raypg.server.notifications import Notification, Notifications
 from raypg.server.outcomes import ConnectionLost
@@ -33,6 +34,7 @@ class Lease:
         "busy",
         "cancelled",
         "connection",
+        "copy",
         "cursors",
         "lock",
         "notifications",
@@ -53,6 +55,7 @@ class Lease:
         self.busy: int | None = None
         self.cancelled: set[int] = set()
         self.cursors: dict[int, OpenCursor] = {}
+        self.copy: CopyOut | None = None
         self.notifications: Notifications | None = None
         self.request: tuple[str, int] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -219,6 +222,8 @@ class LeaseTable:
         if lease.notifications is not None:
             lease.notifications.close()
         lease.cursors.clear()
+        if lease.copy is not None:
+            lease.copy.stop()
         lease.connection.lease = None
         lease.connection.dirty = True
         if lease.busy is not None and not dead:

@@ -254,7 +254,10 @@ async def test_a_commit_without_an_answer(
 ) -> None:
     """Another connection, older than the COMMIT, knows what became of it; or a row that the transaction has written."""
     if ledger_exists:
-        await direct.execute("create schema raypg; create table raypg.batches (pipeline text, batch_id text)")
+        await direct.execute(
+            "drop schema if exists raypg cascade; create schema raypg;"
+            "create table raypg.batches (pipeline text, batch_id text)"
+        )
     try:
         async with LosesCommit(pg.port) as proxy, _pool_through(pg, proxy) as pool:
             for before in (False, True):

@@ -59,6 +59,16 @@ def test_query_over_http(command_cluster: LocalCluster) -> None:
     assert "403 statements of kind DDL are not run here" in said
 
 
+async def test_ray_data_roundtrip(command_cluster: LocalCluster, direct: asyncpg.Connection) -> None:
+    try:
+        shown = submit(command_cluster, "ray_data_roundtrip.py")
+        assert "50000 of 100000 temperatures are in °C, the lowest is 23.9" in shown
+        row = await direct.fetchrow("select count(*) as rows, count(distinct id) as ids from public.converted")
+        assert (row["rows"], row["ids"]) == (50_000, 50_000)
+    finally:
+        await direct.execute("drop table if exists public.temperatures, public.converted")
+
+
 def test_each_example_is_named_here() -> None:
     tests = Path(__file__).read_text()
     assert [file.name for file in (ROOT / "examples").glob("*.py") if f'"{file.name}"' not in tests] == []

@@ -35,12 +35,18 @@ SAMPLES: dict[str, errors.RaypgError] = {
         errors.ConnectError("refused", "authentication_failed", "28P01"),
         errors.ConnectionLostError("lost"),
         errors.QueryTimeoutError("slow", 0.5),
+        errors.ArrowValueError("at", "timestamp", "timestamp[us]", "infinity"),
+        errors.SnapshotLostError("too late"),
         errors.OutcomeUnknownError("lost", "INSERT …"),
         errors.ResultLostError("unread", "INSERT …"),
         errors.LeaseLostError("gone"),
         errors.TransactionRolledBackError("rolled back"),
         errors.StatementNotRunError("not run", "p-1"),
         errors.PipelineClosedError("closed"),
+        errors.IncompatibleDataError("no", "id", "string", "integer"),
+        errors.BatchConflictError("load", "monday/0", "events"),
+        errors.LedgerError("GRANT"),
+        errors.DataLostError("gone"),
     ]
 }
 
@@ -92,7 +98,9 @@ def test_its_classes_say_how_to_handle_it(name: str) -> None:
     assert isinstance(error, errors.UnavailableError) == (name in unavailable)
     assert isinstance(error, TimeoutError) == (name in {"PoolExhaustedError", "QueryTimeoutError"})
     assert isinstance(error, ConnectionError) == (name in {"ConnectError", "ConnectionLostError"})
-    assert isinstance(error, ValueError) == (name in {"ConfigError", "UnknownFigureError", "StatementNotAllowedError"})
+    assert isinstance(error, ValueError) == (
+        name in {"ConfigError", "UnknownFigureError", "StatementNotAllowedError", "ArrowValueError"}
+    )
     assert isinstance(error, LookupError) == (name in {"PoolNotFoundError", "AlertRuleNotFoundError"})
 
 

@@ -1,0 +1,125 @@
+"""Whole tables: Ray Data through a pool against ``ray.data.read_sql``, and Arrow against rows."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import asyncpg
+import psycopg
+import ray
+import uvloop
+from measure import Setting, compare, ratio, report, setting
+
+from raypg import PostgresDatasource, naming
+
+ROWS = int(os.environ.get("RAYPG_BENCH_ROWS", "500000"))
+QUERY = "SELECT * FROM events"
+MEGABYTE = 1024 * 1024
+
+
+def timed(read: Callable[[], int]) -> float:
+    """Rows per second."""
+    started = time.perf_counter()
+    assert read() == ROWS
+    return ROWS / (time.perf_counter() - started)
+
+
+def by_datasource(pool: str, consistent: bool = True) -> int:
+    """Rows that Ray Data reads through the pool."""
+    source = PostgresDatasource(pool, table="events", consistent=consistent)
+    count = ray.data.read_datasource(source).materialize().count()
+    source.close()
+    return int(count)
+
+
+def by_read_sql(parameters: dict[str, Any]) -> int:
+    """Rows that Ray Data reads with what it brings."""
+    names = {"database": "dbname"}
+    connect = functools.partial(psycopg.connect, **{names.get(key, key): value for key, value in parameters.items()})
+    return int(ray.data.read_sql(QUERY, connect).materialize().count())
+
+
+def memory_of(pid: int) -> float:
+    """Megabytes of a process's own memory."""
+    with open(f"/proc/{pid}/statm") as file:
+        _, resident, shared, *_ = map(int, file.read().split())
+    return (resident - shared) * os.sysconf("SC_PAGE_SIZE") / MEGABYTE
+
+
+async def stream_memory(here: Setting, worker: int, rows: int) -> tuple[float, float]:
+    """Most megabytes that the worker and this process grew by while *rows* rows of 1 kB were streamed."""
+    before, own = memory_of(worker), memory_of(os.getpid())
+    most = mine = 0.0
+    seen = 0
+    async for batch in here.pool.stream(f"SELECT n, repeat('x', 1000) AS t FROM generate_series(1, {rows}) n"):
+        seen += batch.num_rows
+        most, mine = max(most, memory_of(worker) - before), max(mine, memory_of(os.getpid()) - own)
+    assert seen == rows
+    return most, mine
+
+
+async def main() -> None:
+    ray_data = ray.data.DataContext.get_current()
+    ray_data.enable_progress_bars = False
+    async with setting() as here:
+        pool = here.pool
+        await pool.execute("CREATE TABLE events (id bigint, at timestamp, label text, score float8)")
+        await pool.execute(
+            "INSERT INTO events SELECT n, timestamp '2020-01-01' + n * interval '1 s', 'event number ' || n, n / 3.0 "
+            "FROM generate_series(1, $1::int) n",
+            ROWS,
+        )
+        await pool.execute("VACUUM ANALYZE events")
+        figures = await compare(
+            {
+                "PostgresDatasource": lambda: asyncio.to_thread(timed, lambda: by_datasource(pool.name)),
+                "PostgresDatasource, consistent=False": lambda: asyncio.to_thread(
+                    timed, lambda: by_datasource(pool.name, False)
+                ),
+                "ray.data.read_sql": lambda: asyncio.to_thread(timed, lambda: by_read_sql(here.server.parameters)),
+            }
+        )
+        report(
+            f"Ray Data reads a table of {ROWS:,} rows",
+            "rows/s",
+            figures,
+            [f"raypg ÷ read_sql: {ratio(figures, 'PostgresDatasource', 'ray.data.read_sql'):.2f} (at least 4)"],
+        )
+
+        direct = await asyncpg.connect(**here.server.parameters)
+
+        async def awaited(read: Any) -> float:
+            started = time.perf_counter()
+            result = await read()
+            assert (result.num_rows if hasattr(result, "num_rows") else len(result)) == ROWS
+            return ROWS / (time.perf_counter() - started)
+
+        single = await compare(
+            {
+                "pool.fetch_arrow": lambda: awaited(lambda: pool.fetch_arrow(QUERY)),
+                "asyncpg fetch": lambda: awaited(lambda: direct.fetch(QUERY)),
+            }
+        )
+        report(
+            f"{ROWS:,} rows as one result",
+            "rows/s",
+            single,
+            [f"fetch_arrow ÷ asyncpg fetch: {ratio(single, 'pool.fetch_arrow', 'asyncpg fetch'):.2f}"],
+        )
+        actor = ray.get_actor(naming.worker_actor(pool.name, 0), namespace=naming.NAMESPACE)
+        worker = await actor.__ray_call__.remote(lambda self: os.getpid())
+        grown = {}
+        for megabytes in (200, 1000):
+            theirs, ours = await stream_memory(here, worker, megabytes * 1000)
+            grown[f"worker, {megabytes} MB streamed"] = [theirs]
+            grown[f"reader, {megabytes} MB streamed"] = [ours]
+        report("Memory that a stream takes", "MB", grown, ["most at any time, beyond what was there before"])
+
+
+if __name__ == "__main__":
+    uvloop.run(main())

@@ -1,0 +1,192 @@
+"""Arrow data into a table: pipeline.write against ADBC, the server's own COPY of a file, and Ray Data's write_sql."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+import resource
+import subprocess
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import adbc_driver_postgresql.dbapi as adbc
+import asyncpg
+import numpy as np
+import pyarrow as pa
+import ray
+from measure import Setting, answer, compare, ratio, report
+from pgpq import ArrowToPostgresBinaryEncoder
+
+from raypg import QueryPipelineNode
+
+ROWS = int(os.environ.get("RAYPG_BENCH_ROWS", "1000000"))
+WRITE_SQL_ROWS = 20_000
+LEAST = {"ADBC adbc_ingest": 1.15, "the server's own COPY of a file": 0.85}
+COLUMNS = "id bigint, at timestamp, note text, value float8"
+
+
+def events(rows: int) -> pa.Table:
+    ids = np.arange(rows)
+    return pa.table(
+        {
+            "id": ids,
+            "at": pa.array(ids * 1_000_000 + 1_700_000_000_000_000, pa.timestamp("us")),
+            "note": [f"note of row {i}" for i in range(rows)],
+            "value": np.random.default_rng(1).random(rows),
+        }
+    )
+
+
+async def append(here: Setting) -> None:
+    data = events(ROWS)
+    direct = await asyncpg.connect(**here.server.parameters)
+    await direct.execute(f"CREATE TABLE events ({COLUMNS}); CREATE TABLE keyed ({COLUMNS}, PRIMARY KEY (id))")
+    pipeline = QueryPipelineNode(name="bench", connection_pool=here.pool)
+    number = iter(range(1_000_000))
+    file = Path(tempfile.mkdtemp(prefix="raypg-bench-", dir="/tmp")) / "events.copy"
+    encoder = ArrowToPostgresBinaryEncoder(data.schema)
+    with file.open("wb") as stream:
+        stream.write(encoder.write_header())
+        for batch in data.to_batches(65_536):
+            stream.write(encoder.write_batch(batch))
+        stream.write(encoder.finish())
+    file.parent.chmod(0o755)
+    file.chmod(0o644)
+
+    async def timed(table: str, work: Callable[[], Awaitable[object]], rows: int = ROWS, empty: bool = True) -> float:
+        if empty:
+            await direct.execute(f"TRUNCATE {table}; CHECKPOINT")
+        started = time.perf_counter()
+        await work()
+        seconds = time.perf_counter() - started
+        assert await direct.fetchval(f"SELECT count(*) FROM {table}") == rows
+        return rows / seconds
+
+    async def write(**how: object) -> None:
+        await pipeline.write(data, into="events", **how)  # type: ignore[arg-type]
+
+    async def with_ledger() -> None:
+        await write(batch_id=f"run {next(number)}")
+
+    def by_adbc() -> None:
+        with adbc.connect(here.server.dsn) as connection:
+            with connection.cursor() as cursor:
+                cursor.adbc_ingest("events", data, mode="append")
+            connection.commit()
+
+    async def by_server() -> None:
+        await direct.execute(f"COPY events FROM '{file}' (FORMAT binary)")
+
+    async def upsert() -> None:
+        await pipeline.write(data, into="keyed", mode="upsert", key=["id"])
+
+    async def append_keyed() -> None:
+        await pipeline.write(data, into="keyed")
+
+    async def upserted() -> float:
+        return await timed("keyed", upsert)
+
+    figures = await compare(
+        {
+            "pipeline.write": functools.partial(timed, "events", write),
+            "pipeline.write, with batch_id": functools.partial(timed, "events", with_ledger),
+            "ADBC adbc_ingest": functools.partial(timed, "events", lambda: asyncio.to_thread(by_adbc)),
+            "the server's own COPY of a file": functools.partial(timed, "events", by_server),
+            "append, table with a primary key": functools.partial(timed, "keyed", append_keyed),
+            "upsert, all new": upserted,
+            "upsert, all there": functools.partial(timed, "keyed", upsert, ROWS, False),
+        }
+    )
+    lines = [
+        f"pipeline.write ÷ {other}: {ratio(figures, 'pipeline.write', other):.2f} (at least {least:g})"
+        for other, least in LEAST.items()
+    ]
+    cost = 1 - ratio(figures, "pipeline.write, with batch_id", "pipeline.write")
+    lines.append(f"the ledger costs {cost:.1%} (at most 3 %)")
+    upserts = ratio(figures, "upsert, all new", "append, table with a primary key")
+    lines.append(f"upsert ÷ append into the same table: {upserts:.2f} (at least 0.35)")
+    report(f"{ROWS:,} rows of Arrow data", "rows/s", figures, lines)
+    await pipeline.close()
+    await direct.close()
+
+
+async def write_sql(here: Setting) -> None:
+    """What Ray Data itself does: rows by INSERT, in a transaction for each block."""
+    data = events(WRITE_SQL_ROWS)
+    direct = await asyncpg.connect(**here.server.parameters)
+    await direct.execute(f"CREATE TABLE by_sql ({COLUMNS})")
+    pipeline = QueryPipelineNode(name="bench", connection_pool=here.pool)
+    dsn = here.server.dsn
+    dataset = ray.data.from_arrow(data)
+    insert = "INSERT INTO by_sql (id, at, note, value) VALUES (%s, %s, %s, %s)"
+
+    def connect() -> object:
+        import psycopg
+
+        return psycopg.connect(dsn)
+
+    async def by_write_sql() -> float:
+        started = time.perf_counter()
+        await asyncio.to_thread(dataset.write_sql, insert, connect)
+        return WRITE_SQL_ROWS / (time.perf_counter() - started)
+
+    large = events(ROWS)
+
+    async def by_write() -> float:
+        started = time.perf_counter()
+        await pipeline.write(large, into="by_sql")
+        seconds = time.perf_counter() - started
+        await direct.execute("TRUNCATE by_sql")
+        return ROWS / seconds
+
+    figures = await compare({"pipeline.write": by_write, "Ray Data write_sql": by_write_sql}, rounds=3)
+    line = f"pipeline.write ÷ write_sql: {ratio(figures, 'pipeline.write', 'Ray Data write_sql'):.0f} (at least 60)"
+    report("Ray Data's write_sql", "rows/s", figures, [line])
+    await direct.close()
+
+
+async def memory(here: Setting) -> None:
+    """Peak size of the worker and of the caller while batches of 65,536 rows pass."""
+    await here.pool.execute(f"CREATE UNLOGGED TABLE passing ({COLUMNS})")
+    pipeline = QueryPipelineNode(name="bench", connection_pool=here.pool)
+    batch = events(65_536)
+    (worker,) = [int(line.split()[0]) for line in workers()]
+    before, here_before = resident(worker), resident(os.getpid())
+    sizes, here_sizes = [], []
+
+    async def batches():  # type: ignore[no-untyped-def]
+        for _ in range(60):
+            yield batch
+            sizes.append(resident(worker))
+            here_sizes.append(resident(os.getpid()))
+
+    await pipeline.write(batches(), into="passing")
+    allowed = 2 * batch.nbytes / 1e6 + 100
+    figures = {"worker": [size - before for size in sizes], "caller": [size - here_before for size in here_sizes]}
+    report(
+        "Memory beyond idle, 60 batches",
+        "MB",
+        figures,
+        [f"at most {max(map(max, figures.values())):.0f} ({allowed:.0f})"],
+    )
+
+
+def workers() -> list[str]:
+    shown = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
+    return [line for line in shown.splitlines() if "ray::PoolWorker" in line or "PoolWorker(bench" in line]
+
+
+def resident(pid: int) -> float:
+    """Megabytes of a process that are in memory and its own: not what it sees of the object store."""
+    fields = Path(f"/proc/{pid}/statm").read_text().split()
+    return (int(fields[1]) - int(fields[2])) * resource.getpagesize() / 1e6
+
+
+QUESTIONS = {"append": append, "write_sql": write_sql, "memory": memory}
+
+
+if __name__ == "__main__":
+    answer(QUESTIONS)

@@ -1,0 +1,360 @@
+"""Ray Data reads PostgreSQL through a pool: ``ray.data.read_datasource(PostgresDatasource("main_pool", table=…))``."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import threading
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import asyncpg
+import pyarrow as pa
+from ray.data import Datasource, ReadTask
+from ray.data.block import BlockMetadata
+
+from raypg import background
+from raypg.arrow_stream import BATCH_BYTES
+from raypg.checks import check_statement
+from raypg.core.copy_text import check_query, without_semicolon
+from raypg.core.nearest import did_you_mean
+from raypg.core.shards import integer_bounds, key_ranges, page_ranges
+from raypg.core.sql_text import quoted_name
+from raypg.errors import ConfigError, SnapshotLostError
+from raypg.lease import LeasedConnection
+from raypg.pool import WorkflowConnectionPool, get_pool
+from raypg.pushdown import split
+from raypg.snapshot import READ, Snapshot
+
+if TYPE_CHECKING:
+    from ray.data.context import DataContext
+    from ray.data.expressions import Expr
+
+__all__ = ["PostgresDatasource"]
+
+T = TypeVar("T")
+
+PAGE = 8192
+"""Bytes of a page, unless PostgreSQL was built with others; only sizes are guessed by it."""
+
+TID_RANGES = 140_000
+"""Version since which PostgreSQL reads a range of pages without reading all others."""
+
+_INTEGERS = {20, 21, 23}
+
+_TABLE = """
+SELECT format('%I.%I', n.nspname, c.relname) AS name, c.relkind::text AS kind,
+       pg_catalog.pg_relation_size(c.oid) / current_setting('block_size')::int AS pages,
+       EXISTS (SELECT FROM pg_catalog.pg_inherits i WHERE i.inhparent = c.oid) AS parent
+FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+WHERE c.oid = to_regclass($1)
+"""
+
+_DECIMALS = """
+SELECT attname::text AS name, (atttypmod - 4) >> 16 & 65535 AS precision, (atttypmod - 4) & 2047 AS scale
+FROM pg_catalog.pg_attribute
+WHERE attrelid = to_regclass($1) AND atttypid = 1700 AND atttypmod > 4 AND attnum > 0 AND NOT attisdropped
+"""
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What is known of a table or query."""
+
+    text: str
+    columns: dict[str, int]
+    schema: pa.Schema
+    decimals: dict[str, tuple[int, int]]
+    pages: int | None = None
+    by_pages: bool = False
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """What one read task does, wherever it runs."""
+
+    pool: str
+    sql: str
+    snapshot: Snapshot | None
+    decimals: dict[str, tuple[int, int]]
+    schema: pa.Schema
+    rest: tuple[Expr, ...]
+    batch_bytes: int
+    seconds: float
+
+    def __call__(self) -> Iterator[pa.Table]:
+        """Its blocks; an empty one if it has no rows."""
+        pool = get_pool(self.pool)
+        empty = True
+        with pool.sync.transaction(
+            **READ,  # type: ignore[arg-type]
+            timeout=self.seconds,
+            lease_timeout=self.seconds,
+        ) as tx:
+            if self.snapshot is not None:
+                try:
+                    tx.execute(f"SET TRANSACTION SNAPSHOT '{self.snapshot.name}'")
+                except (asyncpg.InvalidParameterValueError, asyncpg.UndefinedObjectError) as error:
+                    raise SnapshotLostError(str(error)) from None
+            with tx.stream(self.sql, batch_bytes=self.batch_bytes, decimals=self.decimals) as stream:
+                for batch in stream:
+                    table = pa.Table.from_batches([batch])
+                    for predicate in self.rest:
+                        table = table.filter(predicate.to_pyarrow())
+                    table = table.select(self.schema.names)
+                    if table.num_rows:
+                        empty = False
+                        yield table
+        if empty:
+            yield self.schema.empty_table()
+
+
+@dataclass
+class _View:
+    """The snapshot that all plans of one dataset share, and what was found out in it."""
+
+    snapshot: Snapshot | None = None
+    source: _Source | None = None
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _View, ()
+
+
+class PostgresDatasource(Datasource):  # type: ignore[misc]
+    """Reads a table or a query into a Dataset, in shards, through the pool and within its cap.
+
+    Tables are divided by their pages, which needs no key; anything else by ranges of *key*. Rows come by COPY and
+    become Arrow in the read tasks. Columns that are not wanted, and filters (``ds.filter(expr=…)``) that PostgreSQL
+    understands in the same way, are left to the server. All shards see the database as it was when the read was first
+    planned.
+
+    Args:
+        pool: a running pool, or its name.
+        table: name of a table, as in SQL; may have a schema.
+        query: or one SELECT, VALUES, TABLE or WITH, without parameters.
+        columns: those to read; all by default.
+        filter: a condition in SQL.
+        key: a column by whose ranges to divide a query, view or partitioned table; without it one task reads these.
+        shards: how many to make, at most; as many as Ray Data wants by default.
+        consistent: read one snapshot. It takes one connection, and holds up VACUUM, until the dataset is dropped or
+            ``close()`` is called, for at most *timeout* seconds. Without, each shard sees what is committed when it
+            begins.
+        batch_bytes: bytes that are fetched at a time, about; Ray Data makes larger blocks of them.
+        timeout: seconds for which a shard may wait for its connection, and read; and for which the snapshot is held.
+
+    Raises:
+        ConfigError: not one of *table* and *query*, no such table or column …
+        SnapshotLostError: from the read, when the snapshot has ended before a shard began.
+    """
+
+    def __init__(
+        self,
+        pool: WorkflowConnectionPool | str,
+        *,
+        table: str | None = None,
+        query: str | None = None,
+        columns: Sequence[str] | None = None,
+        filter: str | None = None,
+        key: str | None = None,
+        shards: int | None = None,
+        consistent: bool = True,
+        batch_bytes: int = BATCH_BYTES,
+        timeout: float = 3600.0,
+    ) -> None:
+        super().__init__()
+        if (table is None) == (query is None):
+            raise ConfigError("give one of table= and query=")
+        if shards is not None and (isinstance(shards, bool) or not isinstance(shards, int) or shards < 1):
+            raise ConfigError(f"shards={shards!r}: must be a whole number greater than zero")
+        if isinstance(columns, str) or (columns is not None and not columns):
+            raise ConfigError(f"columns={columns!r}: must be a list of names")
+        for text in (table, query, filter, key):
+            if text is not None:
+                check_statement(text)
+        if query is not None:
+            check_query(query)
+        self._projection_map: dict[str, str] | None = None
+        self._pool = pool if isinstance(pool, WorkflowConnectionPool) else get_pool(pool)
+        self._table = table
+        self._query = query
+        self._columns = None if columns is None else list(columns)
+        self._filter = filter
+        self._key = key
+        self._shards = shards
+        self._consistent = consistent
+        self._batch_bytes = batch_bytes
+        self._timeout = timeout
+        self._view = _View()
+
+    def __repr__(self) -> str:
+        what = f"table {self._table!r}" if self._table is not None else "a query"
+        return f"<PostgresDatasource of {what} in pool {self._pool.name!r}>"
+
+    # --- what Ray Data asks ---
+
+    def supports_projection_pushdown(self) -> bool:
+        """Yes."""
+        return True
+
+    def supports_predicate_pushdown(self) -> bool:
+        """Yes: what PostgreSQL cannot do in the same way is done in the read task."""
+        return True
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        """Bytes of the table's pages; ``None`` for a query."""
+        pages = _blocking(self._described).pages
+        return None if pages is None else pages * PAGE
+
+    def get_read_tasks(
+        self,
+        parallelism: int,
+        per_task_row_limit: int | None = None,
+        data_context: DataContext | None = None,
+    ) -> list[ReadTask]:
+        """One task for each shard."""
+        source, conditions = _blocking(functools.partial(self._plan, parallelism))
+        snapshot = self._view.snapshot
+        pushed, rest = split(self._predicate_expr, source.columns)
+        wanted = self._wanted(source)
+        read = list(source.columns) if rest else wanted  # what is left to filter by may not be wanted
+        schema = pa.schema([source.schema.field(name) for name in wanted])
+        size = None if source.pages is None else source.pages * PAGE // len(conditions)
+        tasks = []
+        for condition in conditions:
+            sql = _select(source, read, [condition, *pushed, *([self._filter] if self._filter else [])])
+            if per_task_row_limit is not None and not rest:
+                sql += f"\nLIMIT {per_task_row_limit}"
+            shard = _Shard(
+                self._pool.name, sql, snapshot, source.decimals, schema, tuple(rest), self._batch_bytes, self._timeout
+            )
+            metadata = BlockMetadata(num_rows=None, size_bytes=size, input_files=None, exec_stats=None)
+            tasks.append(ReadTask(shard, metadata, schema=schema, per_task_row_limit=per_task_row_limit))
+        return tasks
+
+    # --- for the user ---
+
+    def close(self) -> None:
+        """Give the snapshot's connection back. What was not read until now fails; a new read takes a new snapshot."""
+        snapshot, self._view.snapshot = self._view.snapshot, None
+        if snapshot is not None:
+            _blocking(snapshot.end)
+
+    # --- inside ---
+
+    def _wanted(self, source: _Source) -> list[str]:
+        names = self._columns or list(source.columns)
+        if self._projection_map is None:
+            return names
+        wanted = [name for name in self._projection_map if name in names]
+        # Rows are counted, say: a block without columns would have none.
+        return wanted or names[:1]
+
+    async def _described(self) -> _Source:
+        async with self._view.lock:
+            if self._view.source is None:
+                self._view.source = await self._describe()
+            return self._view.source
+
+    async def _describe(self) -> _Source:
+        """Find out what there is to read.
+
+        Raises:
+            ConfigError: no such table or column.
+        """
+        known: dict[str, Any] = {}
+        decimals: dict[str, tuple[int, int]] = {}
+        if self._table is not None:
+            row = await self._pool.fetchrow(_TABLE, self._table)
+            if row is None:
+                raise ConfigError(f"table={self._table!r}: there is no such table in the database of {self._pool!r}")
+            known = dict(row)
+            decimals = {
+                name: (precision, scale) for name, precision, scale in await self._pool.fetch(_DECIMALS, self._table)
+            }
+        text = known["name"] if known else f"(\n{without_semicolon(str(self._query))}\n) AS q"
+        version = int(await self._pool.fetchval("SELECT current_setting('server_version_num')"))
+        stream = self._pool.stream(f"SELECT * FROM {text} LIMIT 0", decimals=decimals)
+        async with stream:
+            schema, described = stream.schema, stream.columns
+        columns = {column.name: column.oid for column in described}
+        if len(columns) < len(described):
+            raise ConfigError("two columns of the query have the same name: give them others with AS")
+        for name in [*(self._columns or ()), *([self._key] if self._key else [])]:
+            if name not in columns:
+                raise ConfigError(f"there is no column {name!r}{did_you_mean(name, columns)}")
+        plain = known.get("kind") in ("r", "m") and not known["parent"]
+        by_pages = plain and self._key is None and version >= TID_RANGES
+        return _Source(text, columns, schema, decimals, known["pages"] if plain else None, by_pages)
+
+    async def _plan(self, parallelism: int) -> tuple[_Source, list[str]]:
+        """What to read, and the conditions of the shards, seen in the snapshot."""
+        source = await self._described()
+        shards = max(1, min(parallelism, self._shards or parallelism))
+        async with self._view.lock:
+            if not self._consistent:
+                return source, await self._conditions(source, shards, self._pool)
+            connection = None if self._view.snapshot is None else await self._view.snapshot.use()
+            if connection is None:
+                if (await self._pool._dispatcher()).config.max_connections < 2:
+                    raise ConfigError(
+                        f"pool {self._pool.name!r} has one connection, which the snapshot would take: give the pool "
+                        "more, or consistent=False"
+                    )
+                self._view.snapshot = await Snapshot.take(self._pool, self._timeout)
+                connection = await self._view.snapshot.use()
+            return source, await self._conditions(source, shards, connection or self._pool)
+
+    async def _conditions(
+        self, source: _Source, shards: int, where: LeasedConnection | WorkflowConnectionPool
+    ) -> list[str]:
+        if source.by_pages:
+            row = await where.fetchrow(_TABLE, self._table)
+            return page_ranges(0 if row is None else row["pages"], shards)
+        if self._key is None or shards == 1:
+            return ["true"]
+        key = quoted_name(self._key)
+        condition = f" WHERE ({self._filter}\n)" if self._filter else ""
+        if source.columns[self._key] in _INTEGERS:
+            row = await where.fetchrow(f"SELECT min({key}), max({key}) FROM {source.text}{condition}")
+            if row is None or row[0] is None:
+                return ["true"]
+            bounds = integer_bounds(row[0], row[1], shards)
+        else:
+            places = [number / shards for number in range(1, shards)]
+            ranked = f"percentile_disc($1::float8[]) WITHIN GROUP (ORDER BY {key})"
+            found = await where.fetchval(f"SELECT ({ranked})::text[] FROM {source.text}{condition}", places)
+            bounds = [bound for bound in found or () if bound is not None]
+        kind = await where.fetchval(f"SELECT pg_typeof((SELECT {key} FROM {source.text} LIMIT 1))::text")
+        return key_ranges(key, bounds, kind)
+
+
+def _select(source: _Source, columns: Sequence[str], conditions: Sequence[str]) -> str:
+    wanted = ", ".join(quoted_name(name) for name in columns)
+    met = " AND ".join(f"({condition}\n)" for condition in conditions if condition != "true")
+    return f"SELECT {wanted} FROM {source.text}{f' WHERE {met}' if met else ''}"
+
+
+def _blocking(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Do *work* on the background loop. Ray Data plans in whatever thread asks for rows, and blocks it anyhow: also one
+    that runs an event loop."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return background.run(work)
+    done: list[T] = []
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            done.append(background.run(work))
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, name="raypg-planning")
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
+    return done[0]

@@ -1,0 +1,220 @@
+"""Arrow columns in the form that COPY BINARY takes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import xxhash
+from pgpq import ArrowToPostgresBinaryEncoder
+from pgpq.encoders import LargeStringEncoderBuilder, StringEncoderBuilder
+from pgpq.schema import Jsonb
+
+from raypg.core.array_text import render
+from raypg.core.arrow_types import plain
+from raypg.core.write_plan import ROW, Field, WritePlan
+
+CHUNK_ROWS = 8_192
+"""Rows that are encoded at a time; the event loop stands still for some milliseconds."""
+
+KEEP_BYTES = 32_000_000
+"""Encoded batches up to this size are kept until they are written; larger ones are encoded again when needed."""
+
+HEADER = b"PGCOPY\n\xff\r\n\0" + bytes(8)
+TRAILER = b"\xff\xff"
+
+OUT_OF_RANGE = "22003"
+NOT_A_UUID = "22P02"
+
+
+class Normal:
+    """A batch in the types of its plan.
+
+    Attributes:
+        batch: one column for each field of the plan.
+        bad: rows whose values no server need be asked about: number → (SQLSTATE, what is wrong). They are NULL there.
+    """
+
+    def __init__(self, batch: pa.RecordBatch, bad: dict[int, tuple[str, str]]) -> None:
+        self.batch = batch
+        self.bad = bad
+
+
+def one_batch(data: Any) -> pa.RecordBatch:
+    """A Table or RecordBatch as one RecordBatch.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if isinstance(data, pa.RecordBatch):
+        return data
+    if isinstance(data, pa.Table):
+        batches = data.combine_chunks().to_batches()
+        return batches[0] if batches else pa.RecordBatch.from_pylist([], schema=data.schema)
+    raise TypeError(f"a pyarrow Table or RecordBatch is needed, not {type(data).__module__}.{type(data).__name__}")
+
+
+def normalise(batch: pa.RecordBatch, plan: WritePlan) -> Normal:
+    """*batch* in the types of *plan*."""
+    bad: dict[int, tuple[str, str]] = {}
+    columns = []
+    for index, field in enumerate(plan.fields):
+        column, wrong, sqlstate, text = _normal(batch.column(index), field)
+        if wrong is not None:
+            for row in pc.indices_nonzero(wrong).to_pylist():
+                bad.setdefault(row, (sqlstate, text))
+        columns.append(column)
+    names = [field.column.name for field in plan.fields]
+    return Normal(pa.RecordBatch.from_arrays(columns, names=names), bad)
+
+
+_Found = tuple[pa.Array, Any, str, str]
+"""(values, which are wrong or None, SQLSTATE, what is wrong)."""
+
+
+def _normal(column: pa.Array, field: Field) -> _Found:
+    if isinstance(column, pa.ExtensionArray):
+        column = column.storage
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    elif pa.types.is_run_end_encoded(column.type):
+        column = pc.run_end_decode(column)
+    if pa.types.is_null(column.type):
+        return pa.nulls(len(column), field.way.to), None, "", ""
+    kind = column.type
+    to = field.way.to
+    if field.way.convert:
+        return _CONVERT[field.way.convert](column, field)
+    if kind == to:
+        return column, None, "", ""
+    if pa.types.is_integer(kind) and pa.types.is_integer(to):
+        return _narrowed(column, field)
+    # What falls away is less than PostgreSQL keeps: nanoseconds, the last bits of a float4.
+    lossy = pa.types.is_temporal(to) or pa.types.is_floating(to)
+    return pc.cast(column, to, safe=not lossy), None, "", ""
+
+
+def _narrowed(column: pa.Array, field: Field) -> _Found:
+    to = field.way.to
+    bits = to.bit_width - 1
+    low, high = -(2**bits), 2**bits - 1
+    wrong = None
+    if column.type.bit_width >= to.bit_width:
+        wide = pa.types.is_unsigned_integer(column.type)
+        above = pc.greater(column, pa.scalar(high, column.type))
+        wrong = above if wide else pc.or_(above, pc.less(column, pa.scalar(low, column.type)))
+        if not pc.any(wrong).as_py():
+            wrong = None
+    if wrong is not None:
+        column = pc.if_else(wrong, pa.scalar(None, column.type), column)
+    text = f"value out of range for type {field.column.shown} in column {field.column.name!r}"
+    return pc.cast(column, to), wrong, OUT_OF_RANGE, text
+
+
+def _uuids(column: pa.Array, field: Field) -> _Found:
+    digits = pc.replace_substring_regex(pc.cast(column, pa.string()), "[-{}]", "")
+    right = pc.match_substring_regex(digits, "^[0-9a-fA-F]{32}$")
+    wrong = pc.invert(right)
+    if not pc.any(wrong).as_py():
+        wrong = None
+    zero = pa.scalar("0" * 32)
+    right = pc.fill_null(right, False)
+    padded = pc.if_else(right, digits, zero)
+    values = bytes.fromhex("".join(padded.to_pylist()))
+    raw = pa.Array.from_buffers(pa.binary(16), len(column), [None, pa.py_buffer(values)])
+    raw = pc.if_else(right, raw, pa.scalar(None, pa.binary(16)))
+    return raw, wrong, NOT_A_UUID, f"invalid input syntax for type uuid in column {field.column.name!r}"
+
+
+def _each(column: pa.Array, convert: Callable[[Any], str]) -> _Found:
+    values = [None if value is None else convert(value) for value in column.to_pylist()]
+    return pa.array(values, pa.string()), None, "", ""
+
+
+def _documents(column: pa.Array, field: Field) -> _Found:
+    return _each(column, lambda value: json.dumps(value, default=str, ensure_ascii=False))
+
+
+def _intervals(column: pa.Array, field: Field) -> _Found:
+    return _each(column, lambda v: f"{v.months} mons {v.days} days {v.nanoseconds // 1000} microseconds")
+
+
+def _arrays(column: pa.Array, field: Field) -> _Found:
+    return _each(column, lambda value: render(value, _element))
+
+
+def _element(value: Any) -> str:
+    return "\\x" + value.hex() if isinstance(value, bytes) else str(value)
+
+
+_CONVERT: dict[str, Callable[[pa.Array, Field], _Found]] = {
+    "uuid": _uuids,
+    "json": _documents,
+    "interval": _intervals,
+    "array": _arrays,
+}
+
+
+def with_rows(batch: pa.RecordBatch, first: int = 0) -> pa.RecordBatch:
+    """*batch* with the numbers of its rows as its last column."""
+    import numpy as np
+
+    numbers = pa.array(np.arange(first, first + batch.num_rows, dtype="int64"))
+    return pa.RecordBatch.from_arrays([*batch.columns, numbers], names=[*batch.schema.names, ROW])
+
+
+class Encoder:
+    """Makes the bytes of COPY BINARY of batches of one plan."""
+
+    def __init__(self, plan: WritePlan) -> None:
+        self._jsonb = {field.column.name for field in plan.fields if field.way.type == "jsonb"}
+
+    def chunks(self, batch: pa.RecordBatch) -> Iterator[bytes]:
+        """The bytes of *batch*, in portions."""
+        # pgpq names columns in a dictionary: a name of theirs may occur once, and any will do.
+        names = [str(index) for index in range(batch.num_columns)]
+        schema = pa.schema([pa.field(name, each.type, True) for name, each in zip(names, batch.schema, strict=True)])
+        encoders = {}
+        for name, given, field in zip(names, batch.schema.names, schema, strict=True):
+            if given in self._jsonb:
+                large = pa.types.is_large_string(field.type)
+                builder = LargeStringEncoderBuilder if large else StringEncoderBuilder
+                encoders[name] = builder.new_with_output(field, Jsonb())
+            else:
+                encoders[name] = ArrowToPostgresBinaryEncoder.infer_encoder(field)
+        encoder = ArrowToPostgresBinaryEncoder.new_with_encoders(schema, encoders)
+        yield encoder.write_header()
+        for start in range(0, batch.num_rows, CHUNK_ROWS):
+            part = batch.slice(start, CHUNK_ROWS)
+            yield encoder.write_batch(pa.RecordBatch.from_arrays(part.columns, schema=schema))
+        yield encoder.finish()
+
+    def digest(self, batch: pa.RecordBatch, about: str) -> tuple[bytes, list[bytes] | None]:
+        """(hash of the values of *batch* and of *about*, its bytes if they are not too many)."""
+        sum_ = xxhash.xxh3_128(about.encode())
+        kept: list[bytes] | None = []
+        size = 0
+        for chunk in self.chunks(batch):
+            sum_.update(chunk)
+            size += len(chunk)
+            if kept is not None:
+                kept.append(chunk)
+                if size > KEEP_BYTES:
+                    kept = None
+        return sum_.digest(), kept
+
+
+def row_as_json(batch: pa.RecordBatch, row: int) -> str:
+    """Row *row* of *batch* as a JSON text, for people to look at."""
+    values = {name: column[row].as_py() for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+    return json.dumps(values, default=_shown)
+
+
+def _shown(value: Any) -> str:
+    return value.hex() if isinstance(value, bytes) else str(value)
+
+
+__all__ = ["Encoder", "Normal", "normalise", "one_batch", "plain", "row_as_json", "with_rows"]

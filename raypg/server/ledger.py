@@ -1,0 +1,159 @@
+"""The ledger of written batches: ``raypg.batches``, and the table of rows that were refused, ``raypg.quarantine``.
+
+A batch's row is written first thing in its own transaction, so that it is there exactly if the batch is. Who writes the
+same batch again, after whatever went wrong, waits there for a transaction that may still be open, and finds out.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import asyncpg
+
+from raypg.core.write_state import BatchCounts, is_conflict
+from raypg.errors import BatchConflictError, LedgerError
+from raypg.messages import FETCH, STATUS
+from raypg.server.connection import ServerConnection
+
+LOCK_TIMEOUT = 2.0
+"""Seconds to wait for another transaction that has written a batch of this id and has not ended."""
+
+_ADVISORY = 7_238_412_655_001
+
+SCHEMA = f"""
+BEGIN;
+SELECT pg_catalog.pg_advisory_xact_lock({_ADVISORY});
+CREATE SCHEMA IF NOT EXISTS raypg;
+CREATE TABLE IF NOT EXISTS raypg.batches (pipeline text NOT NULL, batch_id text NOT NULL);
+ALTER TABLE raypg.batches
+    ADD COLUMN IF NOT EXISTS hash bytea,
+    ADD COLUMN IF NOT EXISTS target text,
+    ADD COLUMN IF NOT EXISTS rows bigint,
+    ADD COLUMN IF NOT EXISTS duplicates bigint NOT NULL DEFAULT 0,
+    ADD COLUMN IF NOT EXISTS quarantined bigint NOT NULL DEFAULT 0,
+    ADD COLUMN IF NOT EXISTS xid bigint DEFAULT pg_catalog.txid_current(),
+    ADD COLUMN IF NOT EXISTS committed_at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp();
+CREATE UNIQUE INDEX IF NOT EXISTS batches_pkey ON raypg.batches (pipeline, batch_id);
+CREATE TABLE IF NOT EXISTS raypg.quarantine (
+    pipeline text NOT NULL,
+    batch_id text,
+    target text NOT NULL,
+    row bigint NOT NULL,
+    sqlstate text NOT NULL,
+    message text NOT NULL,
+    data text NOT NULL,
+    stored_at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp()
+);
+COMMIT
+"""
+
+BEGIN = f"""
+BEGIN ISOLATION LEVEL READ COMMITTED;
+SET LOCAL lock_timeout = '{LOCK_TIMEOUT}s';
+SELECT pg_catalog.set_config('synchronous_commit', 'on', true)
+WHERE pg_catalog.current_setting('synchronous_commit') = 'off'
+"""
+
+_CLAIM = """
+INSERT INTO raypg.batches (pipeline, batch_id, hash, target, rows) VALUES ($1, $2, $3, $4, $5)
+ON CONFLICT (pipeline, batch_id) DO NOTHING RETURNING 1
+"""
+_LOOK = "SELECT hash, rows, duplicates, quarantined FROM raypg.batches WHERE pipeline = $1 AND batch_id = $2"
+_CORRECT = """
+UPDATE raypg.batches SET rows = $3, duplicates = $4, quarantined = $5 WHERE pipeline = $1 AND batch_id = $2
+"""
+_QUARANTINE = """
+INSERT INTO raypg.quarantine (pipeline, batch_id, target, row, sqlstate, message, data)
+SELECT $1, $2, $3, bad.* FROM unnest($4::bigint[], $5::text[], $6::text[], $7::text[]) AS bad
+"""
+
+MISSING = ("42P01", "3F000", "42703", "42P10")
+"""There is no such table, schema, column, or unique index: of a table that somebody made by hand."""
+
+
+class Entry(NamedTuple):
+    """A batch, as the ledger knows it."""
+
+    pipeline: str
+    batch_id: str
+    digest: bytes
+    target: str
+    rows: int
+
+
+async def ensure(connection: ServerConnection) -> None:
+    """Make the tables if they are missing; raises as :func:`create`."""
+    ((there,),), _ = await connection.run(FETCH, "SELECT to_regclass('raypg.quarantine') IS NOT NULL", ())
+    if not there:
+        await create(connection)
+
+
+async def create(connection: ServerConnection) -> None:
+    """Make the tables that are missing.
+
+    Raises:
+        LedgerError: we may not; says what must be granted.
+        ConnectionLost, asyncpg.PostgresError: as :meth:`ServerConnection.run`.
+    """
+    try:
+        await connection.run(STATUS, SCHEMA, ())
+    except asyncpg.InsufficientPrivilegeError as error:
+        await connection.run(STATUS, "ROLLBACK", ())
+        raise await forbidden(connection, error) from error
+    except asyncpg.PostgresError:
+        await connection.run(STATUS, "ROLLBACK", ())
+        raise
+
+
+async def forbidden(connection: ServerConnection, error: asyncpg.PostgresError) -> LedgerError:
+    """What to say to somebody who may not use the ledger. Not inside a transaction that has failed."""
+    ((user, database),), _ = await connection.run(
+        FETCH, "SELECT quote_ident(current_user), quote_ident(current_database())", ()
+    )
+    return LedgerError(
+        f"the ledger of batches, raypg.batches, cannot be used by {user} ({error.args[0]}); to let it be made: "
+        f"GRANT CREATE ON DATABASE {database} TO {user}; or, if it exists: GRANT USAGE ON SCHEMA raypg TO {user}; "
+        f"GRANT SELECT, INSERT, UPDATE, DELETE ON raypg.batches, raypg.quarantine TO {user}"
+    )
+
+
+async def claim(connection: ServerConnection, entry: Entry) -> BatchCounts | None:
+    """Write the row of a batch, as the first statement of its transaction.
+
+    Returns:
+        What was written before under this id; ``None`` if nothing was, and the batch is to be written now.
+
+    Raises:
+        BatchConflictError: it was something else.
+        asyncpg.LockNotAvailableError: another transaction writes it, and does not end.
+    """
+    while True:
+        rows, _ = await connection.run(FETCH, _CLAIM, tuple(entry))
+        if rows:
+            return None
+        rows, _ = await connection.run(FETCH, _LOOK, (entry.pipeline, entry.batch_id))
+        if not rows:
+            continue  # it was pruned between the two
+        stored, count, duplicates, quarantined = tuple(rows[0])
+        if is_conflict(stored, entry.digest):
+            raise BatchConflictError(entry.pipeline, entry.batch_id, entry.target)
+        return BatchCounts(count or 0, duplicates, quarantined, known=True)
+
+
+async def correct(connection: ServerConnection, entry: Entry, counts: BatchCounts) -> None:
+    """Not all rows of the batch were written."""
+    await connection.run(
+        STATUS, _CORRECT, (entry.pipeline, entry.batch_id, counts.rows, counts.duplicates, counts.quarantined)
+    )
+
+
+async def quarantine(
+    connection: ServerConnection,
+    pipeline: str,
+    batch_id: str | None,
+    target: str,
+    bad: list[tuple[int, str, str, str]],
+) -> None:
+    """Store bad rows: (number, SQLSTATE, message, the row as JSON)."""
+    columns = [list(column) for column in zip(*bad, strict=True)]
+    await connection.run(STATUS, _QUARANTINE, (pipeline, batch_id, target, *columns))

@@ -1,0 +1,222 @@
+"""`PostgresDatasource`: real Ray Data reads tables and queries through a pool."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import decimal
+import gc
+from typing import Any
+
+import asyncpg
+import pyarrow as pa
+import pytest
+import ray
+from pools import CapWatch, nothing_leased, own_pool
+from ray.data import Dataset
+from ray.data.expressions import col
+from waiting import eventually
+
+from raypg import ConfigError, PostgresDatasource, SnapshotLostError, StatementNotAllowedError, WorkflowConnectionPool
+from raypg.embedded import EmbeddedServer
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> None:
+    ray.data.DataContext.get_current().enable_progress_bars = False
+
+
+@pytest.fixture
+async def items(schema: str, direct: asyncpg.Connection) -> str:
+    """20,000 rows on many pages, with NULLs."""
+    name = f'{schema}."the Items"'
+    await direct.execute(f"create table {name} (id int, label text, price numeric(10,2), at timestamptz, score float8)")
+    await direct.execute(
+        f"""insert into {name} select n, 'label ' || n, n / 4.0, timestamptz '2020-01-01 00:00+00' + n * interval '1 s',
+            case when n % 100 = 0 then 'NaN' when n % 7 > 0 then n / 8.0 end from generate_series(1, 20000) n"""
+    )
+    await direct.execute(f"insert into {name} (label) select 'no id ' || n from generate_series(1, 50) n")
+    return name
+
+
+def read(source: PostgresDatasource, blocks: int = 4) -> Dataset:
+    return ray.data.read_datasource(source, override_num_blocks=blocks)
+
+
+async def blocks_of(task: Any) -> list[pa.Table]:
+    """What one read task yields; not in this thread, whose event loop it would block."""
+    return await asyncio.to_thread(lambda: list(task()))
+
+
+async def sizes_of(tasks: list[Any]) -> list[int]:
+    """How many rows each task reads."""
+    return [sum(block.num_rows for block in await blocks_of(task)) for task in tasks]
+
+
+def table_of(dataset: Dataset) -> pa.Table:
+    """All rows, by id, those without one first."""
+    blocks = [ray.get(reference) for reference in dataset.to_arrow_refs()]
+    return pa.concat_tables(blocks).sort_by([("id", "ascending"), ("label", "ascending")])
+
+
+async def test_a_table_comes_whole_in_shards(
+    pool: WorkflowConnectionPool, direct: asyncpg.Connection, items: str
+) -> None:
+    source = PostgresDatasource(pool, table=items)
+    tasks = source.get_read_tasks(4)
+    assert len(tasks) == 4
+    dataset = read(source)
+    assert dataset.schema().types == [
+        pa.int32(), pa.string(), pa.decimal128(10, 2), pa.timestamp("us", "UTC"), pa.float64(),
+    ]  # fmt: skip
+    found = table_of(dataset)
+    records = await direct.fetch(f'select * from {items} order by id nulls last, label collate "C"')
+    assert found.num_rows == 20_050
+    assert found.drop_columns("score").to_pylist() == [
+        {key: value for key, value in record.items() if key != "score"} for record in records
+    ]
+    scores = found.column("score")
+    assert scores.null_count == sum(record["score"] is None for record in records)
+    assert dataset.count() == 20_050
+    sizes = await sizes_of(tasks)
+    assert sum(sizes) == 20_050
+    assert min(sizes) > 1000
+    source.close()
+    await eventually(lambda: nothing_leased(pool))
+
+
+async def test_columns_and_filters_are_left_to_the_server(pool: WorkflowConnectionPool, items: str) -> None:
+    source = PostgresDatasource(pool, table=items, filter="id % 2 = 0")
+    dataset = read(source).filter(expr=(col("id") > 100) & (col("id") <= 200) & ~(col("label") == "label 150"))
+    narrow = dataset.select_columns(["label"])
+    assert sorted(row["label"] for row in narrow.take_all()) == sorted(
+        f"label {n}" for n in range(102, 201, 2) if n != 150
+    )
+    (plan,) = [source.apply_predicate((col("id") > 100) & (col("score") > 3.0)).apply_projection({"label": "label"})]
+    (task,) = plan.get_read_tasks(1)
+    assert '"id" > (100)' in task.read_fn.sql
+    assert task.read_fn.sql.startswith('SELECT "label" FROM')
+    assert task.read_fn.rest == ()
+    assert dataset.count() == 49
+    source.close()
+
+
+@pytest.mark.parametrize(
+    ("predicate", "condition", "rest"),
+    [
+        (col("score") > 24.0, "score > 24 and score <> 'NaN'", 0),
+        (col("score") <= 24.0, "score <= 24", 0),
+        (col("score").is_null() | (col("id") == 7), "score is null or id = 7", 0),
+        (col("label") > "label 9", """label collate "C" > 'label 9'""", 0),
+        (col("id").is_in([1, 2, 50_000]), "id in (1, 2)", 0),
+        (~(col("score") > 24.0), "not (score > 24 and score <> 'NaN')", 0),
+        (col("at") < datetime.datetime(2020, 1, 1, 1, tzinfo=datetime.UTC), "at < '2020-01-01 01:00+00'", 0),
+        (col("price") < decimal.Decimal("3.25"), "price < 3.25", 1),
+        ((col("id") + 1 < 10) & (col("id") > 4), "id + 1 < 10 and id > 4", 1),
+    ],
+)
+async def test_filters_mean_the_same(
+    pool: WorkflowConnectionPool, direct: asyncpg.Connection, items: str, predicate: Any, condition: str, rest: int
+) -> None:
+    source = PostgresDatasource(pool, table=items, consistent=False)
+    (task,) = source.apply_predicate(predicate).apply_projection({"label": "label"}).get_read_tasks(1)
+    assert len(task.read_fn.rest) == rest
+    found = sorted(row["label"] for block in await blocks_of(task) for row in block.to_pylist())
+    assert found == sorted(row["label"] for row in await direct.fetch(f"select label from {items} where {condition}"))
+    # And as pyarrow says of all rows.
+    (whole,) = source.get_read_tasks(1)
+    everything = pa.concat_tables(await blocks_of(whole))
+    assert sorted(everything.filter(predicate.to_pyarrow()).column("label").to_pylist()) == found
+
+
+async def test_queries_and_keys(pool: WorkflowConnectionPool, items: str) -> None:
+    query = f"select id, label, at from {items} -- all of them"
+    for key in ("id", "label", "at", None):
+        source = PostgresDatasource(pool, query=query, key=key)
+        tasks = source.get_read_tasks(5)
+        assert len(tasks) == (1 if key is None else 5)
+        sizes = await sizes_of(tasks)
+        assert sum(sizes) == 20_050
+        assert max(sizes) < (5000 if key else 30_000)
+        source.close()
+    assert read(PostgresDatasource(pool, query=f"select id, label from {items} limit 10")).count() == 10
+
+
+async def test_empty_tables_and_keys_that_are_all_null(
+    pool: WorkflowConnectionPool, direct: asyncpg.Connection, schema: str
+) -> None:
+    await direct.execute(f"create table {schema}.nothing (id int, label text)")
+    dataset = read(PostgresDatasource(pool, table=f"{schema}.nothing"))
+    assert dataset.count() == 0
+    assert dataset.schema().names == ["id", "label"]
+    await direct.execute(f"insert into {schema}.nothing select null, 'x' from generate_series(1, 10)")
+    for key in (None, "id"):
+        source = PostgresDatasource(pool, table=f"{schema}.nothing", key=key)
+        assert sum(await sizes_of(source.get_read_tasks(3))) == 10
+
+
+async def test_partitions_and_views(pool: WorkflowConnectionPool, direct: asyncpg.Connection, schema: str) -> None:
+    await direct.execute("create table parts (id int, label text) partition by range (id)")
+    await direct.execute("create table low partition of parts for values from (0) to (500)")
+    await direct.execute("create table high partition of parts for values from (500) to (1000)")
+    await direct.execute(
+        "insert into parts select n, 'x' from generate_series(0, 999) n; create view seen as table parts"
+    )
+    for table in ("parts", "seen"):
+        source = PostgresDatasource(pool, table=f"{schema}.{table}", key="id")
+        sizes = await sizes_of(source.get_read_tasks(4))
+        assert sizes == [250] * 4
+        assert len(PostgresDatasource(pool, table=f"{schema}.{table}", consistent=False).get_read_tasks(4)) == 1
+
+
+async def test_all_shards_see_one_snapshot(
+    pool: WorkflowConnectionPool, direct: asyncpg.Connection, items: str
+) -> None:
+    source = PostgresDatasource(pool, table=items)
+    tasks = source.get_read_tasks(3)
+    before = sum(await sizes_of(tasks[:1]))
+    await direct.execute(f"delete from {items} where id % 2 = 0; insert into {items} (id) values (-1)")
+    seen = before + sum(await sizes_of(tasks[1:]))
+    assert seen == 20_050
+    loose = PostgresDatasource(pool, table=items, consistent=False)
+    assert sum(await sizes_of(loose.get_read_tasks(3))) == 10_051
+    source.close()
+    with pytest.raises(SnapshotLostError):
+        await blocks_of(tasks[1])
+    again = source.get_read_tasks(3)  # a new read, a new snapshot
+    assert sum(await sizes_of(again)) == 10_051
+    del tasks, again, source
+    gc.collect()
+    await eventually(lambda: nothing_leased(pool))
+
+
+async def test_the_cap_holds_over_all_read_tasks(
+    ray_cluster: Any, pg: EmbeddedServer, items: str, direct: asyncpg.Connection
+) -> None:
+    async with own_pool(pg, max_connections=3) as own, CapWatch(pg, own.name) as watch:
+        # In another thread, or nobody would watch.
+        dataset = await asyncio.to_thread(
+            lambda: read(PostgresDatasource(own.name, table=items), blocks=8).materialize()
+        )
+        assert table_of(dataset).num_rows == 20_050
+        del dataset
+    watch.held(3)
+
+
+async def test_what_is_wrong_is_said_before_anything_is_read(pool: WorkflowConnectionPool, items: str) -> None:
+    with pytest.raises(ConfigError, match="one of table= and query="):
+        PostgresDatasource(pool)
+    with pytest.raises(StatementNotAllowedError):
+        PostgresDatasource(pool, query="delete from t returning a")
+    with pytest.raises(ConfigError, match="no such table"):
+        PostgresDatasource(pool, table="no.where").get_read_tasks(1)
+    with pytest.raises(ConfigError, match=r"'labl'.*did you mean 'label'"):
+        PostgresDatasource(pool, table=items, columns=["labl"]).get_read_tasks(1)
+    with pytest.raises(ConfigError, match="same name"):
+        PostgresDatasource(pool, query="select 1 as a, 2 as a").get_read_tasks(1)
+    keyed = PostgresDatasource(pool, table=items, filter="nope > 1", key="id")
+    for _ in range(2):
+        with pytest.raises(asyncpg.UndefinedColumnError):
+            keyed.get_read_tasks(2)
+    with pytest.raises(asyncpg.UndefinedColumnError):
+        await blocks_of(PostgresDatasource(pool, table=items, filter="nope > 1").get_read_tasks(1)[0])

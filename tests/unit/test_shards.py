@@ -1,0 +1,54 @@
+"""Each row is in exactly one shard."""
+
+from __future__ import annotations
+
+import itertools
+import re
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raypg.core.shards import integer_bounds, key_ranges, page_ranges
+
+
+def meets(value: int | None, condition: str) -> bool | None:
+    """Whether *value* meets a condition of ours on whole numbers, as SQL would say."""
+    if condition == "true":
+        return True
+    code = re.sub(r"'\((-?\d+),0\)'::pg_catalog\.tid|E'(-?\d+)'::int8", lambda found: found[1] or found[2], condition)
+    if " OR k IS NULL" in code:
+        code = code.removesuffix(" OR k IS NULL")
+        if value is None:
+            return True
+    if value is None:
+        return None
+    name = "ctid" if "ctid" in code else "k"
+    return bool(eval(code.replace(" AND ", " and "), {name: value}))
+
+
+@given(st.integers(0, 5000), st.integers(1, 40))
+def test_pages(pages: int, shards: int) -> None:
+    conditions = page_ranges(pages, shards)
+    assert len(conditions) == max(1, min(pages, shards))
+    for page in {0, 1, pages // 2, max(pages - 1, 0), pages, pages + 100}:  # it may have grown
+        assert [meets(page, condition) for condition in conditions].count(True) == 1
+
+
+@given(st.integers(-(2**63), 2**63 - 1), st.integers(0, 2**20), st.integers(1, 30), st.data())
+def test_whole_numbers(lowest: int, width: int, shards: int, data: st.DataObject) -> None:
+    bounds = integer_bounds(lowest, lowest + width, shards)
+    conditions = key_ranges("k", bounds, "int8")
+    assert len(conditions) == min(shards, width + 1)
+    for value in (None, lowest, lowest - 1, lowest + width + 1, lowest + data.draw(st.integers(0, width))):
+        assert [meets(value, condition) for condition in conditions].count(True) == 1
+    sizes = [abs(int(a) - int(b)) for a, b in itertools.pairwise(bounds)]
+    assert not sizes or max(sizes) - min(sizes) <= 1
+
+
+def test_repeated_bounds_and_none() -> None:
+    assert key_ranges("k", [], "text") == ["true"]
+    assert key_ranges("k", ["a", "a", "b'"], "text") == [
+        "k < E'a'::text OR k IS NULL",
+        "k >= E'a'::text AND k < E'b'''::text",
+        "k >= E'b'''::text",
+    ]

@@ -1,0 +1,118 @@
+"""What is written is divided by its rows alone; and what becomes of its values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from raypg.core.arrow_types import Column, way
+from raypg.core.write_plan import Field, Table, WritePlan
+from raypg.errors import ConfigError
+from raypg.ingest import encoding
+from raypg.ingest.inputs import pieces
+from raypg.ledger import parse_age
+
+
+def rows(count: int, first: int = 0) -> pa.Table:
+    return pa.table({"id": pa.array(range(first, first + count), pa.int64())})
+
+
+async def divided(data: Any, batch_rows: int) -> list[tuple[int, int, list[int]]]:
+    return [(p.number, p.first, p.data["id"].to_pylist()) async for p in pieces(data, batch_rows)]
+
+
+async def test_how_rows_come_makes_no_difference() -> None:
+    whole = rows(10)
+    expected = [(0, 0, [0, 1, 2, 3]), (1, 4, [4, 5, 6, 7]), (2, 8, [8, 9])]
+    assert await divided(whole, 4) == expected
+    assert await divided(iter(whole.to_batches(3)), 4) == expected
+    assert await divided(pa.RecordBatchReader.from_batches(whole.schema, whole.to_batches(1)), 4) == expected
+    assert await divided([rows(7), rows(3, 7).to_batches()[0]], 4) == expected
+
+    async def later() -> Any:
+        yield rows(9)
+        yield rows(1, 9)
+
+    assert await divided(later(), 4) == expected
+
+
+async def test_a_batch_without_rows_is_checked_too() -> None:
+    assert await divided(rows(0), 4) == [(0, 0, [])]
+    assert await divided([rows(0), rows(0)], 4) == [(0, 0, [])]
+    assert await divided(rows(4), 4) == [(0, 0, [0, 1, 2, 3])]
+    assert await divided([], 4) == []
+
+
+async def test_another_schema_is_another_batch() -> None:
+    other = pa.table({"id": pa.array([7], pa.int32())})
+    assert await divided([rows(3), other, rows(2)], 10) == [(0, 0, [0, 1, 2]), (1, 3, [7]), (2, 4, [0, 1])]
+
+
+async def test_anything_with_an_arrow_stream() -> None:
+    class Frame:
+        def __arrow_c_stream__(self, requested_schema: object = None) -> object:
+            return rows(3).__arrow_c_stream__(requested_schema)
+
+    assert await divided(Frame(), 2) == [(0, 0, [0, 1]), (1, 2, [2])]
+
+
+@pytest.mark.parametrize("data", ["table", {"id": [1]}, [[1, 2]], 7, b"x", [{"id": 1}]])
+async def test_what_is_no_arrow_data(data: Any) -> None:
+    with pytest.raises(TypeError, match="is no Arrow data"):
+        await divided(data, 4)
+
+
+def normal(values: pa.Array, type_: str) -> encoding.Normal:
+    column = Column("c", type_, "b", "", type_, type_, False, "", False)
+    table = Table("s", "t", "r", False, False, True, True, (column,), ())
+    plan = WritePlan(table, (Field(column, way(values.type, column)),), "append", False, (), False, False)
+    return encoding.normalise(pa.record_batch({"c": values}), plan)
+
+
+@pytest.mark.parametrize(
+    ("values", "type_", "bad"),
+    [
+        (pa.array([1, 40_000, None, -40_000], pa.int32()), "int2", [1, 3]),
+        (pa.array([1, 2**63, None], pa.uint64()), "int8", [1]),
+        (pa.array([2**31 - 1, -(2**31), 2**31]), "int4", [2]),
+        (pa.array([255, 0], pa.uint8()), "int2", []),
+        (
+            pa.array(["3b241101-e2bb-4255-8caf-4136c566a962", None, "x", "3B241101E2BB42558CAF4136C566A962"]),
+            "uuid",
+            [2],
+        ),
+    ],
+)
+def test_values_out_of_range_are_found_row_by_row(values: pa.Array, type_: str, bad: list[int]) -> None:
+    found = normal(values, type_)
+    assert sorted(found.bad) == bad
+    kept = found.batch.column(0)
+    assert [index for index, valid in enumerate(kept.is_valid().to_pylist()) if not valid] == [
+        index for index, value in enumerate(values.to_pylist()) if value is None or index in bad
+    ]
+
+
+def test_the_hash_is_of_the_values_and_of_what_they_are_for() -> None:
+    plan = WritePlan(Table("s", "t", "r", False, False, True, True, (), ()), (), "append", False, (), False, False)
+    encoder = encoding.Encoder(plan)
+
+    def digest(table: pa.Table, about: str = "") -> bytes:
+        return encoder.digest(encoding.one_batch(table), about)[0]
+
+    whole = rows(20_000)
+    assert digest(whole) == digest(pa.concat_tables([whole.slice(0, 7), whole.slice(7)]))
+    assert digest(whole) == digest(rows(20_010).slice(0, 20_000))
+    assert len({digest(whole), digest(whole, "upsert"), digest(rows(19_999)), digest(rows(20_000, 1))}) == 4
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("36h", 129_600), ("30d", 2_592_000), ("2w", 1_209_600)])
+def test_ages(text: str, seconds: int) -> None:
+    assert parse_age(text).total_seconds() == seconds
+
+
+@pytest.mark.parametrize("text", ["", "30", "d", "-1d", "1y"])
+def test_what_is_no_age(text: str) -> None:
+    with pytest.raises(ConfigError, match="is no age"):
+        parse_age(text)
