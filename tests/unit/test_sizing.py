@@ -83,7 +83,9 @@ def test_errors_say_what_is_wrong() -> None:
 
 def test_each_worker_needs_a_connection_to_each_server() -> None:
     check(7, 2, 3)
-    with pytest.raises(ValueError, match="2 workers cannot share 6 connections, one of them for control: .* 3 servers"):
+    with pytest.raises(
+        ValueError, match=r"2 workers cannot share 6 connections, one of them for control: .* 3 servers"
+    ):
         check(6, 2, 3)
-    with pytest.raises(ValueError, match="one worker cannot share 2 connections: .* each of 3 servers"):
+    with pytest.raises(ValueError, match=r"one worker cannot share 2 connections: .* each of 3 servers"):
         check(2, 1, 3)
