@@ -27,8 +27,9 @@ from raypg.core.nearest import did_you_mean
 from raypg.errors import ConfigError, PoolNotFoundError, RaypgError, UnavailableError
 from raypg.naming import check_pool_name
 from raypg.plain import without_nan
-from raypg.pool import end, get_pool
-from raypg.pool import restart as restart_pool
+from raypg.pool import get_pool
+from raypg.pool_life import end
+from raypg.pool_life import restart as restart_pool
 from raypg.portable import unpack_error
 from raypg.replica_status import replicas_of
 

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import ray
-
-from raypg import _compat, joining, messages
+from raypg import joining, messages
 from raypg.arrow_stream import BATCH_BYTES, ArrowStream
 from raypg.checks import check_statement, check_timeout, checked_settings, rows_of
 from raypg.circuit_breaker import PoolCircuitBreaker
 from raypg.cluster import find
 from raypg.config import PoolConfig, from_kwargs
 from raypg.dispatch import Dispatcher
-from raypg.errors import ConfigError, PoolClosedError, PoolNotInitializedError, UnavailableError
+from raypg.errors import ConfigError, PoolClosedError, PoolNotInitializedError
 from raypg.lease import AcquireContext, Isolation, LeasedConnection, PoolTransaction, begin_text
 from raypg.naming import check_pool_name
 from raypg.operations import Operations
-from raypg.portable import unpack_error
+from raypg.pool_life import end
 from raypg.reading import After, Reading, read
 from raypg.row import Row, row_type
 from raypg.sync import SyncPool
@@ -32,12 +27,6 @@ if TYPE_CHECKING:
     from raypg.pipeline import QueryPipelineNode
 
 __all__ = ["WorkflowConnectionPool", "get_pool"]
-
-RESTARTED_WITHIN = 60.0
-"""Seconds in which the Pool actor must be back."""
-
-RETRY_EVERY = 0.1
-"""Seconds between two looks for it."""
 
 
 class WorkflowConnectionPool:
@@ -430,48 +419,3 @@ def get_pool(name: str) -> WorkflowConnectionPool:
     """
     find(check_pool_name(name))
     return WorkflowConnectionPool._attach(name)
-
-
-async def end(name: str, reason: str) -> None:
-    """End pool *name* for everybody: its actors close their connections and stop.
-
-    Raises:
-        PoolNotFoundError: it does not run.
-    """
-    actor = find(name)
-    try:
-        await asyncio.wait_for(actor.close.remote(reason), 30.0)
-    except (*_compat.ActorGone, TimeoutError):
-        pass
-    ray.kill(actor)
-    joining.forget(name, PoolClosedError(reason))
-
-
-async def restart(name: str) -> int:
-    """Put new processes in the place of all actors of pool *name*, one after the other: for another version of raypg on
-    its nodes, say. No call fails for it.
-
-    Returns:
-        How many workers were replaced.
-
-    Raises:
-        PoolNotFoundError: it does not run.
-        UnavailableError: it is being restarted already, or did not come back.
-    """
-    actor = find(name)
-    try:
-        kind, value = await actor.replace_workers.remote()
-    except _compat.ActorGone as error:
-        raise UnavailableError(f"the actor of pool {name!r} died while its workers were replaced: {error}") from None
-    if kind == "error":
-        raise unpack_error(value)
-    before = (await actor.membership.remote())["epoch"]
-    ray.kill(actor, no_restart=False)
-    until = time.monotonic() + RESTARTED_WITHIN
-    while time.monotonic() < until:
-        await asyncio.sleep(RETRY_EVERY)
-        with contextlib.suppress(*_compat.ActorGone, TimeoutError):
-            membership = await asyncio.wait_for(find(name).membership.remote(), 1.0)
-            if membership["epoch"] > before and len(membership["workers"]) >= value:
-                return int(value)
-    raise UnavailableError(f"the actor of pool {name!r} did not come back within {RESTARTED_WITHIN:g} s")

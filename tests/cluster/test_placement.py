@@ -30,7 +30,7 @@ from waiting import eventually
 
 from raypg import ConfigError, LeaseLostError, PoolConflictError, QueryPipelineNode, WorkflowConnectionPool
 from raypg.embedded import EmbeddedServer
-from raypg.pool import restart
+from raypg.pool_life import restart
 
 
 async def workers(pool: WorkflowConnectionPool) -> list[dict[str, Any]]:
