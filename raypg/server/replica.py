@@ -121,7 +121,14 @@ class Replica:
     @property
     def usable(self) -> bool:
         """Whether reads may be sent there."""
-        return not self.standing.problem and self.engine.connections.total > 0 and not self.engine.guard.refusing
+        return not self._why_not()
+
+    def _why_not(self) -> str:
+        if self.standing.problem:
+            return self.standing.problem
+        if self.engine.guard.refusing:
+            return "its circuit breaker is open"
+        return "" if self.engine.connections.total else "it has no connection yet, or no more"
 
     @property
     def is_worth_waiting_for(self) -> bool:
@@ -151,7 +158,7 @@ class Replica:
             "replica": standing.address,
             "role": standing.kind,
             "healthy": self.usable,
-            "problem": standing.problem or ("its circuit breaker is open" if engine.guard.refusing else ""),
+            "problem": self._why_not(),
             "lag_seconds": self._primary.lag(standing),
             "lag_bytes": self._primary.lag_bytes(standing),
             "timeline": standing.timeline or None,
