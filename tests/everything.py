@@ -11,8 +11,8 @@ import sys
 import tempfile
 from typing import IO
 
-ALONE = ("tests/cluster", "tests/faults")
-"""What must be noticed in time, while processes and nodes are killed."""
+ALONE = ("tests/cluster", "tests/faults", "tests/contract", "tests/browser")
+"""What must be noticed in time, while processes and nodes are killed, or by a browser that is busy itself."""
 
 COMMANDS = tuple(
     f"tests/integration/test_{name}.py" for name in ("cli", "demo", "embedded", "examples", "two_clusters")

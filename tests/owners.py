@@ -26,7 +26,8 @@ async def owner(pool: WorkflowConnectionPool, backend: int) -> dict[str, Any]:
 async def shown(pool: WorkflowConnectionPool, backend: int) -> str:
     """The line of `raypg status` about it."""
     text = io.StringIO()
-    cli_pools._show(Console(width=200, file=text), await cli_pools._figures(pool.name))
+    (known,) = await cli_pools._all_figures([pool.name])
+    cli_pools._show(Console(width=200, file=text), known)
     (line,) = [line for line in text.getvalue().splitlines() if f" {backend} " in line]
     return line
 

@@ -2,6 +2,7 @@
 
 /** No word for so long, in milliseconds, and the connection counts as lost, though nobody has closed it. */
 const SILENCE = 4000;
+const LOOK_EVERY = 500;
 const FIRST_DELAY = 300;
 const LONGEST_DELAY = 5000;
 
@@ -35,7 +36,9 @@ export class Live {
     this.delay = FIRST_DELAY;
     this.socket = null;
     this.open();
-    setInterval(() => this.look(), 500);
+    this.looked = Date.now();
+    this.awake = 0;
+    setInterval(() => this.look(), LOOK_EVERY);
     addEventListener("online", () => this.now());
     document.addEventListener("visibilitychange", () => document.hidden || this.now());
   }
@@ -64,7 +67,11 @@ export class Live {
   }
 
   look() {
-    if (this.socket !== null && Date.now() - Math.max(this.heard, this.opened) > SILENCE) this.lose();
+    // A browser that was busy or asleep itself has heard nothing either: what came meanwhile is still to be read.
+    const late = Date.now() - this.looked > 2 * LOOK_EVERY;
+    this.looked = Date.now();
+    if (late) this.awake = this.looked;
+    if (this.socket !== null && Date.now() - Math.max(this.heard, this.opened, this.awake) > SILENCE) this.lose();
   }
 
   lose() {

@@ -54,7 +54,9 @@ def served(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def submit(engine: Engine, job: str, number: int, sql: str, rows: list[tuple[Any, ...]]) -> BatchState:
-    return engine.submit(engine.client(f"client of {job}", job), number, [(messages.FETCH, sql, rows, None, None)])
+    return engine.submit(
+        engine.client(f"client of {job}", job), number, [(messages.FETCH, sql, rows, None, None, None)]
+    )
 
 
 @pytest.mark.parametrize("sql", ["select $1::int", "select $1::int, txid_current()"], ids=["reads", "writes"])

@@ -178,7 +178,7 @@ async def test_only_what_may_leave_something_is_followed_by_a_reset(
         """Run *sql* ten times; how many resets followed."""
         before = resets
         for _ in range(10):
-            runs = [(messages.FETCH, sql, [arguments], None, None)]
+            runs = [(messages.FETCH, sql, [arguments], None, None, None)]
             _, unfinished, parts, _ = unpack(await worker.run(pack(("client", "job", next(numbers), runs))))
             while unfinished:  # it was answered before its end, as on a busy machine
                 _, unfinished, more, _ = unpack(await worker.collect(pack(("client", "job"))))
