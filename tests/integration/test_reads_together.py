@@ -40,7 +40,7 @@ class Bench:
     def submit(self, *statements: tuple[Any, ...], timeout: float | None = None) -> BatchState:
         """Put statements (SQL, parameter, …) into one message."""
         runs: list[messages.Run] = [
-            (messages.FETCH, sql, [tuple(arguments)], timeout, None) for sql, *arguments in statements
+            (messages.FETCH, sql, [tuple(arguments)], timeout, None, None) for sql, *arguments in statements
         ]
         return self.engine.submit(self.client, next(self._numbers), runs)
 
