@@ -35,7 +35,7 @@ def single(ray_cluster: Any, pg18: EmbeddedServer) -> Iterator[WorkflowConnectio
     yield from lasting_pool(pg18, max_connections=1)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def dashboard(serving: None, pool: WorkflowConnectionPool) -> Iterator[str]:
     """Where the dashboard of all pools of `ray_cluster` is; `pool` has asked for it."""
     handle = WorkflowConnectionPool(name=pool.name, monitoring_port=0)

@@ -325,6 +325,8 @@ def test_the_dashboard_where_serve_does_not_run_and_its_port_is_busy(command: Co
     finally:
         assert f"{url}: ended" in command.good("dashboard", "--stop")
     assert command.good("dashboard", "--stop") == "no dashboard runs in this Ray cluster\n"
+    stopped = run(sys.executable, "-c", "from ray import serve; serve.shutdown()", environment=command.environment)
+    assert stopped.returncode == 0, stopped.stderr  # whoever is next wants HTTP
     command.good("down", name)
     command.good("down", other)
 

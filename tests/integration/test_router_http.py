@@ -35,10 +35,11 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def address(pool: WorkflowConnectionPool) -> Iterator[str]:
+def address(serving: None, pool: WorkflowConnectionPool) -> Iterator[str]:
     """Serve on loopback, with three applications: as it is by default (``/raypg``), with all kinds of statements and
     strict limits (``/all``), and for a pool that does not run (``/none``)."""
     port = free_port()
+    serve.shutdown()  # the one of the session has no HTTP
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     apps = {
         "/raypg": RouterArgs(pool=pool.name),
@@ -51,6 +52,7 @@ def address(pool: WorkflowConnectionPool) -> Iterator[str]:
     serve.run_many(targets)
     yield f"http://127.0.0.1:{port}"
     serve.shutdown()
+    serve.start(proxy_location="Disabled")
 
 
 @pytest.fixture
