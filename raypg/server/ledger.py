@@ -95,14 +95,23 @@ async def create(connection: ServerConnection) -> None:
         LedgerError: we may not; says what must be granted.
         ConnectionLost, asyncpg.PostgresError: as :meth:`ServerConnection.run`.
     """
-    try:
-        await connection.run(STATUS, SCHEMA, ())
-    except asyncpg.InsufficientPrivilegeError as error:
-        await connection.run(STATUS, "ROLLBACK", ())
-        raise await forbidden(connection, error) from error
-    except asyncpg.PostgresError:
-        await connection.run(STATUS, "ROLLBACK", ())
-        raise
+    again = True
+    while True:
+        try:
+            await connection.run(STATUS, SCHEMA, ())
+            return
+        except asyncpg.InsufficientPrivilegeError as error:
+            await connection.run(STATUS, "ROLLBACK", ())
+            raise await forbidden(connection, error) from error
+        except asyncpg.UniqueViolationError:
+            # Somebody else has just made it. IF NOT EXISTS may look at what was known before our turn came.
+            await connection.run(STATUS, "ROLLBACK", ())
+            if not again:
+                raise
+            again = False
+        except asyncpg.PostgresError:
+            await connection.run(STATUS, "ROLLBACK", ())
+            raise
 
 
 async def forbidden(connection: ServerConnection, error: asyncpg.PostgresError) -> LedgerError:

@@ -175,12 +175,14 @@ async def test_the_same_batch_id_applies_once(
     assert all(row["rows"] == 1_000 and row["xid"] and row["committed_at"] for row in rows)
 
 
-@pytest.mark.parametrize("how", [{"amount": 1}, {"mode": "upsert"}, {"batch_rows": 50}, {"columns": ["id", "label"]}])
+@pytest.mark.parametrize("how", [{"amount": 1}, {"mode": "upsert"}, {"rows": 50}, {"columns": ["id", "label"]}])
 async def test_other_content_under_the_same_id_is_refused(
     pipeline: QueryPipelineNode, table: str, direct: asyncpg.Connection, how: dict[str, Any]
 ) -> None:
     await pipeline.write(items(100), into=table, batch_id="b")
-    data = items(100, amount=how.pop("amount", 0)).select(how.pop("columns", ["id", "label", "amount"]))
+    data = items(how.pop("rows", 100), amount=how.pop("amount", 0)).select(
+        how.pop("columns", ["id", "label", "amount"])
+    )
     with pytest.raises(BatchConflictError, match="'b/0'"):
         await pipeline.write(data, into=table, batch_id="b", **how)
     assert await direct.fetchval(f"select sum(amount) from {table}") == 0
@@ -260,7 +262,7 @@ async def test_fail_says_which_row_and_leaves_nothing_of_its_batch(
     pipeline: QueryPipelineNode, table: str, direct: asyncpg.Connection, flawed: pa.Table
 ) -> None:
     with pytest.raises(asyncpg.CheckViolationError, match="row 7777 of the data") as caught:
-        await pipeline.write(_without(flawed, 1_234), into=table, batch_rows=4_000)
+        await pipeline.write(_mended(flawed, 1_234), into=table, batch_rows=4_000)
     error: Any = caught.value
     assert error.row == 7_777
     assert error.written.rows == await count(direct, table)
@@ -323,6 +325,13 @@ def _without(data: pa.Table, row: int) -> pa.Table:
     numbers = list(range(data.num_rows))
     numbers[row] -= 1
     return data.take(pa.array(numbers))
+
+
+def _mended(data: pa.Table, row: int) -> pa.Table:
+    """*data* with an amount in *row* that is allowed."""
+    amounts = data["amount"].to_numpy().copy()
+    amounts[row] = 1
+    return data.set_column(2, "amount", pa.array(amounts))
 
 
 # --- references ---
