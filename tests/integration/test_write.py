@@ -179,6 +179,7 @@ async def test_the_same_batch_id_applies_once(
 async def test_other_content_under_the_same_id_is_refused(
     pipeline: QueryPipelineNode, table: str, direct: asyncpg.Connection, how: dict[str, Any]
 ) -> None:
+    how = dict(how)
     await pipeline.write(items(100), into=table, batch_id="b")
     data = items(how.pop("rows", 100), amount=how.pop("amount", 0)).select(
         how.pop("columns", ["id", "label", "amount"])
