@@ -7,7 +7,6 @@ by row, which names the culprit.
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,10 +22,9 @@ from raypg.server import planning, wire
 from raypg.server.connection import ServerConnection
 from raypg.server.lanes import Done, Rows, grouped, sender, singly
 from raypg.server.outcomes import ConnectionLost
-from raypg.server.work import Refused, refuse
+from raypg.server.work import Refused, Request, refuse
 
 if TYPE_CHECKING:
-    from raypg.core.fair_queue import Ticket
     from raypg.server.engine import Engine
 
 ChunkRun = tuple[str, int, list[list[Any]]]
@@ -72,12 +70,13 @@ class _Run:
         self.positions = positions
 
 
-class ChunkRequest:
+class ChunkRequest(Request[None]):
     """The statements of one message of a pipeline, waiting for or using a connection."""
 
-    __slots__ = ("_done", "_how", "_left", "_runs", "arrived", "deadline", "future", "lanes", "ticket", "trips")
+    __slots__ = ("_done", "_how", "_left", "_runs", "lanes", "trips")
 
     def __init__(self, runs: Sequence[ChunkRun], how: How, arrived: float, deadline: float) -> None:
+        super().__init__(arrived, deadline)
         self._runs: list[_Run] = []  # what is left to do, the next one last
         position = 0
         for sql, count, columns in runs:
@@ -89,10 +88,6 @@ class ChunkRequest:
         self._done: list[Outcome] = []
         self.trips = 0
         self.lanes: Counter[str] = Counter()
-        self.arrived = arrived
-        self.deadline = deadline
-        self.ticket: Ticket[Any] | None = None
-        self.future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     @staticmethod
     async def run(
@@ -152,10 +147,6 @@ class ChunkRequest:
     @property
     def begun(self) -> bool:
         return bool(self._done)
-
-    def fail(self, error: PortableError) -> None:
-        if not self.future.done():
-            self.future.set_exception(Refused(error))
 
     async def serve(self, engine: Engine, connection: ServerConnection) -> ServerConnection | None:
         engine.figures.waited(engine.now() - self.arrived, connection)

@@ -2,41 +2,28 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
-from raypg.portable import PortableError, pack_error
+from raypg.portable import pack_error
 from raypg.server.connection import ServerConnection
 from raypg.server.outcomes import ConnectionLost
-from raypg.server.work import Refused
+from raypg.server.work import Request
 
 if TYPE_CHECKING:
-    from raypg.core.fair_queue import Ticket
     from raypg.server.engine import Engine
 
 Work = Callable[[ServerConnection], Awaitable[Any]]
 
 
-class Errand:
+class Errand(Request[Any]):
     """Work that waits for a connection. It may begin anew on another one: it must do no harm when it runs twice."""
 
-    __slots__ = ("_work", "arrived", "deadline", "future", "ticket")
+    __slots__ = ("_work",)
 
     def __init__(self, work: Work, arrived: float, deadline: float) -> None:
+        super().__init__(arrived, deadline)
         self._work = work
-        self.arrived = arrived
-        self.deadline = deadline
-        self.ticket: Ticket[Any] | None = None
-        self.future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-
-    @property
-    def begun(self) -> bool:
-        return False
-
-    def fail(self, error: PortableError) -> None:
-        if not self.future.done():
-            self.future.set_exception(Refused(error))
 
     async def serve(self, engine: Engine, connection: ServerConnection) -> ServerConnection | None:
         engine.figures.waited(engine.now() - self.arrived, connection)

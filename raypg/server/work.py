@@ -7,7 +7,7 @@ the next caller may have it, or ``None`` if it is gone or kept.
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from raypg import messages
 from raypg.core.sql import Verdict, shorten
@@ -21,6 +21,9 @@ from raypg.server.replies import BatchState
 if TYPE_CHECKING:
     from raypg.core.fair_queue import Ticket
     from raypg.server.engine import Engine
+
+
+T = TypeVar("T")
 
 
 class Servable(Protocol):
@@ -172,28 +175,44 @@ class Statement:
             self.fail(pack_error(lost_error(lost, self.sql, retryable)))
 
 
-class LeaseRequest:
-    """A caller that wants a connection for itself, under its name, optionally with a transaction begun on it."""
+class Request(Generic[T]):
+    """What waits for a connection, and whose one outcome somebody awaits.
 
-    __slots__ = ("arrived", "begin", "cancelled", "connection", "deadline", "future", "name", "ticket")
+    Attributes:
+        arrived, deadline: when it began to wait, and until when it may, in seconds of the engine's clock.
+        future: its outcome, or a :class:`Refused`.
+    """
 
-    def __init__(self, begin: str | None, name: str, arrived: float, deadline: float) -> None:
-        self.begin = begin
-        self.name = name
+    __slots__ = ("arrived", "deadline", "future", "ticket")
+
+    def __init__(self, arrived: float, deadline: float) -> None:
         self.arrived = arrived
         self.deadline = deadline
-        self.cancelled = False
-        self.connection: ServerConnection | None = None
-        self.ticket: Ticket[Work] | None = None
-        self.future: asyncio.Future[ServerConnection] = asyncio.get_running_loop().create_future()
+        self.ticket: Ticket[Any] | None = None
+        self.future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
 
     @property
     def begun(self) -> bool:
+        """See :class:`Work`: nothing that could not be done once more."""
         return False
 
     def fail(self, error: PortableError) -> None:
+        """It cannot be done: tell whoever waits, if anybody still does."""
         if not self.future.done():
             self.future.set_exception(Refused(error))
+
+
+class LeaseRequest(Request[ServerConnection]):
+    """A caller that wants a connection for itself, under its name, optionally with a transaction begun on it."""
+
+    __slots__ = ("begin", "cancelled", "connection", "name")
+
+    def __init__(self, begin: str | None, name: str, arrived: float, deadline: float) -> None:
+        super().__init__(arrived, deadline)
+        self.begin = begin
+        self.name = name
+        self.cancelled = False
+        self.connection: ServerConnection | None = None
 
     async def serve(self, engine: Engine, connection: ServerConnection) -> ServerConnection | None:
         if self.future.done():

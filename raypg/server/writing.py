@@ -23,11 +23,10 @@ from raypg.portable import PortableError, pack_error
 from raypg.server import ledger, write_target
 from raypg.server.connection import ServerConnection
 from raypg.server.outcomes import ConnectionLost
-from raypg.server.work import Refused
+from raypg.server.work import Request
 from raypg.server.write_rows import Loader
 
 if TYPE_CHECKING:
-    from raypg.core.fair_queue import Ticket
     from raypg.server.engine import Engine
 
 AT_ONCE = 2
@@ -116,25 +115,14 @@ class Intake:
         return found
 
 
-class WriteRequest:
-    """A batch that waits for a connection, or is being written."""
+class WriteRequest(Request[BatchCounts]):
+    """A batch that waits for a connection, or is being written. What is to be tried again was rolled back, or the
+    ledger will tell: it may always begin anew."""
 
-    __slots__ = (
-        "_batch",
-        "_ended",
-        "_intake",
-        "_prepared",
-        "_since",
-        "_spec",
-        "_tries",
-        "_unsure",
-        "arrived",
-        "deadline",
-        "future",
-        "ticket",
-    )
+    __slots__ = ("_batch", "_ended", "_intake", "_prepared", "_since", "_spec", "_tries", "_unsure")
 
     def __init__(self, intake: Intake, batch: Any, spec: Spec, arrived: float, deadline: float) -> None:
+        super().__init__(arrived, deadline)
         self._intake = intake
         self._batch = batch
         self._spec = spec
@@ -142,20 +130,9 @@ class WriteRequest:
         self._tries = 0
         self._unsure = False  # a COMMIT got no answer
         self._since: float | None = None  # we wait for another transaction since then
-        self.arrived = arrived
-        self.deadline = deadline
-        self.ticket: Ticket[Any] | None = None
-        self.future: asyncio.Future[BatchCounts] = asyncio.get_running_loop().create_future()
-
-    @property
-    def begun(self) -> bool:
-        return False  # what is to be tried again was rolled back, or the ledger will tell
 
     def fail(self, error: PortableError) -> None:
-        if self._unsure:
-            error = pack_error(self._unknown())
-        if not self.future.done():
-            self.future.set_exception(Refused(error))
+        super().fail(pack_error(self._unknown()) if self._unsure else error)
 
     async def serve(self, engine: Engine, connection: ServerConnection) -> ServerConnection | None:
         engine.figures.waited(engine.now() - self.arrived, connection)
