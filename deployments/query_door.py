@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, Response
 from raypg import _compat, access_token
 from raypg.core.classifier import Classification
 from raypg.core.seen import WROTE
+from raypg.deployments.security import FORWARDED
 from raypg.errors import (
     CircuitBreakerError,
     ConfigError,
@@ -38,10 +39,6 @@ TOKEN_FOR = 1.0
 """Seconds after which the cluster's token is looked up again: somebody may have decided on another one."""
 
 Kind = Literal["READ", "WRITE", "DDL", "TRANSACTION", "SESSION", "UNKNOWN"]
-
-
-FORWARDED = frozenset({"forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip"})
-"""Headers by which reverse proxies are known: who asks them is not on this machine."""
 
 
 OPAQUE = frozenset({"DO", "COPY"})
@@ -166,14 +163,15 @@ class Door:
         A page of another site whose name is made to point here (DNS rebinding) sends its own name; and one that posts
         here cannot send JSON, which :meth:`_read` insists on, without asking first.
         """
-        given = request.headers.get("authorization", "")
-        if given[:7].lower() == "bearer ":
+        authorization = request.headers.get("authorization")
+        given = access_token.bearer_of(authorization)
+        if given is not None:
             if time.monotonic() - self._looked_at > TOKEN_FOR:
                 self._token = await asyncio.to_thread(access_token.token)
                 self._looked_at = time.monotonic()
-            if access_token.is_token(given[7:].strip(), self._token):
+            if access_token.is_token(given, self._token):
                 return
-        elif self._is_open and not given and _is_direct(request):
+        elif self._is_open and not authorization and _is_direct(request):
             return
         raise _ProblemError(
             401,

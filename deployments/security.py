@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from http.cookies import CookieError, SimpleCookie
 from urllib.parse import parse_qs
 
-from raypg.access_token import is_token, session_of
+from raypg.access_token import bearer_of, is_token, session_of
 
-__all__ = ["COOKIE", "HEADERS", "OPEN", "Asked", "Refused", "judge", "token_of_page"]
+__all__ = ["COOKIE", "FORWARDED", "HEADERS", "OPEN", "Asked", "Refused", "judge", "token_of_page"]
 
 COOKIE = "raypg_session"
 
@@ -118,9 +118,9 @@ def is_loopback(address: str) -> bool:
 
 
 def _has_token(asked: Asked, token: str) -> bool:
-    given = asked.header("authorization")
-    if given is not None and given[:7].lower() == "bearer ":
-        return is_token(given[7:].strip(), token)
+    given = bearer_of(asked.header("authorization"))
+    if given is not None:
+        return is_token(given, token)
     session = _cookie(asked)
     return session is not None and is_token(session, session_of(token))
 

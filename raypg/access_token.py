@@ -15,7 +15,7 @@ import secrets
 from raypg import _compat
 from raypg.errors import ConfigError
 
-__all__ = ["VARIABLE", "decide", "is_token", "session_of", "token"]
+__all__ = ["VARIABLE", "bearer_of", "decide", "is_token", "session_of", "token"]
 
 VARIABLE = "RAYPG_TOKEN"
 """Environment variable that holds the token."""
@@ -51,6 +51,13 @@ def decide() -> str:
         )
     _compat.kv_put(_KEY, own.encode())
     return own
+
+
+def bearer_of(authorization: str | None) -> str | None:
+    """The token in a header ``Authorization: Bearer …``; ``None`` without one."""
+    if authorization is None or authorization[:7].lower() != "bearer ":
+        return None
+    return authorization[7:].strip()
 
 
 def is_token(given: str, expected: str) -> bool:
