@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from raypg.core.figures_by_name import mean, mean_health
+from raypg.core.figures_by_name import COUNTED, FIGURES, TIMED, mean, mean_health
 from raypg.core.pool_metrics import utilization
 from raypg.core.sqlstate import CATEGORIES
 
@@ -21,14 +21,17 @@ Snapshot = Mapping[str, Any]
 HEADROOM = 0.7
 """Share of its connections that a pool of the recommended size would use."""
 
-_TIMES = {
-    "query_execution_ms": "execution",
-    "connection_acquisition_ms": "wait",
-    "connection_creation_ms": "connect",
-    "connection_use_ms": "use",
-    "fetch_ms": "fetch",
-    "health_check_duration_ms": "health_check",
-}
+_LEVELS = (
+    "pool_connections_active",
+    "pool_connections_idle",
+    "pool_connections_total",
+    "pool_utilization",
+    "queue_depth",
+    "health_score",
+    "health_check_success_rate",
+    "reuse_rate",
+    "workers_up",
+)
 
 
 def statistics(pool: str, known: Snapshot) -> dict[str, Any]:
@@ -102,8 +105,8 @@ def comprehensive(
         "circuit_breaker": breaker,
         "detailed_metrics": {
             "counters": _counts(known["counters"]),
-            "gauges": _levels(known),
-            "histograms": {name: _milliseconds(known["recent"][key]) for name, key in _TIMES.items()},
+            "gauges": {name: FIGURES[name].of(known) for name in _LEVELS},
+            "histograms": {name: _milliseconds(known["recent"][key]) for name, (_, key) in TIMED.items()},
             "errors": _errors(known),
             "query_summary": {command: _of_command(times) for command, times in known["commands"].items()},
         },
@@ -124,41 +127,8 @@ def comprehensive(
 
 def _counts(counts: Mapping[str, int]) -> dict[str, int]:
     return {
-        "queries_total": counts["queries"],
-        "query_errors": counts["errors"],
-        "query_retries": counts["retries"],
-        "queries_together": counts["together"],
-        "rows_fetched": counts["rows"],
-        "rows_written": counts["written"],
-        "replica_reads": counts["replica_reads"],
-        "calls_refused": counts["refused"],
-        "calls_rejected": counts["rejected"],
-        "pool_exhaustion_events": counts["exhausted"],
-        "connections_acquired": counts["acquired"],
-        "connections_reused": counts["reused"],
-        "connections_released": counts["released"],
-        "connections_created": counts["created"],
-        "connections_recycled": counts["recycled"],
-        "connect_failures": counts["connect_failures"],
-        "health_checks_total": counts["health_checks"],
+        **{name: counts[key] for name, (_, key) in COUNTED.items()},
         "health_checks_success": counts["health_checks"] - counts["health_check_failures"],
-        "health_checks_failed": counts["health_check_failures"],
-    }
-
-
-def _levels(known: Snapshot) -> dict[str, float]:
-    gauges, counts = known["gauges"], known["counters"]
-    checks, acquired = counts["health_checks"], counts["acquired"]
-    return {
-        "pool_connections_active": gauges["active"],
-        "pool_connections_idle": gauges["idle"],
-        "pool_connections_total": gauges["total"],
-        "pool_utilization": utilization(gauges),
-        "queue_depth": gauges["waiting"],
-        "health_score": mean_health(gauges),
-        "health_check_success_rate": (checks - counts["health_check_failures"]) / checks if checks else math.nan,
-        "reuse_rate": counts["reused"] / acquired if acquired else 0.0,
-        "workers_up": sum(worker["up"] for worker in known["workers"].values()),
     }
 
 

@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple
 from raypg.core.pool_metrics import utilization
 from raypg.core.sqlstate import CATEGORIES
 
-__all__ = ["DESCRIPTIONS", "FIGURES", "Figure", "Snapshot", "figures", "mean", "mean_health"]
+__all__ = ["COUNTED", "DESCRIPTIONS", "FIGURES", "TIMED", "Figure", "Snapshot", "figures", "mean", "mean_health"]
 
 Snapshot = Mapping[str, Any]
 """What :meth:`raypg.core.pool_metrics.PoolMetrics.snapshot` says, and under ``circuit_breaker`` the breaker's state."""
@@ -156,7 +156,7 @@ _LAST_MINUTE |= {
     f"{name}_last_minute": (f"Calls that failed in the last minute with an error of category {name}", _failed(name))
     for name in CATEGORIES
 }
-_COUNTED = {
+COUNTED: Final = {
     "queries_total": ("statements that ran", "queries"),
     "query_errors": ("statements that failed", "errors"),
     "query_retries": ("reads that were sent again after their connection was lost", "retries"),
@@ -176,7 +176,9 @@ _COUNTED = {
     "health_checks_total": ("pings of idle connections", "health_checks"),
     "health_checks_failed": ("pings that failed", "health_check_failures"),
 }
-_TIMED = {
+"""What is counted since the pool began: name → what it is, and its name in a snapshot."""
+
+TIMED: Final = {
     "query_execution_ms": ("time that statements took", "execution"),
     "connection_acquisition_ms": ("time that callers waited for a connection", "wait"),
     "connection_creation_ms": ("time to open a connection", "connect"),
@@ -184,6 +186,8 @@ _TIMED = {
     "fetch_ms": ("time to read large results and portions of cursors", "fetch"),
     "health_check_duration_ms": ("time that pings took", "health_check"),
 }
+"""What is timed, in the same way."""
+
 _SUMMARY = {
     "mean": "Mean",
     **{f"p{rank}": f"{rank}th percentile of the" for rank in (50, 75, 90, 95, 99)},
@@ -261,21 +265,21 @@ _ALSO = {
 _EXPOSED_TIMES = {
     **{
         f"connection_pool_{name}": (text, key, 1000.0)
-        for name, (text, key) in _TIMED.items()
+        for name, (text, key) in TIMED.items()
         if name != "connection_use_ms"
     },
-    "db_client_connection_wait_time_seconds": (_TIMED["connection_acquisition_ms"][0], "wait", 1.0),
-    "db_client_connection_create_time_seconds": (_TIMED["connection_creation_ms"][0], "connect", 1.0),
-    "db_client_connection_use_time_seconds": (_TIMED["connection_use_ms"][0], "use", 1.0),
+    "db_client_connection_wait_time_seconds": (TIMED["connection_acquisition_ms"][0], "wait", 1.0),
+    "db_client_connection_create_time_seconds": (TIMED["connection_creation_ms"][0], "connect", 1.0),
+    "db_client_connection_use_time_seconds": (TIMED["connection_use_ms"][0], "use", 1.0),
 }
 
 
 def _table() -> dict[str, Figure]:
     table = {name: Figure(*figure) for name, figure in {**_NOW, **_LAST_MINUTE}.items()}
-    for name, (text, key) in _COUNTED.items():
+    for name, (text, key) in COUNTED.items():
         table[name] = Figure(f"Since the pool began: {text}", _counter(key))
         table[f"{name.removesuffix('_total')}_last_minute"] = Figure(f"In the last minute: {text}", _window(key))
-    for name, (text, key) in _TIMED.items():
+    for name, (text, key) in TIMED.items():
         for which, word in _SUMMARY.items():
             table[f"{name}_{which}"] = Figure(f"{word} {text} in the last minute, in ms", _recent(key, which))
         table[f"{name}_count"] = Figure(f"How often was taken in the last minute: {text}", _recent(key, "count"))

@@ -78,6 +78,50 @@ def test_the_statuses() -> None:
     assert differing(dict(leaves(details["errors"]))) == set()
 
 
+def test_the_status_has_what_was_told() -> None:
+    details = comprehensive("p", KNOWN, {})["detailed_metrics"]
+    assert details["gauges"] == {
+        "pool_connections_active": 2006,
+        "pool_connections_idle": 2003,
+        "pool_connections_total": 2000,
+        "pool_utilization": 2006 / 2018,
+        "queue_depth": 2009,
+        "health_score": 2015 / 2000,
+        "health_check_success_rate": (3260 - 3280) / 3260,
+        "reuse_rate": 3160 / 3140,
+        "workers_up": 1,
+    }
+    assert details["counters"] == {
+        "queries_total": 3000,
+        "query_errors": 3020,
+        "calls_refused": 3040,
+        "pool_exhaustion_events": 3060,
+        "calls_rejected": 3080,
+        "query_retries": 3100,
+        "queries_together": 3120,
+        "connections_acquired": 3140,
+        "connections_reused": 3160,
+        "connections_released": 3180,
+        "connections_created": 3200,
+        "connections_recycled": 3220,
+        "connect_failures": 3240,
+        "health_checks_total": 3260,
+        "health_checks_success": -20,
+        "health_checks_failed": 3280,
+        "rows_fetched": 3300,
+        "rows_written": 3320,
+        "replica_reads": 3340,
+    }
+    assert list(details["histograms"]) == [
+        "query_execution_ms",
+        "connection_acquisition_ms",
+        "connection_creation_ms",
+        "connection_use_ms",
+        "fetch_ms",
+        "health_check_duration_ms",
+    ]
+
+
 def test_the_exposition() -> None:
     pool = {"pool", "db_client_connection_pool_name"}
     shown = {
