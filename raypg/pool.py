@@ -17,7 +17,7 @@ from raypg.lease import AcquireContext, Isolation, LeasedConnection, PoolTransac
 from raypg.naming import check_pool_name
 from raypg.operations import Operations
 from raypg.pool_life import end
-from raypg.reading import After, Reading, read
+from raypg.reading import FROM_PRIMARY, After, Reading, read
 from raypg.row import Row, row_type
 from raypg.sync import SyncPool
 
@@ -145,8 +145,8 @@ class WorkflowConnectionPool:
             ResultLostError: it took effect, but the rows it returned cannot be read (their type was altered, say).
             UnavailableError: it could not run now, and did not.
         """
-        where = (read_from, max_staleness, after) if read_from != "primary" else None
-        payload, names = await self._run(messages.FETCH, query, args, timeout, settings, where)
+        reading = read_from, max_staleness, after
+        payload, names = await self._run(messages.FETCH, query, args, timeout, settings, reading)
         return list(map(row_type(names), payload)) if payload else []
 
     async def fetchrow(
@@ -160,8 +160,8 @@ class WorkflowConnectionPool:
         after: After = None,
     ) -> Row | None:
         """Run a query and return its first row, or ``None``. Errors as :meth:`fetch`."""
-        where = (read_from, max_staleness, after) if read_from != "primary" else None
-        payload, names = await self._run(messages.ROW, query, args, timeout, settings, where)
+        reading = read_from, max_staleness, after
+        payload, names = await self._run(messages.ROW, query, args, timeout, settings, reading)
         return row_type(names)(payload[0]) if payload else None
 
     async def fetchval(
@@ -176,8 +176,8 @@ class WorkflowConnectionPool:
         after: After = None,
     ) -> Any:
         """Run a query and return one value of its first row, or ``None``. Errors as :meth:`fetch`."""
-        where = (read_from, max_staleness, after) if read_from != "primary" else None
-        payload, _ = await self._run(messages.ROW, query, args, timeout, settings, where)
+        reading = read_from, max_staleness, after
+        payload, _ = await self._run(messages.ROW, query, args, timeout, settings, reading)
         return payload[0][column] if payload else None
 
     async def execute(
@@ -358,7 +358,7 @@ class WorkflowConnectionPool:
         args: Any,
         timeout: float | None,
         settings: Mapping[str, str] | None = None,
-        where: Reading | None = None,
+        reading: Reading = FROM_PRIMARY,
     ) -> tuple[Any, Any]:
         check_statement(query)
         check_timeout(timeout)
@@ -366,9 +366,9 @@ class WorkflowConnectionPool:
         if known is None or not known.is_here():
             known = await self._dispatcher()
         checked = checked_settings(settings) if settings else None
-        if where is None:
+        if reading[0] == "primary":
             return await known.run(mode, query, args, timeout, checked)
-        return await read(known, mode, query, args, timeout, checked, where)
+        return await read(known, mode, query, args, timeout, checked, reading)
 
     async def token(self) -> str:
         """What has been written up to now, for ``after`` of reads on replicas, in this process or another.

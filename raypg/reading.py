@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias
 
 from raypg.core.nearest import did_you_mean
 from raypg.core.seen import PRIMARY, Session, Token
@@ -13,7 +13,7 @@ from raypg.messages import Note, Settings, Where
 if TYPE_CHECKING:
     from raypg.dispatch import Dispatcher
 
-__all__ = ["After", "Reading", "Served", "Session", "Token", "read", "served", "token_of", "where_of"]
+__all__ = ["FROM_PRIMARY", "After", "Reading", "Served", "Session", "Token", "read", "served", "token_of", "where_of"]
 
 After: TypeAlias = "str | Token | Session | None"
 """What a read must show: a token, as text or not, or all that a session has seen."""
@@ -47,6 +47,8 @@ def served(note: Note | None, sent: Token) -> Served:
 
 Reading: TypeAlias = "tuple[str, float | None, After]"
 """(read_from, max_staleness, after), as a caller gave them."""
+
+FROM_PRIMARY: Final[Reading] = ("primary", None, None)
 
 
 async def read(

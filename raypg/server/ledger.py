@@ -95,23 +95,17 @@ async def create(connection: ServerConnection) -> None:
         LedgerError: we may not; says what must be granted.
         ConnectionLost, asyncpg.PostgresError: as :meth:`ServerConnection.run`.
     """
-    again = True
-    while True:
+    for attempt in range(2):
         try:
             await connection.run(STATUS, SCHEMA, ())
             return
-        except asyncpg.InsufficientPrivilegeError as error:
+        except asyncpg.PostgresError as error:
             await connection.run(STATUS, "ROLLBACK", ())
-            raise await forbidden(connection, error) from error
-        except asyncpg.UniqueViolationError:
-            # Somebody else has just made it. IF NOT EXISTS may look at what was known before our turn came.
-            await connection.run(STATUS, "ROLLBACK", ())
-            if not again:
+            if isinstance(error, asyncpg.InsufficientPrivilegeError):
+                raise await forbidden(connection, error) from error
+            # Somebody else has just made it: IF NOT EXISTS may look at what was known before our turn came.
+            if attempt or not isinstance(error, asyncpg.UniqueViolationError):
                 raise
-            again = False
-        except asyncpg.PostgresError:
-            await connection.run(STATUS, "ROLLBACK", ())
-            raise
 
 
 async def forbidden(connection: ServerConnection, error: asyncpg.PostgresError) -> LedgerError:
