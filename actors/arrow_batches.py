@@ -7,13 +7,9 @@ from typing import Any
 from ray.exceptions import ObjectLostError, OwnerDiedError, RayTaskError
 
 from raypg.errors import DataLostError
-from raypg.server.engine import Engine
 from raypg.server.writing import Intake, Spec
 
-
-def make(engine: Engine) -> Intake:
-    """What takes batches in for *engine*."""
-    return Intake(engine)
+__all__ = ["Intake", "write"]
 
 
 async def write(intake: Intake, job: str, spec: tuple[Any, ...], reference: Any) -> tuple[int, int, int, bool]:

@@ -331,11 +331,11 @@ class PoolWorker:
     @packed
     async def write(self, job: str, spec: tuple[Any, ...], data: list[Any]) -> Answer:
         """Write a batch of Arrow data; *data* holds the reference to it. See :mod:`raypg.server.writing`."""
-        from raypg.actors import intake  # pyarrow is big, and most pools never write that way
+        from raypg.actors import arrow_batches  # pyarrow is big, and most pools never write that way
 
         if self._intake is None:
-            self._intake = intake.make(self._engine)
-        return await _answer(intake.write(self._intake, job, spec, data[0]))
+            self._intake = arrow_batches.Intake(self._engine)
+        return await _answer(arrow_batches.write(self._intake, job, spec, data[0]))
 
     @packed
     async def explain(self, job: str, runs: list[tuple[str, int]], how: tuple[Any, ...]) -> Answer:
