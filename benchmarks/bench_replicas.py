@@ -10,11 +10,12 @@ import asyncio
 import contextlib
 import logging
 import os
+import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
+from pathlib import Path
 
-import asyncpg
 import ray
 import uvloop
 from measure import compare, rate, ratio, report
@@ -23,6 +24,9 @@ from raypg import Session, WorkflowConnectionPool, messages
 from raypg.embedded import EmbeddedServer
 from raypg.reading import where_of
 
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+from standby import delay, pause, resume, standby_of
+
 PAIRS = int(os.environ.get("RAYPG_BENCH_PAIRS", "100000"))
 SESSIONS = 200
 ROWS = 10_000
@@ -30,31 +34,16 @@ CLIENTS = 500
 QUERY = "SELECT id, balance FROM accounts WHERE id = $1"
 
 
-def standby_of(primary: EmbeddedServer) -> EmbeddedServer:
-    """A streaming copy of *primary*."""
-    standby = EmbeddedServer(settings={"max_connections": "100"}, password=primary.password)
-    primary.run("pg_basebackup", "--pgdata", str(standby.data_directory), "--write-recovery-conf", "--checkpoint=fast")
-    return standby
-
-
-async def tell(server: EmbeddedServer, *statements: str) -> None:
-    """Run statements on a connection made for them."""
-    connection = await asyncpg.connect(**server.parameters)
-    for statement in statements:
-        await connection.execute(statement)
-    await connection.close()
-
-
 @contextlib.asynccontextmanager
 async def disturbed(late: EmbeddedServer, paused: EmbeddedServer) -> AsyncIterator[None]:
     """One standby is late, the other one paused again and again."""
-    await tell(late, "ALTER SYSTEM SET recovery_min_apply_delay = '20ms'", "SELECT pg_reload_conf()")
+    await delay(late, 20)
 
     async def disturb() -> None:
         while True:
-            await tell(paused, "SELECT pg_wal_replay_pause()")
+            await pause(paused)
             await asyncio.sleep(0.1)
-            await tell(paused, "SELECT pg_wal_replay_resume()")
+            await resume(paused)
             await asyncio.sleep(0.9)
 
     disturbing = asyncio.create_task(disturb())
@@ -63,8 +52,8 @@ async def disturbed(late: EmbeddedServer, paused: EmbeddedServer) -> AsyncIterat
     finally:
         disturbing.cancel()
         await asyncio.gather(disturbing, return_exceptions=True)
-        await tell(paused, "SELECT pg_wal_replay_resume()")
-        await tell(late, "ALTER SYSTEM RESET recovery_min_apply_delay", "SELECT pg_reload_conf()")
+        await resume(paused)
+        await delay(late, 0)
 
 
 async def pairs(pool: WorkflowConnectionPool) -> tuple[float, int, Counter[str]]:
@@ -93,8 +82,13 @@ async def pairs(pool: WorkflowConnectionPool) -> tuple[float, int, Counter[str]]
 
 
 async def main() -> None:
-    settings = {"max_connections": "100"}
-    with EmbeddedServer(settings=settings) as primary, standby_of(primary) as one, standby_of(primary) as other:
+    # Commits that reach the disk, as outside of tests.
+    settings = {"max_connections": "100", "fsync": "on"}
+    with (
+        EmbeddedServer(settings=settings) as primary,
+        standby_of(primary, settings) as one,
+        standby_of(primary, settings) as other,
+    ):
         ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
         pool = WorkflowConnectionPool(
             name="bench", max_connections=13, replicas=[one.dsn, other.dsn], **primary.parameters

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import statistics
 import sys
 import time
@@ -17,6 +16,7 @@ from measure import Setting, compare, rate, ratio, report, setting
 from ray import serve
 
 from raypg import QueryRouterNode
+from raypg.address import free_port
 from raypg.core.classifier import Classifier
 from raypg.deployments.router import RouterArgs, build
 from raypg.server import facts_reader
@@ -90,9 +90,7 @@ async def reads(here: Setting) -> None:
 
 async def http(here: Setting) -> None:
     """One request at a time, p50, over one connection of a client on the same machine."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port("127.0.0.1", 0, "try again")
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     empty: Any = Empty
     serve.run(empty.bind(), name="empty", route_prefix="/empty")
