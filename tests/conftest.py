@@ -140,3 +140,11 @@ def serving(ray_cluster: Any) -> None:
     from ray import serve
 
     serve.start(proxy_location="Disabled")
+
+
+@pytest.fixture
+def quiet_ray_data() -> None:
+    """Ray Data shows no progress bars."""
+    from ray.data import DataContext
+
+    DataContext.get_current().enable_progress_bars = False

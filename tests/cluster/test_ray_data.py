@@ -21,11 +21,10 @@ SUM = "select count(*), sum(id), sum(twice) from {}"
 
 
 @pytest.fixture
-async def tables(schema: str, direct: asyncpg.Connection) -> tuple[str, str]:
+async def tables(schema: str, direct: asyncpg.Connection, quiet_ray_data: None) -> tuple[str, str]:
     """A table with 60,000 rows, and an empty one like it."""
     await direct.execute("create table source as select n as id, 2 * n as twice from generate_series(1, 60000) n")
     await direct.execute("create table target (id int primary key, twice int)")
-    ray.data.DataContext.get_current().enable_progress_bars = False
     return f"{schema}.source", f"{schema}.target"
 
 

@@ -211,10 +211,9 @@ async def test_the_breaker_is_forced_with_a_reason_a_name_and_a_time(
         assert (await answer.json())["state"] == "open"
     status = pair.circuit_breaker.get_status()
     assert status["forced_reason"] == "upgrade to 18.1 (by Ann, from 127.0.0.1, on the dashboard)"
-    viewer = await watch(http, "")
-    light = viewer.state["pools"][pair.name]["lights"]["breaker"]
-    assert light["level"] == "critical"
-    assert "upgrade to 18.1 (by Ann" in light["text"]
+    viewer = await watch(http, "")  # its first state may be of a second ago
+    await viewer.until(lambda state: state["pools"][pair.name]["lights"]["breaker"]["level"] == "critical", timeout=3)
+    assert "upgrade to 18.1 (by Ann" in viewer.state["pools"][pair.name]["lights"]["breaker"]["text"]
     async with http.post(path, json={"action": "force_close", "reason": "done", "by": "Ann"}) as answer:
         assert (await answer.json())["state"] == "closed"
     *_, opened, closed = pair.circuit_breaker.get_status()["state_transitions"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import socket
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import asyncpg
 import pytest
 from commands import RAY, RAYPG, run
 
+from raypg.address import free_port
 from raypg.demo_cluster import LocalCluster
 from raypg.embedded import EmbeddedServer
 
@@ -50,9 +50,7 @@ async def test_share_between_jobs(command_cluster: LocalCluster, direct: asyncpg
 
 
 def test_query_over_http(command_cluster: LocalCluster) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port("127.0.0.1", 0, "try again")
     said = submit(command_cluster, "query_over_http.py", str(port))
     assert "200 [{'word': 'hello', 'price': '12.50'}] by the primary" in said
     assert "422 division by zero" in said

@@ -20,10 +20,7 @@ from waiting import eventually
 from raypg import ConfigError, PostgresDatasource, SnapshotLostError, StatementNotAllowedError, WorkflowConnectionPool
 from raypg.embedded import EmbeddedServer
 
-
-@pytest.fixture(autouse=True)
-def _quiet() -> None:
-    ray.data.DataContext.get_current().enable_progress_bars = False
+pytestmark = pytest.mark.usefixtures("quiet_ray_data")
 
 
 @pytest.fixture

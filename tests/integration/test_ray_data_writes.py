@@ -23,9 +23,7 @@ ROWS = 20_000
 SUM = "select count(*), sum(id), sum(hashtext(label)::bigint), sum(amount) from {}"
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> None:
-    ray.data.DataContext.get_current().enable_progress_bars = False
+pytestmark = pytest.mark.usefixtures("quiet_ray_data")
 
 
 @pytest.fixture

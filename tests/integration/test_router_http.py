@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import socket
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from ray.serve.schema import ServeDeploySchema
 from waiting import eventually
 
 from raypg import WorkflowConnectionPool, access_token
+from raypg.address import free_port
 from raypg.deployments.query_door import _names_loopback
 from raypg.deployments.router import RouterArgs, build
 
@@ -28,17 +28,11 @@ ROOT = Path(__file__).parents[2]
 ALL = ("READ", "WRITE", "DDL", "TRANSACTION", "SESSION", "UNKNOWN")
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def address(serving: None, pool: WorkflowConnectionPool) -> Iterator[str]:
     """Serve on loopback, with three applications: as it is by default (``/raypg``), with all kinds of statements and
     strict limits (``/all``), and for a pool that does not run (``/none``)."""
-    port = free_port()
+    port = free_port("127.0.0.1", 0, "try again")
     serve.shutdown()  # the one of the session has no HTTP
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     apps = {
@@ -258,7 +252,7 @@ async def test_on_an_address_that_others_reach_each_request_needs_the_token(
 ) -> None:
     """The last one here: it starts Serve anew."""
     serve.shutdown()
-    port = free_port()
+    port = free_port("127.0.0.1", 0, "try again")
     serve.start(http_options={"host": "0.0.0.0", "port": port})
     serve.run(build(RouterArgs(pool=pool.name)), name="router", route_prefix="/raypg")
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
