@@ -141,13 +141,18 @@ class MetricsActor(ServingAll):
     # --- from those who look ---
 
     async def snapshot(
-        self, pools: list[str] | None = None, statements: int = 20, in_detail: bool = True, fresh: bool = True
+        self,
+        pools: list[str] | None = None,
+        statements: int = 20,
+        in_detail: bool = True,
+        fresh: bool = True,
+        notable: bool = False,
     ) -> Answer:
         """Of each of *pools* (all if ``None``) what :meth:`PoolMetrics.snapshot` says, and under ``circuit_breaker``
         the breaker's ``state``, and whether it was ``forced``, a second ago.
 
         Args:
-            statements, in_detail: see there.
+            statements, in_detail, notable: see there.
             fresh: ask the workers for what happened until now; else it is what they told in the last second.
         """
         names = sorted(self.pools) if pools is None else pools
@@ -158,7 +163,9 @@ class MetricsActor(ServingAll):
         here = {name: known for name, known in found.items() if known is not None}
         await asyncio.gather(*(self._refresh(known, fresh) for known in here.values()))
         now = self._now()
-        return "ok", {name: self._describe(name, known, now, statements, in_detail) for name, known in here.items()}
+        return "ok", {
+            name: self._describe(name, known, now, statements, in_detail, notable) for name, known in here.items()
+        }
 
     async def history(self, pool: str, series: str, seconds: float) -> Answer:
         """(Seconds from one point to the next, [(seconds since the epoch, value)] of the last *seconds*). NaN
@@ -218,9 +225,11 @@ class MetricsActor(ServingAll):
         """Seconds since the epoch, by a clock that nobody sets: set was it when this actor began."""
         return self._epoch + time.monotonic()
 
-    def _describe(self, name: str, known: _Pool, now: float, statements: int, in_detail: bool) -> dict[str, Any]:
+    def _describe(
+        self, name: str, known: _Pool, now: float, statements: int, in_detail: bool, notable: bool = False
+    ) -> dict[str, Any]:
         return {
-            **known.metrics.snapshot(now, statements, in_detail),
+            **known.metrics.snapshot(now, statements, in_detail, notable),
             "circuit_breaker": self._breaker_of(name),
             "alerts": self._alerts.states(name),
         }

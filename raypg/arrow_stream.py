@@ -119,8 +119,9 @@ class ArrowStream:
             data = await self.next_piece()
             if data is None:
                 raise StopAsyncIteration
-            try:
-                batch = await asyncio.to_thread(self.decode, data)
+            assert self._decoder is not None
+            try:  # not self.decode: the thread keeps what it is given for a moment, and would keep a stream open
+                batch = await asyncio.to_thread(self._decoder.decode, data)
             except BaseException:
                 await asyncio.shield(self.aclose())
                 raise

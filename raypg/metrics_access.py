@@ -17,7 +17,11 @@ _OTHERWISE = "the Metrics actor does not answer; statements run without it, try 
 
 
 async def snapshots(
-    pools: list[str] | None = None, statements: int = 20, in_detail: bool = True, fresh: bool = True
+    pools: list[str] | None = None,
+    statements: int = 20,
+    in_detail: bool = True,
+    fresh: bool = True,
+    notable: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Of each of *pools* (all if ``None``) what is known now; see :meth:`raypg.core.pool_metrics.PoolMetrics.snapshot`.
 
@@ -27,7 +31,7 @@ async def snapshots(
     Raises:
         UnavailableError: the Metrics actor does not answer, or has not heard of a pool yet.
     """
-    return await ask_metrics("snapshot", pools, statements, in_detail, fresh)  # type: ignore[no-any-return]
+    return await ask_metrics("snapshot", pools, statements, in_detail, fresh, notable)  # type: ignore[no-any-return]
 
 
 async def history(pool: str, series: str, seconds: float) -> tuple[int, list[tuple[int, float]]]:

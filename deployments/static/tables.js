@@ -88,6 +88,9 @@ const ORDERS = {
   frequent: (statement) => statement.count ?? 0,
 };
 
+/** Rows of each order; there are more, of which some are first in another one. */
+const SHOWN = 20;
+
 /** Seconds that "now" is taken over. */
 const OVER = 10;
 
@@ -136,7 +139,7 @@ export class Statements {
       return { ...statement, rate, busy };
     });
     rows.sort((one, other) => ORDERS[this.order](other) - ORDERS[this.order](one) || other.total_ms - one.total_ms);
-    this.table.update(rows);
+    this.table.update(rows.slice(0, SHOWN));
   }
 
   /** The look of some seconds ago; this one is kept for later. */

@@ -301,22 +301,26 @@ class PoolMetrics:
                 lags[address] = lag if math.isnan(known) else known if math.isnan(lag) else max(lag, known)
         return lags
 
-    def snapshot(self, now: float, statements: int = 20, in_detail: bool = True) -> dict[str, Any]:
+    def snapshot(
+        self, now: float, statements: int = 20, in_detail: bool = True, notable: bool = False
+    ) -> dict[str, Any]:
         """All there is to know, as plain data: times in seconds, quantiles of nothing NaN, points of time in seconds
         since the epoch. ``recent`` and ``window`` are of the last minute, the rest since the pool began.
 
         Args:
             statements: how many fingerprints to show.
             in_detail: whether with the quantiles of each, which take longer than all the rest.
+            notable: also as many of the slowest, and of the most frequent.
         """
         parts = self.parts(now)
+        shown = self._statements.notable(statements) if notable else self._statements.top(statements)
         return {
             **{key: dict(part) if isinstance(part, Lazy) else part for key, part in parts.items()},
             "commands": {
                 name: {**_histogram(command.times), "errors": command.errors}
                 for name, command in sorted(self._commands.items())
             },
-            "statements": [_statement(entry, in_detail) for entry in self._statements.top(statements)],
+            "statements": [_statement(entry, in_detail) for entry in shown],
         }
 
     def parts(self, now: float) -> Lazy:

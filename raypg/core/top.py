@@ -99,6 +99,13 @@ class TopStatements:
         """The *count* first, by the time they may have taken."""
         return sorted(self._entries.values(), key=lambda entry: -entry.times.total - entry.missed)[:count]
 
+    def notable(self, count: int) -> list[Entry]:
+        """The *count* first by time, by mean time and by number, each once: those by time come first."""
+        entries = self._entries.values()
+        slowest = sorted(entries, key=lambda entry: -entry.times.total / max(entry.times.count, 1))[:count]
+        frequent = sorted(entries, key=lambda entry: -entry.times.count)[:count]
+        return list({entry.fingerprint: entry for entry in (*self.top(count), *slowest, *frequent)}.values())
+
     def __getstate__(self) -> Any:
         return self._size, self._entries, self.floor
 

@@ -136,7 +136,8 @@ class Writer:
             failure = error
         if tasks:
             done, _ = await asyncio.wait(tasks)
-            failure = failure or _first_failure(done)
+            later = _first_failure(done)  # asked for in any case, or asyncio complains that nobody did
+            failure = failure or later
         if failure is not None:
             failure.written = self.result  # type: ignore[attr-defined]
             raise failure

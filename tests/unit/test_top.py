@@ -67,6 +67,18 @@ def test_what_takes_most_time_is_found_among_thousands() -> None:
     assert first.missed == second.missed == 0.0
 
 
+def test_the_slowest_and_the_most_frequent_are_notable_too() -> None:
+    top = TopStatements(50)
+    for _ in range(30):
+        top.add([group("heavy", 10.0), group("heavier", 11.0)])
+    top.add([group("slow", 40.0)])
+    for _ in range(900):
+        top.add([group("cheap", 0.001)])
+    assert [entry.fingerprint for entry in top.top(2)] == ["heavier", "heavy"]
+    assert [entry.fingerprint for entry in top.notable(1)] == ["heavier", "slow", "cheap"]
+    assert [entry.fingerprint for entry in top.notable(9)] == ["heavier", "heavy", "slow", "cheap"]
+
+
 def test_errors_and_counts_are_added() -> None:
     top = TopStatements(4)
     top.add([group("a", 4.0, count=4, errors=1)])
