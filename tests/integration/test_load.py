@@ -127,8 +127,24 @@ async def test_killed_and_started_again_it_goes_on(
         assert done.returncode == 0, done.stderr
         assert "loaded before" in done.stdout
         assert await direct.fetchrow(f"{count[:16]}, sum(id) from public.{name}") == (rows, rows * (rows - 1) // 2)
+        await prunes(environment, tmp_path, direct, f"{(tmp_path / 'rows.csv').resolve()}:%")
         bad = run(RAYPG, "load", "no.csv", "--into", "t", environment=environment, cwd=tmp_path)
         assert (bad.returncode, bad.stderr) == (1, "raypg: no.csv: there is no such file\n")
     finally:
         run(RAYPG, "down", "loading", environment=environment)
         await direct.execute(f"drop table public.{name}")
+
+
+async def prunes(environment: dict[str, str], directory: Path, direct: asyncpg.Connection, batch: str) -> None:
+    """`raypg ledger prune` forgets what is old enough, and nothing else."""
+    known = "select count(*) from raypg.batches where pipeline = 'load' and batch_id like $1"
+    assert await direct.fetchval(known, batch) == 40
+    old = "update raypg.batches set committed_at = committed_at - interval '3 days' where batch_id like $1"
+    await direct.execute(old, batch[:-1] + "%/1_")
+    prune = (RAYPG, "ledger", "prune", "loading", "--pipeline", "load")
+    done = run(*prune, "--older-than", "2d", environment=environment, cwd=directory)
+    assert (done.returncode, done.stdout) == (0, "loading: 10 batches forgotten\n"), done.stderr
+    assert await direct.fetchval(known, batch) == 30
+    wrong = run(*prune, "--older-than", "2 fortnights", environment=environment, cwd=directory)
+    assert (wrong.returncode, wrong.stdout) == (1, "")
+    assert "give a number and one of s, m, h, d, w, for instance 30d" in wrong.stderr
