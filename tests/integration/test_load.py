@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import datetime
 import decimal
+import os
+import pty
+import re
+import select
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import asyncpg
@@ -108,19 +111,25 @@ async def test_killed_and_started_again_it_goes_on(
     (tmp_path / "raypg.toml").write_text("[pools.loading]\nmax_connections = 3\n")
     environment = {**command_cluster.environment(), **variables_of(pg18)}
     await direct.execute(f"create table public.{name} (id int primary key, label text)")
-    command = (RAYPG, "load", "*.csv", "--into", f"public.{name}", "--pool", "loading", "--batch-rows", "10000")
+    into = ("--into", f"public.{name}", "--pool", "loading", "--mode", "upsert", "--key", "id")
+    command = (RAYPG, "load", "*.csv", *into, "--batch-rows", "10000")
     count = f"select count(*) from public.{name}"
+    terminal, end = pty.openpty()
     try:
         assert run(RAYPG, "up", environment=environment, cwd=tmp_path).returncode == 0
         first = subprocess.Popen(  # noqa: ASYNC220
-            command, env=environment, cwd=tmp_path, stdout=sys.stderr
+            command, env={**environment, "TERM": "xterm"}, cwd=tmp_path, stdout=end
         )
+        shown = ""
 
         async def some() -> bool:
+            nonlocal shown
             assert first.poll() is None, "it was over before it could be killed"
-            return bool(await direct.fetchval(count))
+            while select.select([terminal], [], [], 0)[0]:
+                shown += os.read(terminal, 65536).decode()
+            return bool(await direct.fetchval(count)) and re.search(r"[1-9]\d*/\?", shown) is not None
 
-        await eventually(some, timeout=60)
+        await eventually(some, timeout=60)  # rows are there, and the bar shows some
         first.send_signal(signal.SIGKILL)
         first.wait()
         done = run(*command, environment=environment, cwd=tmp_path)
@@ -131,6 +140,8 @@ async def test_killed_and_started_again_it_goes_on(
         bad = run(RAYPG, "load", "no.csv", "--into", "t", environment=environment, cwd=tmp_path)
         assert (bad.returncode, bad.stderr) == (1, "raypg: no.csv: there is no such file\n")
     finally:
+        os.close(terminal)
+        os.close(end)
         run(RAYPG, "down", "loading", environment=environment)
         await direct.execute(f"drop table public.{name}")
 
