@@ -66,7 +66,7 @@ async def test_a_node_dies_with_batches_in_flight(
         await asyncio.to_thread(lambda: ray.wait(made, num_returns=len(made), fetch_local=False))
         blocker = direct.transaction()
         await blocker.start()
-        await direct.execute("lock table target")
+        await direct.execute("lock table target in exclusive mode")
         work = asyncio.ensure_future(pipeline_of(pool).write(made, into=f"{schema}.target", batch_id=schema))
         other = await asyncpg.connect(**pg.parameters)
         index = await worker_on(pool, fourth)
