@@ -56,7 +56,7 @@ endif
 
 # What depends on the server most: sessions, leases, transactions, statements after DDL, and its death.
 ON_SYSTEM := $(addprefix tests/integration/test_,$(addsuffix .py,leases transactions session_state settings cursors \
-	prepared schema_changes pool pipeline_rows)) tests/faults/test_lease_owner.py tests/faults/test_cancellation.py \
+	prepared schema_changes pool pipeline_rows write write_types)) tests/faults/test_lease_owner.py tests/faults/test_cancellation.py \
 	tests/faults/test_breaker_outages.py
 
 test-system: setup system-packages ## Run the tests that depend on the server most on the system's PostgreSQL

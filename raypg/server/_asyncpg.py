@@ -27,7 +27,7 @@ async def fetch_with_status(
     return records, status.decode() if status else ""
 
 
-async def copy_in(raw: asyncpg.Connection, text: str, source: AsyncIterator[bytes]) -> str:
+async def copy_in(raw: asyncpg.Connection, text: str, source: AsyncIterator[memoryview]) -> str:
     """Run the COPY … FROM STDIN *text* with the bytes of *source*; its command tag.
 
     The public ``copy_to_table`` makes the text itself.

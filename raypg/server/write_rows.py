@@ -18,6 +18,10 @@ from raypg.messages import STATUS
 from raypg.server import _asyncpg
 from raypg.server.connection import STEP, ServerConnection
 
+MESSAGE = 131_072
+"""Bytes of one message of a COPY, at most: the server reads each as a whole, and is a tenth faster if that stays in the
+cache of its processor."""
+
 _SAVEPOINT = "raypg_rows"
 _WRONG_FORM = "22P03"
 
@@ -180,8 +184,10 @@ def _kind(error: asyncpg.PostgresError) -> str:
 
 
 async def _copy(raw: asyncpg.Connection, text: str, source: Iterable[bytes]) -> str:
-    async def chunks() -> AsyncIterator[bytes]:
+    async def chunks() -> AsyncIterator[memoryview]:
         for chunk in source:
-            yield chunk
+            whole = memoryview(chunk)
+            for begin in range(0, len(chunk), MESSAGE):
+                yield whole[begin : begin + MESSAGE]
 
     return await _asyncpg.copy_in(raw, text, chunks())
