@@ -371,6 +371,7 @@ async def test_what_cannot_be_a_replica_is_named_and_not_used(ray_cluster: Any, 
             for _ in range(20):
                 rows, served = await read(handle, "select pg_is_in_recovery()")
                 assert (rows[0][0], served.target) == (False, "primary")
+            assert await QueryRouterNode("r", handle).fetchval("select 1") == 1
         finally:
             await handle.close()
 
