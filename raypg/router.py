@@ -286,18 +286,24 @@ class QueryRouterNode(RouterStatements):
         begun = session.seen.reads()
         where = max_staleness, begun[0].plain
         try:
-            payload, names, who = await dispatcher.read(mode, query, arguments, timeout, place.settings, where)
+            payload, names, who = await dispatcher.read(
+                mode, query, arguments, timeout, place.settings, where, place.answered_by
+            )
+            place.who = who
+            session.seen.saw(begun, who.token)
+            return payload, names
         except _MISSING:
+            if place.who.target == "primary":
+                raise
+            place.who = _PRIMARY
             try:
                 return await dispatcher.run(mode, query, arguments, timeout, place.settings)
             finally:
                 self._sessions.wrote(session)
-        place.who = who
-        session.seen.saw(begun, who.token)
-        if who.refused:
-            self._metrics.refusals += 1
-            self._catalogue.classifier.learn(query, "a replica has refused it: it writes")
-        return payload, names
+        finally:
+            if place.who.refused:
+                self._metrics.refusals += 1
+                self._catalogue.classifier.learn(query, "a replica has refused it: it writes")
 
     async def _on_the_primary(
         self, mode: int, query: str, arguments: Any, timeout: float | None, place: _Place
@@ -340,6 +346,10 @@ class _Place:
         self.settings = settings
         self.seconds = seconds
         self.who = _PRIMARY
+
+    def answered_by(self, who: Served) -> None:
+        """It was *who*."""
+        self.who = who
 
 
 def _is_change(verdict: Classification) -> bool:

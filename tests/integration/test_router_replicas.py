@@ -178,6 +178,25 @@ async def test_what_a_replica_refuses_is_learnt(
     assert (verdict.kind, verdict.reason) == ("WRITE", "function nextval is not harmless")
 
 
+async def test_who_has_failed_a_read_is_told_too(
+    splitting: QueryRouterNode, schema: str, pg18: EmbeddedServer, replica: EmbeddedServer, direct: asyncpg.Connection
+) -> None:
+    found = await answer(splitting, "select 1 / $1::int", 0)
+    assert (found["sqlstate"], found["routing_metadata"]["target"]) == ("22012", "replica")
+    found = await answer(splitting, "select * from nowhere")
+    assert (found["sqlstate"], found["routing_metadata"]["target"]) == ("42P01", "primary")
+    # What a replica refuses, and fails on the primary, is learnt as well.
+    function = f"create or replace function {schema}.h() returns bigint language sql as"
+    await direct.execute(f"create sequence {schema}.n maxvalue 1; {function} 'select 1::bigint'")
+    splitting._catalogue.changed()
+    assert (await splitting.classify(f"select {schema}.h()")).kind == "READ"
+    await direct.execute(f"{function} 'select nextval(''{schema}.n'')'; select nextval('{schema}.n')")
+    await caught_up(pg18, replica)
+    found = await answer(splitting, f"select {schema}.h()", session_id="fresh")
+    assert (found["sqlstate"], found["routing_metadata"]["target"]) == ("2200H", "primary")
+    assert (await splitting.classify(f"select {schema}.h()")).kind == "UNKNOWN"
+
+
 async def test_without_the_split_all_goes_to_the_primary(
     split: WorkflowConnectionPool, replica: EmbeddedServer
 ) -> None:
