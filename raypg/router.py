@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
@@ -141,7 +141,7 @@ class QueryRouterNode(RouterStatements):
             place = await self._place(query, request.get("session_id"), request.get("after"), request.get("settings"))
             staleness = request.get("max_staleness", self.max_staleness)
             begun = time.monotonic()
-            outcome = await self._run(messages.BOTH, query, arguments, request.get("timeout"), staleness, place)
+            outcome = await self._send(messages.BOTH, query, arguments, request.get("timeout"), staleness, place)
         except Exception as error:
             if not begun or not is_told(error):
                 self._metrics.raised(error)
@@ -219,7 +219,6 @@ class QueryRouterNode(RouterStatements):
         timeout: float | None,
         settings: Mapping[str, str] | None,
     ) -> tuple[Any, Any]:
-        placed = False
         try:
             check_statement(query)
             check_timeout(timeout)
@@ -228,10 +227,15 @@ class QueryRouterNode(RouterStatements):
             else:
                 where_of("replica", max_staleness, None)
             place = await self._place(query, session_id, after, settings)
-            placed = True
-            return await self._run(mode, query, args, timeout, max_staleness, place)
+            running = self._send(mode, query, args, timeout, max_staleness, place)
+            del place  # a thousand calls that wait keep as little as they can: what they keep, Python's GC visits
         except Exception as error:
-            if not placed or not is_told(error):
+            self._metrics.raised(error)
+            raise
+        try:
+            return await running
+        except Exception as error:
+            if not is_told(error):
                 self._metrics.raised(error)
             raise
 
@@ -262,22 +266,19 @@ class QueryRouterNode(RouterStatements):
             checked = checked_settings(settings)
         return _Place(dispatcher, session, verdict, lease, checked, time.monotonic() - started)
 
-    async def _run(
+    def _send(
         self, mode: int, query: str, arguments: Any, timeout: float | None, max_staleness: float | None, place: _Place
-    ) -> tuple[Any, Any]:
+    ) -> Awaitable[tuple[Any, Any]]:
         """Run a statement there, and note who has answered, whatever came of it."""
-        verdict = place.verdict
-        try:
-            if verdict.kind != "READ" or place.lease is not None:
-                return await self._on_the_primary(mode, query, arguments, timeout, place)
-            dispatcher = place.dispatcher
-            if not dispatcher.config.replicas:  # what it sees, all see
-                return await dispatcher.run(mode, query, arguments, timeout, place.settings)
-            if not self.enable_read_write_split:
-                return await self._on_the_primary(mode, query, arguments, timeout, place)
-            return await self._on_a_replica(mode, query, arguments, timeout, max_staleness, place)
-        finally:
-            self._metrics.note(verdict, place.who, place.seconds)
+        dispatcher = place.dispatcher
+        if place.verdict.kind != "READ" or place.lease is not None:
+            return self._on_the_primary(mode, query, arguments, timeout, place)
+        if not dispatcher.config.replicas:  # what it sees, all see
+            self._metrics.note(place.verdict, _PRIMARY, place.seconds)
+            return dispatcher.run(mode, query, arguments, timeout, place.settings)
+        if not self.enable_read_write_split:
+            return self._on_the_primary(mode, query, arguments, timeout, place)
+        return self._on_a_replica(mode, query, arguments, timeout, max_staleness, place)
 
     async def _on_a_replica(
         self, mode: int, query: str, arguments: Any, timeout: float | None, max_staleness: float | None, place: _Place
@@ -301,6 +302,7 @@ class QueryRouterNode(RouterStatements):
             finally:
                 self._sessions.wrote(session)
         finally:
+            self._metrics.note(place.verdict, place.who, place.seconds)
             if place.who.refused:
                 self._metrics.refusals += 1
                 self._catalogue.classifier.learn(query, "a replica has refused it: it writes")
@@ -317,6 +319,7 @@ class QueryRouterNode(RouterStatements):
                 return await session.run(mode, place.lease, query, arguments, timeout, idle)
             return await place.dispatcher.run(mode, query, arguments, timeout, place.settings)
         finally:
+            self._metrics.note(verdict, _PRIMARY, place.seconds)
             self._sessions.wrote(session)
             if verdict.kind == "DDL":
                 session.has_ddl = True

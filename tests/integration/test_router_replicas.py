@@ -187,7 +187,7 @@ async def test_who_has_failed_a_read_is_told_too(
     assert (found["sqlstate"], found["routing_metadata"]["target"]) == ("42P01", "primary")
     # What a replica refuses, and fails on the primary, is learnt as well.
     function = f"create or replace function {schema}.h() returns bigint language sql as"
-    await direct.execute(f"create sequence {schema}.n maxvalue 1; {function} 'select 1::bigint'")
+    await direct.execute(f"create sequence {schema}.n minvalue 0 maxvalue 1 start 1; {function} 'select 1::bigint'")
     splitting._catalogue.changed()
     assert (await splitting.classify(f"select {schema}.h()")).kind == "READ"
     await direct.execute(f"{function} 'select nextval(''{schema}.n'')'; select nextval('{schema}.n')")
