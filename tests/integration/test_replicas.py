@@ -117,9 +117,10 @@ async def test_reads_run_on_the_replicas(
 
     await eventually(counted, 20)
     assert (await commits(pg18))[0] - before[0] < 0.05 * number
-    assert min(added) > 0.2 * number  # both have their part
-    by_target = (await router.get_metrics())["router_metrics"]["by_target"]
-    assert by_target == ({"replica": number + 1} if way == "router" else {})
+    if way == "router":  # one session, which stays where it has read before, until that is busy
+        assert (await router.get_metrics())["router_metrics"]["by_target"] == {"replica": number + 1}
+    else:
+        assert min(added) > 0.2 * number  # both have their part
 
 
 async def test_without_the_keyword_everything_runs_on_the_primary(
