@@ -142,7 +142,10 @@ async def test_a_replica_goes_away_and_comes_back(page: Page, watched: Watched) 
     """Pools with replicas have one more light, and a table."""
     await expect(page.locator("[data-light=replicas]")).to_be_hidden()
     with standby_of(watched.server) as standby:
-        async with own_pool(watched.server, max_connections=4, workers=1, replicas=[standby.dsn]) as replicated:
+        tries_soon = {"circuit_breaker_recovery_timeout": 1.0, "connect_timeout": 2.0}
+        async with own_pool(
+            watched.server, max_connections=4, workers=1, replicas=[standby.dsn], **tries_soon
+        ) as replicated:
             links = page.get_by_role("navigation", name="Pools").get_by_role("link")
             await links.filter(has_text=replicated.name).click()
             light = page.locator("[data-light=replicas]")
