@@ -19,7 +19,7 @@ from raypg.arrow_stream import BATCH_BYTES
 from raypg.checks import check_statement
 from raypg.core.copy_text import check_query, without_semicolon
 from raypg.core.nearest import did_you_mean
-from raypg.core.shards import integer_bounds, key_ranges, page_ranges
+from raypg.core.shards import integer_bounds, key_ranges, page_ranges, sensible
 from raypg.core.sql_text import quoted_name
 from raypg.errors import ConfigError, SnapshotLostError
 from raypg.lease import LeasedConnection
@@ -137,7 +137,8 @@ class PostgresDatasource(Datasource):  # type: ignore[misc]
         columns: those to read; all by default.
         filter: a condition in SQL.
         key: a column by whose ranges to divide a query, view or partitioned table; without it one task reads these.
-        shards: how many to make, at most; as many as Ray Data wants by default.
+        shards: how many to make, at most. By default as many as Ray Data wants, but no more than 8 or one for each
+            32 MB; Ray Data divides their blocks further if it wants more.
         consistent: read one snapshot. It takes one connection, and holds up VACUUM, until the dataset is dropped or
             ``close()`` is called, for at most *timeout* seconds. Without, each shard sees what is committed when it
             begins.
@@ -291,7 +292,8 @@ class PostgresDatasource(Datasource):  # type: ignore[misc]
     async def _plan(self, parallelism: int) -> tuple[_Source, list[str]]:
         """What to read, and the conditions of the shards, seen in the snapshot."""
         source = await self._described()
-        shards = max(1, min(parallelism, self._shards or parallelism))
+        size = None if source.pages is None else source.pages * PAGE
+        shards = sensible(parallelism, size) if self._shards is None else max(1, min(parallelism, self._shards))
         async with self._view.lock:
             if not self._consistent:
                 return source, await self._conditions(source, shards, self._pool)

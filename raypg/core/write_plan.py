@@ -42,6 +42,7 @@ class Table(NamedTuple):
         may_stage: we may make temporary tables.
         quiet: writing to it runs no code that could leave something in the session.
         stamp: stands for its columns and their types.
+        database, user: where we are and who, as SQL names them.
     """
 
     schema: str
@@ -54,6 +55,8 @@ class Table(NamedTuple):
     columns: tuple[Column, ...]
     keys: tuple[Key, ...]
     stamp: str = ""
+    database: str = "…"
+    user: str = "…"
 
     @property
     def shown(self) -> str:
@@ -181,9 +184,10 @@ def make_plan(
         or not all(field.way.direct for field in fields)
     )
     if staged and not table.may_stage:
+        reason = _why_staged(table, fields, mode)
         raise StatementNotAllowedError(
-            f"to write into {table.shown} in this way needs a temporary table: "
-            "GRANT TEMPORARY ON DATABASE … TO …, or use mode='append' with types that need no cast"
+            f"{reason}, which goes by way of a temporary table, and {table.user} may make none: "
+            f"GRANT TEMPORARY ON DATABASE {table.database} TO {table.user}"
         )
     return WritePlan(
         table,
@@ -194,6 +198,16 @@ def make_plan(
         bool(unique and unique.nulls),
         overriding,
     )
+
+
+def _why_staged(table: Table, fields: Sequence[Field], mode: str) -> str:
+    """What COPY into the table itself cannot do."""
+    if mode != "append":
+        return f"mode={mode!r} looks for rows of {table.shown} with the same key"
+    cast = next((field for field in fields if not field.way.direct), None)
+    if cast is not None:
+        return f"column {cast.column.name!r} of {table.shown} needs a cast from {cast.way.type} to {cast.column.shown}"
+    return f"rows get into {table.shown} by INSERT (it is a view, or has row-level security or rules)"
 
 
 def _may_be_given(table: Table, column: Column, overriding: bool) -> None:
