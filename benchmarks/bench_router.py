@@ -137,10 +137,10 @@ async def http(here: Setting) -> None:
         routes = {"POST /query": "/raypg", EMPTY: "/empty", UNREAD: "/empty/unread"}
         figures = await compare({name: functools.partial(p50, route) for name, route in routes.items()})
     lines = [f"POST /query ÷ {name}: {ratio(figures, 'POST /query', name):.2f} (limit 1.5)" for name in (EMPTY, UNREAD)]
-    lines += [
-        f"the one ÷ the other empty route: {ratio(figures, EMPTY, UNREAD):.2f}: Serve's replica fetches the body from",
-        "  the proxy by a message of its own",
-    ]
+    lines.append(
+        f"the one empty route ÷ the other: {ratio(figures, EMPTY, UNREAD):.2f}. Serve's replica fetches a body from "
+        "the proxy by a message of its own, before which no statement is known"
+    )
     report("SQL over HTTP, one request at a time", "ms", figures, lines)
     serve.shutdown()
 
