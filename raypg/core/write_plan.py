@@ -17,6 +17,15 @@ ON_BAD_ROWS = ("fail", "quarantine")
 ROW = "raypg_row"
 """Column of a staging table that holds the number of the row within its batch."""
 
+SORT_MEMORY = 64
+"""Megabytes that the server may sort a batch in, for as long as its transaction: a batch of usual size is more than the
+default of ``work_mem`` (4 MB), and would be sorted on disk."""
+
+_SORT_IN_MEMORY = (
+    f"SELECT pg_catalog.set_config('work_mem', '{SORT_MEMORY}MB', true) "
+    f"WHERE pg_catalog.pg_size_bytes(pg_catalog.current_setting('work_mem')) < {SORT_MEMORY * 1024 * 1024}"
+)
+
 SIMPLE_KINDS = frozenset("rp")
 """Tables and partitioned tables: into all else rows go by INSERT."""
 
@@ -270,7 +279,8 @@ def stage_text(plan: WritePlan, keep: bool) -> str:
     """CREATE the staging table; *keep*: it may stay, empty, for the next batch."""
     columns = ", ".join(f"{quoted(field.column.name)} {_stage_type(field.way)}" for field in plan.fields)
     fate, unless = ("DELETE ROWS", "IF NOT EXISTS ") if keep else ("DROP", "")
-    return f"CREATE TEMPORARY TABLE {unless}{stage_name(plan)} ({columns}, {ROW} int8) ON COMMIT {fate}"
+    made = f"CREATE TEMPORARY TABLE {unless}{stage_name(plan)} ({columns}, {ROW} int8) ON COMMIT {fate}"
+    return made if plan.mode == "append" else f"{made}; {_SORT_IN_MEMORY}"
 
 
 def copy_stage_text(plan: WritePlan) -> str:

@@ -33,46 +33,36 @@ def expected(parts: int) -> tuple[int, int, int]:
     return rows, rows, rows * (rows - 1)
 
 
-async def test_batches_of_all_nodes_go_over_the_workers_of_all(
-    three_nodes: tuple[str, str, str], pg: EmbeddedServer, direct: asyncpg.Connection, schema: str
-) -> None:
-    await direct.execute("create table target (id int8 primary key, twice int8)")
-    async with own_pool(pg, max_connections=7, workers=3) as pool:
-        made = [
-            part.options(scheduling_strategy=NodeAffinitySchedulingStrategy(three_nodes[n % 3], soft=False)).remote(n)
-            for n in range(12)
-        ]
-        written = await pipeline_of(pool).write(made, into=f"{schema}.target")
-        assert (written.rows, written.batches) == (12 * EACH, 12)
-        assert len(written.workers) == 3
-        assert await direct.fetchrow(FOUND.format("target")) == expected(12)
-        again = await pipeline_of(pool).write(ray.data.from_arrow_refs(made), into=f"{schema}.target", mode="upsert")
-        assert again.rows == 12 * EACH
-        assert await direct.fetchrow(FOUND.format("target")) == expected(12)
+def on(node: str, numbers: range, soft: bool) -> list[Any]:
+    """Batches that are made on *node*."""
+    made = part.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=soft))
+    return [made.remote(number) for number in numbers]
 
 
-async def test_a_node_dies_with_batches_in_flight(
+async def test_batches_of_all_nodes_by_all_workers_though_one_node_dies(
     three_nodes: tuple[str, str, str], nodes: Nodes, pg: EmbeddedServer, direct: asyncpg.Connection, schema: str
 ) -> None:
-    """Its worker has begun batches, and its object store holds others; Ray makes those anew, and the ledger sees to it
-    that none is written twice."""
+    """The worker of the node that dies has begun batches, and its object store holds others: Ray makes those anew, and
+    the ledger sees to it that none is written twice."""
     fourth = await asyncio.to_thread(nodes.add)
     await direct.execute("create table target (id int8, twice int8)")
     async with own_pool(pg, max_connections=9, workers=4, **NO_BREAKER) as pool:
-        made = [
-            part.options(scheduling_strategy=NodeAffinitySchedulingStrategy(fourth, soft=True)).remote(n)
-            for n in range(16)
-        ]
+        pipeline = pipeline_of(pool)
+        made = [each for n, node in enumerate(three_nodes) for each in on(node, range(2 * n, 2 * n + 2), soft=False)]
+        made += on(fourth, range(6, 16), soft=True)
         await asyncio.to_thread(lambda: ray.wait(made, num_returns=len(made), fetch_local=False))
+        written = await pipeline.write(made[:8], into=f"{schema}.target")
+        assert (written.rows, written.batches, len(written.workers)) == (8 * EACH, 8, 4)
+        assert await direct.fetchrow(FOUND.format("target")) == expected(8)
         blocker = direct.transaction()
         await blocker.start()
-        await direct.execute("lock table target in exclusive mode")
-        work = asyncio.ensure_future(pipeline_of(pool).write(made, into=f"{schema}.target", batch_id=schema))
+        await direct.execute("truncate target")  # nobody can write before this commits
+        work = asyncio.ensure_future(pipeline.write(made, into=f"{schema}.target", batch_id=schema))
         other = await asyncpg.connect(**pg.parameters)
         index = await worker_on(pool, fourth)
         await eventually(lambda: waits(other, index), 30, "the worker of that node has begun a batch")
         await asyncio.to_thread(nodes.kill, fourth)
-        await blocker.rollback()
+        await blocker.commit()
         await other.close()
         written = await asyncio.wait_for(work, 90)
     assert written.rows + written.known_rows == 16 * EACH

@@ -213,14 +213,14 @@ async def test_data_whose_owner_died_fails_whole(ray_cluster: Any, pg: EmbeddedS
 
         @ray.remote(num_cpus=0)
         class Owner:
-            def make(self) -> list[Any]:
-                return [ray.put(rows().slice(0, 300_000))]
+            def make(self, data: pa.Table) -> list[Any]:
+                return [ray.put(data)]
 
             def pid(self) -> int:
                 return os.getpid()
 
         owner = Owner.remote()  # type: ignore[attr-defined]
-        (reference,) = ray.get(owner.make.remote())
+        (reference,) = ray.get(owner.make.remote(rows().slice(0, 300_000)))
         os.kill(ray.get(owner.pid.remote()), signal.SIGKILL)
         direct = await asyncpg.connect(**pg.parameters)
         table = f"owned_{os.getpid()}"
