@@ -35,7 +35,7 @@ HEARD: Final = 2.0
 DRIFT: Final = 0.02
 """Seconds by which two clocks may drift apart during a lease."""
 
-IDLE: Final = 10.0
+IDLE: Final = 5.0
 """Seconds without any cache after which workers need not ask any more."""
 
 EVERYTHING: Final = "*"
