@@ -37,7 +37,7 @@ class Relation(NamedTuple):
 
 
 class Function(NamedTuple):
-    """Attributes: trouble; steady: the same answer as long as the data are the same; bases: the tables that it reads."""
+    """Attributes: trouble; steady: the same answer as long as the data are the same; bases: the tables it reads."""
 
     schema: str
     trouble: Trouble | None
