@@ -15,7 +15,7 @@ import asyncpg
 
 from raypg.core.sql import CLOCK_WORDS
 
-__all__ = ["key_of", "kept", "names_the_clock", "size_of"]
+__all__ = ["kept", "key_of", "names_the_clock", "size_of"]
 
 # Equal means the same to PostgreSQL, once the type is the same too.
 _PLAIN: Final = frozenset((int, str, bytes, bool, type(None)))

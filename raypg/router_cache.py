@@ -26,7 +26,7 @@ from raypg import messages
 from raypg.cached_values import kept, key_of, names_the_clock, size_of
 from raypg.coherence import Coherence, coherence_of
 from raypg.core.result_cache import Entry, How, ResultCache
-from raypg.core.seen import PRIMARY, Session, Token
+from raypg.core.seen import WROTE, Session, Token
 from raypg.reading import Served
 
 if TYPE_CHECKING:
@@ -139,9 +139,8 @@ class RouterCache:
         Raises:
             What *ask* raises.
         """
-        self.results.missed()
         if asked.mode not in _MODES:
-            return await ask(asked.mode, _strict(self._everybody.token))
+            return await ask(asked.mode, WROTE)
         if dispatcher is not self._dispatcher:
             await self._attach(dispatcher)
         coherence = self._coherence
@@ -162,26 +161,20 @@ class RouterCache:
         if mark != self._mark:
             self._everybody.wrote()
             self._mark = mark
-        begun = self._everybody.reads()
+        self.results.missed()
         if not keeps:
             # Somebody may be writing to the tables, or have written: nobody tells us.
-            return await ask(asked.mode, _strict(begun[0]))
-        return await self._lead(asked, ask, key, tables, mark, begun, flight is None)
+            return await ask(asked.mode, WROTE)
+        return await self._lead(asked, ask, key, tables, mark, first=flight is None)
 
     async def _lead(
-        self,
-        asked: Asked,
-        ask: Ask,
-        key: Hashable,
-        tables: frozenset[str],
-        mark: int,
-        begun: tuple[Token, int],
-        first: bool,
+        self, asked: Asked, ask: Ask, key: Hashable, tables: frozenset[str], mark: int, first: bool
     ) -> tuple[Outcome, Served]:
-        """Ask for all who want the same, and keep what comes."""
+        """Ask, for all who want the same if it is the first to, and keep what comes."""
         coherence = self._coherence
         assert coherence is not None
         flight, generation, now = _Flight(mark, asked.timeout), self._generation, time.monotonic()
+        begun = self._everybody.reads()
         if first:
             self._flights[key] = flight
         entry: Entry[_Kept] | None = None
@@ -251,7 +244,7 @@ class RouterCache:
         by_primary = who.target == "primary"
         age = asked.max_staleness
         staleness = 0.0 if by_primary else float("inf") if age is None else age
-        value = _Kept(*ours[:1], names, status, ours[1], who.token, by_primary, staleness)
+        value = _Kept(ours[0], names, status, ours[1], who.token, by_primary, staleness)
         size = size_of(value.rows) + size_of(asked.query) + size_of(asked.arguments)
         self.results.keep(key, value, tables, size, now)
         # What is too large to be kept is good for who waits for it all the same.
@@ -329,11 +322,6 @@ def _is_cacheable(asked: Asked) -> bool:
         and not any(table.startswith(_SYSTEM) for table in verdict.reads)
         and not (asked.arguments and names_the_clock(asked.arguments))
     )
-
-
-def _strict(token: Token) -> Token:
-    """The same for a read that must show all that was written so far."""
-    return token.having_seen(PRIMARY)
 
 
 def _retrieved(task: asyncio.Task[None]) -> None:

@@ -83,7 +83,7 @@ class ResultCache(Generic[Value]):
         return len(self._entries)
 
     def find(self, key: Hashable, now: float) -> Entry[Value] | None:
-        """The entry of that key if it is not too old. Whether it was used, is said by :meth:`used` or :meth:`missed`."""
+        """The entry of that key if it is not too old; that it was used is said by :meth:`used`."""
         entry = self._entries.get(key)
         if entry is None or now < entry.expires:
             return entry
