@@ -59,12 +59,12 @@ class CatalogueCopy:
             found = self.classifier.classify(sql)
         return found
 
-    def known(self, sql: str) -> Classification | None:
-        """The verdict on *sql*, if nothing has to be asked for it."""
-        if self._had < self._wanted or time.monotonic() - self._looked_at > LOOK_EVERY:
+    def known(self, sql: str, now: float) -> Classification | None:
+        """The verdict on *sql*, if nothing has to be asked for it *now*, a time of ``time.monotonic()``."""
+        if self._had < self._wanted or now - self._looked_at > LOOK_EVERY:
             return None
         found = self.classifier.classify(sql)
-        return None if found.reason.endswith(NOT_KNOWN) else found
+        return None if found.reason and found.reason.endswith(NOT_KNOWN) else found
 
     def changed(self) -> None:
         """The catalogue has changed, or may have: the next verdict waits for it to be read."""

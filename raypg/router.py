@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import asyncpg
 
 from raypg import messages
-from raypg.answers import answer_to, arguments_of, rows_with
+from raypg.answers import answer_of, arguments_of, failure_of, is_told
 from raypg.catalogue_copy import CatalogueCopy
 from raypg.checks import check_statement, check_timeout, checked_settings
 from raypg.core.classifier import Classification
-from raypg.core.nearest import did_you_mean
 from raypg.core.seen import Token
-from raypg.errors import ConfigError, RaypgError
+from raypg.errors import ConfigError
 from raypg.pool import WorkflowConnectionPool, check_pool, get_pool
 from raypg.reading import Served, where_of
-from raypg.router_sessions import Sessions
-from raypg.row import Row
+from raypg.router_metrics import RouterMetrics
+from raypg.router_request import check_request
+from raypg.router_sessions import RouterSession, Sessions
+from raypg.router_statements import RouterStatements
+
+if TYPE_CHECKING:
+    from raypg.dispatch import Dispatcher
+    from raypg.lease import LeasedConnection
 
 __all__ = ["QueryRouterNode"]
 
-_KEYS = frozenset(
-    ("query", "params", "parameters", "operation", "session_id", "max_staleness", "after", "timeout", "settings")
-) | {"fetch_mode"}
-_HISTORY = 100
 _MISSING = (
     asyncpg.UndefinedTableError,
     asyncpg.UndefinedColumnError,
@@ -38,10 +38,12 @@ _MISSING = (
 """What a replica says that is behind a change of the schema. (The primary's word is final.)"""
 
 
-class QueryRouterNode:
+class QueryRouterNode(RouterStatements):
     """Sends each statement where it belongs: proven reads to replicas, all else to the primary.
 
     It is a library in the caller's process: a statement takes the same one hop to a worker as by the pool itself.
+
+    Two ways in, as of the pool: :meth:`process`, whose answer says where it came from, and asyncpg's own words.
 
     Args:
         name: of this router; shows in its ``repr``.
@@ -98,11 +100,7 @@ class QueryRouterNode:
         self._pool: WorkflowConnectionPool | None = None
         self._catalogue = CatalogueCopy()
         self._sessions = Sessions(max_sessions)
-        self._counts: Counter[str] = Counter()
-        self._by_type: Counter[str] = Counter()
-        self._by_target: Counter[str] = Counter()
-        self._routing_seconds = 0.0
-        self._recent: deque[tuple[str, str, str | None, str]] = deque(maxlen=_HISTORY)
+        self._metrics = RouterMetrics()
 
     def __repr__(self) -> str:
         pool = self._given if isinstance(self._given, str) else self._given.name
@@ -135,43 +133,45 @@ class QueryRouterNode:
             LeaseLostError: the transaction of this session is gone. It is said once.
             UnavailableError: the database cannot be used now; what was asked for did not run.
         """
+        begun = 0.0
         try:
-            return await self._process(request)
-        except (RaypgError, TypeError, ValueError):
-            self._counts["errors"] += 1
-            raise
+            check_request(request)
+            query: str = request["query"]
+            arguments = arguments_of(request.get("params", request.get("parameters")))
+            place = await self._place(query, request.get("session_id"), request.get("after"), request.get("settings"))
+            staleness = request.get("max_staleness", self.max_staleness)
+            begun = time.monotonic()
+            outcome = await self._run(messages.BOTH, query, arguments, request.get("timeout"), staleness, place)
+        except Exception as error:
+            if not begun or not is_told(error):
+                self._metrics.raised(error)
+                raise
+            answer = failure_of(error, time.monotonic() - begun)
+        else:
+            answer = answer_of(query, request.get("fetch_mode", "all"), outcome, time.monotonic() - begun)
+        verdict, session, who = place.verdict, place.session, place.who
+        answer["routing_metadata"] = {
+            "target": who.target,
+            "replica": who.replica,
+            "query_type": verdict.query_type,
+            "complexity_score": verdict.complexity,
+            "routing_confidence": 0.5 if verdict.kind == "UNKNOWN" else 1.0,
+            "reason": verdict.reason,
+            "cache_hit": False,
+            "routing_time_ms": place.seconds * 1000,
+            "session_id": session.id or None,
+            "connection_id": None if session.lease is None else session.lease.connection_id,
+        }
+        return answer
 
     async def get_metrics(self) -> dict[str, Any]:
         """What this router has done: ``router_metrics`` (among them ``by_query_type``, ``by_target``, and
         ``replica_refusals``: reads that a replica would not run), ``cache_stats``, ``sessions``,
         ``active_transactions``, ``routing_history``."""
-        counts = self._counts
-        routed = self._by_target.total()
-        recent = [
-            {"query_type": kind, "target": target, "replica": replica, "reason": reason}
-            for kind, target, replica, reason in self._recent
-        ]
         return {
-            "router_metrics": {
-                "queries_routed": routed,
-                "cache_hits": 0,
-                "cache_misses": 0,
-                "routing_errors": counts["errors"],
-                "avg_routing_time_ms": self._routing_seconds * 1000 / routed if routed else float("nan"),
-                "by_query_type": dict(self._by_type),
-                "by_target": dict(self._by_target),
-                "replica_refusals": counts["refusals"],
-            },
-            "cache_stats": {
-                "total_entries": 0,
-                "total_usage": 0,
-                "hit_rate": 0.0,
-                "avg_usage_per_entry": 0.0,
-                "cache_size_bytes": 0,
-            },
+            **self._metrics.describe(),
             "sessions": len(self._sessions),
             "active_transactions": self._sessions.in_transaction,
-            "routing_history": {"total_decisions": routed, "recent_decisions": recent},
         }
 
     async def classify(self, query: str) -> Classification:
@@ -208,93 +208,143 @@ class QueryRouterNode:
             self._pool = get_pool(self._given) if isinstance(self._given, str) else self._given
         return self._pool
 
-    async def _process(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        given = _checked(request)
-        query: str = given["query"]
-        timeout: float | None = given.get("timeout")
-        session = self._sessions.find(given.get("session_id"))
-        if given.get("after") is not None:
-            session.seen.saw(session.seen.reads(), session.seen.token.joined(Token.parse(given["after"])))
-        arguments = arguments_of(given.get("params", given.get("parameters")))
-        settings = given.get("settings")
-        pool = self._handle()
+    async def _ask(
+        self,
+        mode: int,
+        query: str,
+        args: Any,
+        session_id: str | None,
+        max_staleness: float | None,
+        after: str | None,
+        timeout: float | None,
+        settings: Mapping[str, str] | None,
+    ) -> tuple[Any, Any]:
+        placed = False
+        try:
+            check_statement(query)
+            check_timeout(timeout)
+            if max_staleness is None:
+                max_staleness = self.max_staleness
+            else:
+                where_of("replica", max_staleness, None)
+            place = await self._place(query, session_id, after, settings)
+            placed = True
+            return await self._run(mode, query, args, timeout, max_staleness, place)
+        except Exception as error:
+            if not placed or not is_told(error):
+                self._metrics.raised(error)
+            raise
+
+    async def _place(self, query: str, session_id: object, after: Any, settings: Any) -> _Place:
+        """Decide where a statement is to run.
+
+        Raises:
+            ConfigError: *session_id*, *after* or *settings* is wrong.
+            LeaseLostError: the transaction of the session is gone.
+            UnavailableError: the catalogue is not known yet, and the database cannot be asked.
+        """
+        sessions = self._sessions
+        session = sessions.shared if session_id is None else sessions.find(session_id)
+        if after is not None:
+            session.seen.saw(session.seen.reads(), session.seen.token.joined(Token.parse(after)))
+        pool = self._pool or self._handle()
         dispatcher = pool._known
         if dispatcher is None or not dispatcher.is_here():
             dispatcher = await pool._dispatcher()
 
-        started = time.perf_counter()
-        verdict = self._catalogue.known(query) or await self._catalogue.classify(pool, query)
-        lease = await session.holds() if session.id else None
-        is_change = verdict.kind == "TRANSACTION" and verdict.statements == 1 and verdict.command not in _PREPARED
-        if settings and (lease is not None or is_change):
-            raise ConfigError("settings are for a statement outside of a transaction: inside, use SET LOCAL")
-        has_replicas = bool(dispatcher.config.replicas)
-        elsewhere = has_replicas and self.enable_read_write_split and lease is None and verdict.kind == "READ"
-        routing = time.perf_counter() - started
+        started = time.monotonic()
+        verdict = self._catalogue.known(query, started) or await self._catalogue.classify(pool, query)
+        lease = None if session_id is None else await session.holds()
+        checked = None
+        if settings:
+            if lease is not None or _is_change(verdict):
+                raise ConfigError("settings are for a statement outside of a transaction: inside, use SET LOCAL")
+            checked = checked_settings(settings)
+        return _Place(dispatcher, session, verdict, lease, checked, time.monotonic() - started)
 
-        who = _PRIMARY
-        checked = checked_settings(settings) if settings else None
+    async def _run(
+        self, mode: int, query: str, arguments: Any, timeout: float | None, max_staleness: float | None, place: _Place
+    ) -> tuple[Any, Any]:
+        """Run a statement there, and note who has answered, whatever came of it."""
+        verdict = place.verdict
+        try:
+            if verdict.kind != "READ" or place.lease is not None:
+                return await self._on_the_primary(mode, query, arguments, timeout, place)
+            dispatcher = place.dispatcher
+            if not dispatcher.config.replicas:  # what it sees, all see
+                return await dispatcher.run(mode, query, arguments, timeout, place.settings)
+            if not self.enable_read_write_split:
+                return await self._on_the_primary(mode, query, arguments, timeout, place)
+            return await self._on_a_replica(mode, query, arguments, timeout, max_staleness, place)
+        finally:
+            self._metrics.note(verdict, place.who, place.seconds)
 
-        async def on_a_replica() -> tuple[list[Row], str]:
-            nonlocal who
-            begun = session.seen.reads()
-            where = where_of("replica", given.get("max_staleness", self.max_staleness), begun[0])
-            assert where is not None
+    async def _on_a_replica(
+        self, mode: int, query: str, arguments: Any, timeout: float | None, max_staleness: float | None, place: _Place
+    ) -> tuple[Any, Any]:
+        session, dispatcher = place.session, place.dispatcher
+        begun = session.seen.reads()
+        where = max_staleness, begun[0].plain
+        try:
+            payload, names, who = await dispatcher.read(mode, query, arguments, timeout, place.settings, where)
+        except _MISSING:
             try:
-                (plain, status), names, who = await dispatcher.read(
-                    messages.BOTH, query, arguments, timeout, checked, where
-                )
-            except _MISSING:
-                (plain, status), names = await dispatcher.run(messages.BOTH, query, arguments, timeout, checked)
-                self._sessions.wrote(session)
-            else:
-                session.seen.saw(begun, who.token)
-            return rows_with(names, plain), status
-
-        async def on_the_primary() -> tuple[list[Row], str]:
-            if verdict.kind == "READ" and lease is None and not has_replicas:  # what it sees, all see
-                (plain, status), names = await dispatcher.run(messages.BOTH, query, arguments, timeout, checked)
-                return rows_with(names, plain), status
-            try:
-                if is_change:
-                    return await session.change(dispatcher, verdict, query, pool._users_name, self.session_timeout)
-                if lease is not None:
-                    return await session.run(lease, query, arguments, timeout, self.session_timeout)
-                (plain, status), names = await dispatcher.run(messages.BOTH, query, arguments, timeout, checked)
-                return rows_with(names, plain), status
+                return await dispatcher.run(mode, query, arguments, timeout, place.settings)
             finally:
                 self._sessions.wrote(session)
-                if verdict.kind == "DDL":
-                    session.has_ddl = True
-                if session.has_ddl and session.lease is None:
-                    session.has_ddl = False
-                    self._catalogue.changed()
-
-        run = on_a_replica if elsewhere else on_the_primary
-        answer = await answer_to(query, given.get("fetch_mode", "all"), run)
+        place.who = who
+        session.seen.saw(begun, who.token)
         if who.refused:
-            self._counts["refusals"] += 1
+            self._metrics.refusals += 1
             self._catalogue.classifier.learn(query, "a replica has refused it: it writes")
-        self._note(verdict, who, routing)
-        answer["routing_metadata"] = {
-            "target": who.target,
-            "replica": who.replica,
-            "query_type": verdict.query_type,
-            "complexity_score": verdict.complexity,
-            "routing_confidence": 0.5 if verdict.kind == "UNKNOWN" else 1.0,
-            "reason": verdict.reason,
-            "cache_hit": False,
-            "routing_time_ms": routing * 1000,
-            "session_id": session.id or None,
-            "connection_id": None if session.lease is None else session.lease.connection_id,
-        }
-        return answer
+        return payload, names
 
-    def _note(self, verdict: Classification, who: Served, seconds: float) -> None:
-        self._by_type[verdict.query_type] += 1
-        self._by_target[who.target] += 1
-        self._routing_seconds += seconds
-        self._recent.append((verdict.query_type, who.target, who.replica, verdict.reason))
+    async def _on_the_primary(
+        self, mode: int, query: str, arguments: Any, timeout: float | None, place: _Place
+    ) -> tuple[Any, Any]:
+        session, verdict, idle = place.session, place.verdict, self.session_timeout
+        try:
+            if _is_change(verdict):
+                users_name = self._handle()._users_name
+                return await session.change(mode, place.dispatcher, verdict, query, users_name, idle)
+            if place.lease is not None:
+                return await session.run(mode, place.lease, query, arguments, timeout, idle)
+            return await place.dispatcher.run(mode, query, arguments, timeout, place.settings)
+        finally:
+            self._sessions.wrote(session)
+            if verdict.kind == "DDL":
+                session.has_ddl = True
+            if session.has_ddl and session.lease is None:
+                session.has_ddl = False
+                self._catalogue.changed()
+
+
+class _Place:
+    """Where a statement is to run, and why; then who has answered it."""
+
+    __slots__ = ("dispatcher", "lease", "seconds", "session", "settings", "verdict", "who")
+
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        session: RouterSession,
+        verdict: Classification,
+        lease: LeasedConnection | None,
+        settings: messages.Settings,
+        seconds: float,
+    ) -> None:
+        self.dispatcher = dispatcher
+        self.session = session
+        self.verdict = verdict
+        self.lease = lease
+        self.settings = settings
+        self.seconds = seconds
+        self.who = _PRIMARY
+
+
+def _is_change(verdict: Classification) -> bool:
+    """Whether it begins, ends or divides a transaction."""
+    return verdict.kind == "TRANSACTION" and verdict.statements == 1 and verdict.command not in _PREPARED
 
 
 _PREPARED = ("COMMIT PREPARED", "ROLLBACK PREPARED")
@@ -303,29 +353,3 @@ _PRIMARY = Served("primary", None, False, Token())
 
 def _make(name: str, pool: Any, settings: dict[str, Any]) -> QueryRouterNode:
     return QueryRouterNode(name, pool, **settings)
-
-
-def _checked(request: object) -> Mapping[str, Any]:
-    """*request*, if its keys are right.
-
-    Raises:
-        ConfigError: they are not.
-        TypeError, StatementNotAllowedError: the query cannot travel.
-    """
-    if not isinstance(request, Mapping):
-        raise ConfigError(f"process() takes a dict with the key 'query', not {type(request).__name__}")
-    if not request.keys() <= _KEYS:
-        key = next(key for key in request if key not in _KEYS)
-        raise ConfigError(f"unknown key {key!r}{did_you_mean(str(key), _KEYS)}")
-    operation = request.get("operation", "execute")
-    if operation != "execute":
-        raise ConfigError(f"operation={operation!r}: a router knows only 'execute'")
-    if not isinstance(request.get("query"), str):
-        raise ConfigError("a request needs the key 'query', a string")
-    if "params" in request and "parameters" in request:
-        raise ConfigError("give params or parameters, not both: they mean the same")
-    check_statement(request["query"])
-    check_timeout(request.get("timeout"))
-    if "max_staleness" in request:
-        where_of("replica", request["max_staleness"], None)
-    return request

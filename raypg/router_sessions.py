@@ -8,12 +8,12 @@ import re
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
+from raypg import messages
 from raypg.core.classifier import Classification
 from raypg.core.seen import Session, Token
 from raypg.core.sql_text import blank
 from raypg.errors import ConfigError, LeaseLostError, StatementNotAllowedError
 from raypg.lease import LeasedConnection, acquire, raise_if_rolled_back
-from raypg.row import Row
 
 if TYPE_CHECKING:
     from raypg.dispatch import Dispatcher
@@ -68,12 +68,12 @@ class RouterSession:
         return self.lease
 
     async def run(
-        self, lease: LeasedConnection, query: str, arguments: tuple[Any, ...], timeout: float | None, idle: float
-    ) -> tuple[list[Row], str]:
+        self, mode: int, lease: LeasedConnection, query: str, arguments: Any, timeout: float | None, idle: float
+    ) -> tuple[Any, Any]:
         """Run a statement inside its transaction. Errors as :meth:`LeasedConnection.fetch`."""
         self._busy += 1
         try:
-            return await lease.execute_with_rows(query, arguments, timeout)
+            return await lease._run(mode, query, arguments, timeout)
         except LeaseLostError:
             self._forget(lease)
             raise
@@ -82,8 +82,8 @@ class RouterSession:
             self._wait(idle)
 
     async def change(
-        self, dispatcher: Dispatcher, verdict: Classification, query: str, name: str | None, idle: float
-    ) -> tuple[list[Row], str]:
+        self, mode: int, dispatcher: Dispatcher, verdict: Classification, query: str, name: str | None, idle: float
+    ) -> tuple[Any, Any]:
         """Begin a transaction, end it, or set and leave savepoints.
 
         Raises:
@@ -107,7 +107,7 @@ class RouterSession:
                 # In one message with the lease: a BEGIN that fails holds nothing.
                 self.lease = await acquire(dispatcher, None, None, query, name)
                 self._wait(idle)
-                return [], command
+                return _tag(mode, command)
             if lease is None:
                 raise StatementNotAllowedError(
                     f"{command}: session {self.id!r} has no open transaction; BEGIN one first"
@@ -117,12 +117,12 @@ class RouterSession:
                 status = await asyncio.shield(lease._end(_ENDS[command]))
                 if command == "COMMIT":
                     raise_if_rolled_back(status)
-                return [], command
-            rows, status = await self.run(lease, query, (), None, idle)
+                return _tag(mode, command)
+            outcome = await self.run(mode, lease, query, (), None, idle)
             if command == "PREPARE TRANSACTION":
                 self._forget(lease)
                 await lease.release()
-            return rows, status
+            return outcome
 
     def expire(self, idle: float) -> None:
         """Nothing was asked of its transaction for *idle* seconds."""
@@ -222,6 +222,13 @@ class Sessions:
                 del self._known[name]
                 self._all.saw(self._all.reads(), self._all.token.joined(session.seen.token))
                 over -= 1
+
+
+def _tag(mode: int, command: str) -> tuple[Any, None]:
+    """What a statement without rows gives."""
+    if mode == messages.BOTH:
+        return ([], command), None
+    return (command if mode == messages.STATUS else []), None
 
 
 _tasks: set[asyncio.Future[Any]] = set()
