@@ -70,6 +70,12 @@ class CatalogueCopy:
         """The catalogue has changed, or may have: the next verdict waits for it to be read."""
         self._wanted += 1
 
+    async def reread(self, pool: WorkflowConnectionPool) -> None:
+        """Look at the catalogue as it is now, not as it was when somebody began to look before."""
+        if self._looking is not None and not self._looking.done():
+            await asyncio.wait({self._looking})
+        await asyncio.shield(self._look(pool))
+
     def _look(self, pool: WorkflowConnectionPool) -> asyncio.Task[None]:
         loop = asyncio.get_running_loop()
         if self._looking is None or self._looking.done() or self._looking.get_loop() is not loop:

@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 from raypg import messages
 from raypg.cached_values import kept, key_of, names_the_clock, size_of
 from raypg.coherence import Coherence, coherence_of
+from raypg.core.patterns import Pattern, Patterns
 from raypg.core.result_cache import Entry, How, ResultCache
-from raypg.core.seen import WROTE, Session, Token
+from raypg.core.seen import NOTHING, PRIMARY, WROTE, Session, Token
 from raypg.reading import Served
 
 if TYPE_CHECKING:
@@ -37,10 +38,10 @@ if TYPE_CHECKING:
 __all__ = ["Asked", "RouterCache"]
 
 Outcome: TypeAlias = "tuple[Any, tuple[str, ...] | None]"
-Ask: TypeAlias = "Callable[[int, Token | None], Awaitable[tuple[Outcome, Served]]]"
+Ask: TypeAlias = "Callable[[int, Token], Awaitable[tuple[Outcome, Served]]]"
 """Runs the read on a server: in this mode, where it shows what this token has seen; tells who answered."""
 
-CACHED = Served("cache", None, False, Token())
+CACHED = Served("cache", None, False, NOTHING)
 """Who answers what is kept."""
 
 _SYSTEM = ('"pg_catalog".', '"information_schema".', '"pg_toast".', '"pg_temp')
@@ -54,6 +55,7 @@ class _Kept(NamedTuple):
         changeable: who gets it might change values in it, and gets copies.
         token: what who asked had seen then.
         by_primary: whether the primary answered.
+        pattern: of the statement, if that is watched.
         staleness: seconds that it may have been older than the primary's, as far as others than writers go.
     """
 
@@ -64,6 +66,7 @@ class _Kept(NamedTuple):
     token: Token
     by_primary: bool
     staleness: float
+    pattern: Pattern | None
 
 
 class _Flight:
@@ -104,12 +107,26 @@ class RouterCache:
         most_bytes: that they take together.
         ttl: seconds after which a result is asked for again.
         reread: reads the catalogue once more, so that verdicts from then on are those of now.
+        patterns: what is learnt of statements, also by what becomes of their results.
+
+    Attributes:
+        results: what is kept.
+        coalesced: calls that were given another one's answer.
+        unheld: results that were not used, as it was not certain that nobody had written.
     """
 
-    def __init__(self, most: int, most_bytes: int, ttl: float, reread: Callable[[], Awaitable[None]]) -> None:
+    def __init__(
+        self,
+        most: int,
+        most_bytes: int,
+        ttl: float,
+        reread: Callable[[], Awaitable[None]],
+        patterns: Patterns | None = None,
+    ) -> None:
         self.results: ResultCache[_Kept] = ResultCache(most, most_bytes, ttl, self._ended)
         self.coalesced = 0
         self.unheld = 0
+        self._patterns = patterns
         self._reread = reread
         self._flights: dict[Hashable, _Flight] = {}
         self._dispatcher: Dispatcher | None = None
@@ -131,6 +148,10 @@ class RouterCache:
         entry = self.results.find(key, now)
         if entry is None or not self._suits(entry, asked, now):
             return None
+        patterns, pattern = self._patterns, entry.value.pattern
+        if patterns is not None and pattern is not None:
+            patterns.called(now)
+            pattern.hit(now)
         return self._given(entry, asked)
 
     async def read(self, dispatcher: Dispatcher, asked: Asked, ask: Ask) -> tuple[Outcome, Served]:
@@ -156,7 +177,11 @@ class RouterCache:
             flight = self._flights.get(key)
         mark = coherence.mark()
         keeps = (
-            key is not None and _is_cacheable(asked) and coherence.may_keep(tables) and self._knows_catalogue(coherence)
+            key is not None
+            and _is_cacheable(asked)
+            and self._is_worth_it(asked)
+            and coherence.may_keep(tables)
+            and self._knows_catalogue(coherence)
         )
         if mark != self._mark:
             self._everybody.wrote()
@@ -196,6 +221,14 @@ class RouterCache:
         in_time = asked.timeout is None or (flight.timeout is not None and flight.timeout <= asked.timeout)
         return in_time and self._coherence is not None and self._coherence.unchanged(tables, flight.mark)
 
+    def _is_worth_it(self, asked: Asked) -> bool:
+        """Whether keeping the result gains anything, as far as is known."""
+        patterns = self._patterns
+        if patterns is None:
+            return True
+        now = time.monotonic()
+        return patterns.of(asked.query, now).is_worth_keeping(now)
+
     def _suits(self, entry: Entry[_Kept], asked: Asked, now: float, shared: bool = False) -> bool:
         """Whether *entry* shows who asks all that it must.
 
@@ -217,15 +250,12 @@ class RouterCache:
     def _given(self, entry: Entry[_Kept], asked: Asked) -> Outcome:
         """What *entry* gives to one caller."""
         self.results.used(entry)
-        value = entry.value
-        seen = asked.session.seen
-        if seen.token is not value.token and seen.token != value.token:
+        value, seen = entry.value, asked.session.seen
+        if value.token is not NOTHING and value.token is not seen.token and value.token != seen.token:
             seen.saw(seen.reads(), seen.token.joined(value.token))
         rows = copy.deepcopy(value.rows) if value.changeable else value.rows
         if asked.mode == messages.BOTH:
             return (rows, value.status), value.names
-        if asked.mode == messages.ROW:
-            return (rows[0] if rows else None), value.names
         return rows, value.names
 
     # --- keeping ---
@@ -234,23 +264,24 @@ class RouterCache:
         self, asked: Asked, key: Hashable, tables: frozenset[str], outcome: Outcome, who: Served, now: float
     ) -> Entry[_Kept] | None:
         payload, names = outcome
-        if asked.mode == messages.ROW:
-            rows, status = ([] if payload is None else [payload]), ""
-        else:
-            rows, status = payload
+        rows, status = (payload, "") if asked.mode == messages.ROW else payload
         ours = kept(rows)
         if ours is None or who.refused:
             return None
         by_primary = who.target == "primary"
         age = asked.max_staleness
         staleness = 0.0 if by_primary else float("inf") if age is None else age
-        value = _Kept(ours[0], names, status, ours[1], who.token, by_primary, staleness)
+        token = who.token
+        if by_primary and self._dispatcher is not None and self._dispatcher.config.replicas:
+            token = token.having_seen(PRIMARY)
+        pattern = None if self._patterns is None else self._patterns.of(asked.query, now)
+        value = _Kept(ours[0], names, status, ours[1], token, by_primary, staleness, pattern)
         size = size_of(value.rows) + size_of(asked.query) + size_of(asked.arguments)
         self.results.keep(key, value, tables, size, now)
         # What is too large to be kept is good for who waits for it all the same.
         return Entry(key, value, tables, size, now, now)
 
-    async def invalidate(self, tables: frozenset[str] | None) -> int:
+    def invalidate(self, tables: frozenset[str] | None) -> int:
         """Forget what came from these tables, or everything; what is under way now is not kept either."""
         self._generation += 1
         self._everybody.wrote()
@@ -292,7 +323,9 @@ class RouterCache:
             self.results.drop(tables)
 
     def _ended(self, entry: Entry[_Kept], how: How) -> None:
-        pass
+        pattern = entry.value.pattern
+        if pattern is not None and how != "replaced":
+            pattern.ended(entry.uses, how == "invalidated", time.monotonic())
 
     def _knows_catalogue(self, coherence: Coherence) -> bool:
         """Whether verdicts are those of the catalogue as it is now; if not, it is read, for the next time."""

@@ -25,6 +25,9 @@ LEAST: Final = 8.0
 TRY_EVERY: Final = 16
 """What was learnt to be of no use is tried again each so many times: the load may have changed."""
 
+SLOWER: Final = 1.5
+"""How much longer than the best a replica takes that is asked only if no other will do."""
+
 AVERAGED_OVER: Final = 64.0
 """Observations that a mean is taken over."""
 
@@ -56,6 +59,7 @@ class Pattern:
     """
 
     __slots__ = (
+        "_asked_slow",
         "_at",
         "_targets",
         "_tries",
@@ -76,7 +80,7 @@ class Pattern:
         self.count = self.kept = self.used = self.dropped = self.saved = 0.0
         self._targets: dict[str, list[float]] = {}  # target → [asked, seconds, rows], aged
         self._at = now
-        self._tries = 0
+        self._tries = self._asked_slow = 0
 
     def _age(self, now: float) -> None:
         if now - self._at < 1.0:
@@ -136,6 +140,17 @@ class Pattern:
         """Target → seconds that a call takes there, of the targets of which that was learnt."""
         return {target: seconds for target, (asked, seconds, _) in self.by_target().items() if asked >= LEAST}
 
+    def slow_ones(self, now: float) -> tuple[str, ...]:
+        """See :meth:`Patterns.slow_ones`."""
+        self._age(now)
+        known = {target: seconds for target, seconds in self.expected().items() if target != "primary"}
+        limit = min(known.values(), default=0.0) * SLOWER
+        slow = tuple(sorted(target for target, seconds in known.items() if seconds > limit))
+        if not slow:
+            return ()
+        self._asked_slow += 1
+        return slow if self._asked_slow % TRY_EVERY else ()
+
     @property
     def keeping_gains(self) -> float | None:
         """Seconds that one kept result saves all in all, what keeping takes taken off; None = not learnt."""
@@ -187,6 +202,12 @@ class Patterns:
         if len(self._by_text) > 4 * self._most:
             self._by_text.popitem(last=False)
         return found
+
+    def slow_ones(self, sql: str, now: float) -> tuple[str, ...]:
+        """The replicas that take :data:`SLOWER` times as long for *sql* as the best of them, sorted; none each so many
+        times, to find out whether that still holds. It also counts the call."""
+        self.called(now)
+        return self.of(sql, now).slow_ones(now)
 
     def called(self, now: float) -> None:
         """Some statement was called."""
