@@ -135,7 +135,7 @@ class Coherence:
         self._drop(None)
         self._holding.begin_anew()
         with contextlib.suppress(*_compat.ActorGone, TimeoutError):  # it gives up who is not heard, too
-            await asyncio.wait_for(self._dispatcher.pool.leave.remote(self._who), AGAIN_AFTER)
+            await asyncio.wait_for(self._dispatcher.pool.want.remote(self._who, None), AGAIN_AFTER)
 
     # --- inside ---
 
@@ -160,9 +160,10 @@ class Coherence:
                 self._begin_anew()
                 continue
             before = holding.mark
-            for tables in holding.heard(sent, *answer):
+            renews, events, _ = answer
+            for tables in holding.heard(sent, renews, events):
                 self._drop(None if tables is None else frozenset(tables))
-            if holding.mark != before and any(kind == "share" and CATALOGUE in (t or ()) for _, kind, t in answer[1]):
+            if holding.mark != before and any(kind == "share" and CATALOGUE in (t or ()) for _, kind, t in events):
                 self.catalogue += 1
         self._drop(None)
         holding.begin_anew()
