@@ -31,7 +31,7 @@ SLOWER: Final = 1.5
 AVERAGED_OVER: Final = 64.0
 """Observations that a mean is taken over."""
 
-LEAST_GAIN: Final = 1.1
+LEAST_GAIN: Final = 1.05
 """How much faster reads must be together than one by one."""
 
 KEEP_SECONDS: Final = 30e-6
