@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import sys
 import time
@@ -19,6 +20,15 @@ __all__ = ["ROWS", "make_tables", "run", "summary"]
 ROWS = 12
 """Of each of the two tables: few, so that the same are read and written again and again."""
 
+PERIOD = 2.0
+"""Seconds from one time of writing to a table to the next."""
+
+WRITING = 0.15
+"""Share of the period in which it is written to."""
+
+THINKS = 0.02
+"""Seconds, at most, that a caller waits after what a cache has answered: else nearly all calls would be of that kind."""
+
 ONE = "SELECT id, n FROM {schema}.a WHERE id = $1"
 SEVERAL = "SELECT id, n FROM {schema}.a WHERE id <= $1 ORDER BY id"
 OTHER = "SELECT id, n FROM {schema}.b_view WHERE id = $1"
@@ -31,6 +41,11 @@ async def make_tables(execute: Any, schema: str) -> None:
         await execute(f"CREATE TABLE {schema}.{table} (id int PRIMARY KEY, n int NOT NULL)")
         await execute(f"INSERT INTO {schema}.{table} SELECT g, 0 FROM generate_series(1, {ROWS}) g")
     await execute(f"CREATE VIEW {schema}.b_view AS SELECT id, n FROM {schema}.b")
+
+
+def _is_time_to_write(table: str) -> bool:
+    """Each table is written to for a while, and then for a while not: else nothing could be kept, or nothing dropped."""
+    return (time.monotonic() / PERIOD + "ab".index(table) / 2) % 1.0 < WRITING
 
 
 class _Session:
@@ -46,16 +61,19 @@ class _Session:
 
     async def call(self) -> None:
         choice, row = self._rng.random(), min(self._rng.randint(1, ROWS), self._rng.randint(1, ROWS))
-        if choice < 0.60:
-            await self._read(ONE, row, "a")
-        elif choice < 0.70:
-            await self._read(SEVERAL, row, "a")
-        elif choice < 0.85:
-            await self._read(OTHER, row, "b")
-        elif choice < 0.97:
-            await self._change(self._rng.choice("ab"), row)
-        else:
+        table = self._rng.choice("ab")
+        if choice < 0.25 and _is_time_to_write(table):
+            await self._change(table, row)
+        elif choice < 0.28 and _is_time_to_write(table):
             await self._change_two(row)
+        elif choice < 0.40:
+            await self._read(SEVERAL, row, "a")
+        elif choice < 0.70:
+            await self._read(ONE, row, "a")
+        else:
+            await self._read(OTHER, row, "b")
+        if self.calls[-1].how == "cache":
+            await asyncio.sleep(self._rng.random() * THINKS)
 
     async def _ask(self, query: str, *params: Any, **more: Any) -> tuple[list[dict[str, Any]], str]:
         answer = await self._router.process({"query": query, "params": params, **more})
@@ -98,12 +116,12 @@ class _Process:
     """One process with a router of its own."""
 
     def __init__(self, pool: str, number: int, seed: str, deaf: bool) -> None:
-        self._router = QueryRouterNode(f"of process {number}", pool, cache_size=1000, pattern_learning=not deaf)
+        self._router = QueryRouterNode(f"of process {number}", pool, cache_size=1000, pattern_learning=number % 2 == 1)
         self._number = number
         self._rng = random.Random(f"{seed}:{number}")
         self._deaf = deaf
 
-    async def run(self, schema: str, sessions: int, calls: int) -> list[tuple[Any, ...]]:
+    async def run(self, schema: str, sessions: int, calls: int, within: float) -> list[tuple[Any, ...]]:
         await self._router.fetch(ONE.format(schema=schema), 1)
         if self._deaf:
             cache: Any = self._router._cache
@@ -113,8 +131,12 @@ class _Process:
             for index in range(sessions)
         ]
 
+        until = time.monotonic() + within
+
         async def work(caller: _Session) -> None:
             for _ in range(calls // sessions):
+                if time.monotonic() > until:
+                    break
                 await caller.call()
 
         await asyncio.gather(*(work(caller) for caller in callers))
@@ -133,13 +155,15 @@ async def run(
     *,
     seed: str,
     processes: int = 4,
-    sessions: int = 16,
+    sessions: int = 8,
+    within: float = math.inf,
     deaf: bool = False,
 ) -> tuple[list[Operation], list[dict[str, Any]]]:
     """Make about *calls* calls from that many processes, all at the same time.
 
     Args:
         sessions: callers in each process.
+        within: seconds after which they end, however many calls there were.
         deaf: the caches do not do what they are told of writes: for tests of the checker.
 
     Returns:
@@ -147,7 +171,9 @@ async def run(
     """
     actors = [_Process.remote(pool.name, number, seed, deaf) for number in range(processes)]
     try:
-        histories = await asyncio.gather(*(actor.run.remote(schema, sessions, calls // processes) for actor in actors))
+        histories = await asyncio.gather(
+            *(actor.run.remote(schema, sessions, calls // processes, within) for actor in actors)
+        )
         statistics = await asyncio.gather(*(actor.statistics.remote() for actor in actors))
     finally:
         for actor in actors:

@@ -38,22 +38,22 @@ async def test_histories_of_four_processes_are_those_of_one_database(
     late: WorkflowConnectionPool, schema: str, direct: asyncpg.Connection, rng: random.Random
 ) -> None:
     await make_tables(direct.execute, schema)
-    history, statistics = await run(late, schema, 6_000, seed=str(rng.random()))
+    history, statistics = await run(late, schema, 8_000, seed=str(rng.random()), within=6.0)
     shown = summary(history, statistics)
     print(shown)
     assert check(history) == []
-    assert len(history) > 5_000
     # It was put to the test: all ways of answering were gone, and writes came in between.
+    assert shown["writes"] > 50
     assert shown["from caches"] > 0.02
     assert shown["from replicas"] > 0.02
-    assert shown["invalidations"] > 50
+    assert shown["invalidations"] > 20
 
 
 async def test_caches_that_are_told_nothing_of_writes_are_found_out(
     late: WorkflowConnectionPool, schema: str, direct: asyncpg.Connection, rng: random.Random
 ) -> None:
     await make_tables(direct.execute, schema)
-    history, _ = await run(late, schema, 3_000, seed=str(rng.random()), deaf=True)
+    history, _ = await run(late, schema, 4_000, seed=str(rng.random()), within=4.0, deaf=True)
     problems = check(history)
     assert problems
     assert any("(cache)" in problem and "was acknowledged before it began" in problem for problem in problems)
