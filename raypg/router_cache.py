@@ -19,12 +19,14 @@ from __future__ import annotations
 import asyncio
 import copy
 import time
+import weakref
 from collections.abc import Awaitable, Callable, Hashable
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from raypg import messages
+from raypg.cache_reporting import Reporter
 from raypg.cached_values import kept, key_of, names_the_clock, size_of
-from raypg.coherence import Coherence, coherence_of
+from raypg.coherence import Coherence, OnChange, coherence_of
 from raypg.core.patterns import Pattern, Patterns
 from raypg.core.result_cache import Entry, How, ResultCache
 from raypg.core.seen import NOTHING, PRIMARY, WROTE, Session, Token
@@ -134,6 +136,7 @@ class RouterCache:
         self._everybody = Session()  # what any of us has seen: for reads whose results all may be given
         self._mark = -1
         self._catalogue = 0
+        self._reporter: Reporter | None = None
         self._rereading: asyncio.Task[None] | None = None
         self._generation = 0  # of what may be kept: what was asked for before may be too old
 
@@ -289,11 +292,23 @@ class RouterCache:
 
     async def close(self) -> None:
         """Keep nothing any more, and hear of no writes."""
-        coherence, self._coherence, self._dispatcher = self._coherence, None, None
+        reporter, self._reporter = self._reporter, None
+        self._coherence = self._dispatcher = None
         self._changed(None)
-        if coherence is not None:
-            coherence.forget(self._changed)
-            await coherence.close()
+        if reporter is not None:
+            await reporter.close()
+
+    def totals(self) -> dict[str, int]:
+        """What is told to the Metrics actor; see :mod:`raypg.core.cache_figures`."""
+        counts = self.results.counts
+        return {
+            "cache_hits": counts["hits"],
+            "cache_misses": counts["misses"],
+            "cache_invalidations": counts["invalidated"],
+            "cache_evictions": counts["evicted"],
+            "cache_entries": len(self.results),
+            "cache_bytes": self.results.bytes,
+        }
 
     def describe(self) -> dict[str, Any]:
         """What is kept, and what it was good for: see :meth:`ResultCache.statistics`; ``coalesced``: calls that were
@@ -305,14 +320,15 @@ class RouterCache:
 
     async def _attach(self, dispatcher: Dispatcher) -> None:
         """Go by what is heard through *dispatcher*: what came by another one may be of another database."""
-        before, self._dispatcher = self._coherence, dispatcher
+        before, self._dispatcher = self._reporter, dispatcher
         self._changed(None)
         coherence = self._coherence = coherence_of(dispatcher)
         self._mark, self._catalogue, self._everybody = -1, 0, Session()
-        coherence.on_change(self._changed)
+        listener = _listener(weakref.ref(self))
+        coherence.on_change(listener)
+        self._reporter = Reporter(self, dispatcher, coherence, listener)
         await coherence.start()
         if before is not None:
-            before.forget(self._changed)
             await before.close()
 
     def _changed(self, tables: frozenset[str] | None) -> None:
@@ -344,6 +360,15 @@ class RouterCache:
 
 
 _MODES = frozenset((messages.FETCH, messages.ROW, messages.BOTH))
+
+
+def _listener(cache: weakref.ref[RouterCache]) -> OnChange:
+    def changed(tables: frozenset[str] | None) -> None:
+        known = cache()
+        if known is not None:
+            known._changed(tables)
+
+    return changed
 
 
 def _is_cacheable(asked: Asked) -> bool:

@@ -125,7 +125,7 @@ class _Process:
         await self._router.fetch(ONE.format(schema=schema), 1)
         if self._deaf:
             cache: Any = self._router._cache
-            cache._coherence.forget(cache._changed)
+            cache._coherence.forget(cache._reporter._listener)
         callers = [
             _Session(self._router, schema, f"{self._number}.{index}", random.Random(self._rng.random()))
             for index in range(sessions)
