@@ -47,7 +47,7 @@ class AuthorityLine(Line):
 
     async def talk(self) -> None:
         self._pool = pool = cluster.find(self.pool)
-        writes, intents, holding = self._writes, self._writes.intents, self._writes.holding
+        writes, intents, holding = self._writes, self._writes.intents, self._writes.reach.holding
         holding.begin_anew()
         who = f"worker:{secrets.token_hex(8)}"
         while True:
@@ -69,7 +69,7 @@ class AuthorityLine(Line):
             intents.word = now
             for _ in holding.heard(sent, renews, events):
                 pass  # whether what it knows of the catalogue holds, a worker asks before it uses it
-            writes.heard()
+            writes.reach.heard()
 
     async def _ask(self, numbered: Mapping[int, str]) -> bool:
         pool = self._pool

@@ -319,7 +319,7 @@ class Membership:
         try:
             state = await member.handle.ping.remote(
                 number, member.incarnation, grant, member.clock, least, gone, len(self.members), self.epoch,
-                self.authority.era, lost,
+                lost, self.authority.era,
             )  # fmt: skip
         except _compat.ActorEnded:
             if self.members.get(member.index) is member:

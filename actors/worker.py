@@ -102,8 +102,8 @@ class PoolWorker:
         gone: list[tuple[int, int]],
         workers: int,
         epoch: int,
-        era: int,
         lost: bool = False,
+        era: int = 0,
     ) -> dict[str, Any]:
         """Take a share of the budget, and say how things stand.
 
@@ -118,8 +118,8 @@ class PoolWorker:
             gone: given-up backends that their server does not show any more: (server, process id).
             workers: how many there are.
             epoch: of the membership.
-            era: in which the version authority must be asked before a write; 0 if it need not.
             lost: we were not heard for so long that everybody was told to go elsewhere: nobody knows of our leases.
+            era: in which the version authority must be asked before a write; 0 if it need not.
         """
         if lost:
             for lease in self._engine.leases:

@@ -64,6 +64,8 @@ class Facts:
         operators, types: by bare name, those that are not harmless.
         unsteady: names of operators and types behind which are functions that are not steady, or read tables; an empty
             one among them: any statement may come by such a function.
+        families: of tables that are partitions, inherit, or are inherited from: the head of their family, which stands
+            for all of them wherever it is said which tables a read came from.
         distrust: why nothing can be proven; empty as a rule.
     """
 
@@ -73,6 +75,7 @@ class Facts:
     operators: dict[str, Trouble] = field(default_factory=dict)
     types: dict[str, Trouble] = field(default_factory=dict)
     unsteady: frozenset[str] = frozenset()
+    families: dict[Name, Name] = field(default_factory=dict)
     distrust: str = ""
 
     def call(self, schema: str, name: str) -> tuple[Trouble | None, bool]:

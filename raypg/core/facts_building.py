@@ -102,7 +102,7 @@ def build(rows: Mapping[str, Iterable[Mapping[str, Any]]], tainted: Mapping[str,
 
     Args:
         rows: ``settings``, ``builtin``, ``relations``, ``functions``, ``operators``, ``casts``, ``domains``,
-            ``classes``; see :mod:`raypg.server.facts_reader`.
+            ``classes``, ``inherits``; see :mod:`raypg.server.facts_reader`.
         tainted: of earlier rounds, for each type that is not harmless, what it is part of: ``(types, relations)`` by
             name. :func:`seeds` says for which types it is wanted.
     """
@@ -111,7 +111,8 @@ def build(rows: Mapping[str, Iterable[Mapping[str, Any]]], tainted: Mapping[str,
         if row["strings"] != "on":
             # Then a backslash may hide the end of a string from us: 'a\\', nextval('s') --'
             facts.distrust = "standard_conforming_strings is off, so texts mean something else to the server"
-    relations = [_relation_item(row) for row in rows["relations"]]
+    facts.families = _families(rows.get("inherits", ()))
+    relations = [_relation_item(row, facts.families) for row in rows["relations"]]
     called = [_function_item(row) for row in rows["functions"]]
     operators, types = _operator_items(rows), _type_items(rows)
     items = [*called, *operators, *types, *relations]
@@ -191,7 +192,21 @@ _PERSISTENCE: Final = {
 }
 
 
-def _relation_item(row: Mapping[str, Any]) -> _Item:
+def _families(rows: Iterable[Mapping[str, Any]]) -> dict[Name, Name]:
+    """The head of the family of each table that has one: of those without a parent the first by name."""
+    joined: dict[Name, set[Name]] = {}
+    children: set[Name] = set()
+    for row in rows:
+        child, parent = (row["schema"], row["name"]), (row["parent_schema"], row["parent"])
+        children.add(child)
+        family = joined.get(child, {child}) | joined.get(parent, {parent})
+        for member in family:
+            joined[member] = family
+    heads = {id(family): min(family - children or family) for family in joined.values()}
+    return {member: heads[id(family)] for member, family in joined.items()}
+
+
+def _relation_item(row: Mapping[str, Any], families: Mapping[Name, Name]) -> _Item:
     name: str = row["name"]
     trouble = _KINDS.get(row["kind"]) or _PERSISTENCE.get(row["persistence"])
     if row["parts"]:
@@ -204,7 +219,7 @@ def _relation_item(row: Mapping[str, Any]) -> _Item:
     if row["definition"]:
         item.texts.append(mentions(row["definition"]))
     else:
-        item.own = ((row["schema"], name),)
+        item.own = (families.get((row["schema"], name), (row["schema"], name)),)
     item.texts += [mentions(f"SELECT {policy}") for policy in row["policies"] or ()]
     return item
 

@@ -23,9 +23,9 @@ from raypg.core.sql_text import quoted
 from raypg.server import _asyncpg, pooler, witness
 from raypg.server.begin import begin_with
 from raypg.server.guard import Guard
+from raypg.server.held import Held
 from raypg.server.outcomes import ConnectionLost, last_words, outcome_of, timed_out
 from raypg.server.pipelining import Pipeline, Prepared, Told
-from raypg.server.writes import Held
 
 CANCEL_GRACE = 5.0
 """Seconds that a server may take to answer a cancel request before its connection is given up."""

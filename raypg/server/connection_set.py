@@ -15,7 +15,7 @@ from raypg.server.connection import ServerConnection
 from raypg.server.guard import Guard
 
 if TYPE_CHECKING:
-    from raypg.server.writes import Held
+    from raypg.server.held import Held
 
 logger = logging.getLogger(__name__)
 

@@ -12,12 +12,12 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from raypg.core.coherence import EVERYTHING
-from raypg.core.holding import CATALOGUE, Holding
+from raypg.core.holding import CATALOGUE
 from raypg.core.intents import Intent, Intents
-from raypg.core.mentions import mentions
 from raypg.core.sql_text import quoted_name
 from raypg.errors import UnavailableError
+from raypg.server.held import Held
+from raypg.server.write_reach import WriteReach
 
 if TYPE_CHECKING:
     from raypg.server.connection import ServerConnection
@@ -36,30 +36,6 @@ LOOK_EVERY = 0.1
 
 AGAIN_AFTER = 0.05
 """Seconds until the authority is asked again."""
-
-MOST_TEXTS = 4096
-"""Statements whose tables are remembered."""
-
-
-class Held:
-    """What one connection is writing to."""
-
-    __slots__ = ("_writes", "intents")
-
-    def __init__(self, writes: Writes) -> None:
-        self._writes = writes
-        self.intents: dict[str, Intent] = {}
-
-    def settle(self, connection: ServerConnection) -> None:
-        """A statement is over: so is all that *connection* wrote, unless a transaction is open. Of one that is lost
-        whoever drops it says so."""
-        if not connection.raw.is_closed() and not connection.raw.is_in_transaction():
-            self.end()
-
-    def end(self) -> None:
-        """It is over, whatever came of it."""
-        intents, self.intents = self.intents, {}
-        self._writes.intents.leave(list(intents.values()), time.monotonic())
 
 
 class Writes:
@@ -80,11 +56,10 @@ class Writes:
         self.watched = False
         self.messages = 0
         self.intents = Intents(life)
-        self.holding = Holding()
+        self.reach = WriteReach(engine)
         self.ask: Ask | None = None
         self._new: list[Intent] = []
         self._waiting: dict[Intent, asyncio.Future[None]] = {}
-        self._texts: dict[str, frozenset[str]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     # --- for whoever sends statements ---
@@ -96,14 +71,14 @@ class Writes:
         Raises:
             UnavailableError: that cannot be found out; nothing may be sent.
         """
-        tables = frozenset().union(*map(self.tables_of, texts))
+        tables = frozenset().union(*map(self.reach.tables_of, texts))
         await self.begin_on(connection, tables)
 
     async def begin_on(self, connection: ServerConnection, tables: Iterable[str]) -> None:
         """The same for tables. Errors as there."""
         held = connection.held
         if held is None:
-            held = connection.held = Held(self)
+            held = connection.held = Held(self.intents)
         new = self.intents.enter([table for table in tables if table not in held.intents])
         held.intents |= {intent.table: intent for intent in new}
         waiting = [intent for intent in held.intents.values() if not intent.allowed]
@@ -118,20 +93,11 @@ class Writes:
                 self._new.append(intent)
         await asyncio.gather(*(asyncio.shield(self._waiting[intent]) for intent in waiting if not intent.allowed))
 
-    def tables_of(self, text: str) -> frozenset[str]:
-        """The tables that a statement may write to."""
-        known = self._texts.get(text)
-        if known is None:
-            if len(self._texts) >= MOST_TEXTS:
-                self._texts.clear()
-            known = self._texts[text] = _tables_of(text)
-        return known
-
     def tables_of_batch(self, into: tuple[str | None, str]) -> frozenset[str]:
         """The tables that a batch of :mod:`raypg.server.writing` may be written to: its own, and the ledger's."""
         own = quoted_name(into[0], into[1]) if into[0] else quoted_name(into[1])
         texts = (f"TRUNCATE {own}", "TRUNCATE raypg.batches", "TRUNCATE raypg.quarantine")
-        return frozenset().union(*map(self.tables_of, texts))
+        return frozenset().union(*map(self.reach.tables_of, texts))
 
     # --- for the line to the authority ---
 
@@ -147,14 +113,11 @@ class Writes:
         elif not before:
             self._catch_up()
 
-    def heard(self) -> None:
-        """The authority has answered."""
-
     def _catch_up(self) -> None:
         """What runs already was not announced."""
         for connection in filter(self._engine.connections.is_in_use, self._engine.connections):
             if connection.lease is None or connection.busy or connection.raw.is_in_transaction():
-                held = connection.held = connection.held or Held(self)
+                held = connection.held = connection.held or Held(self.intents)
                 if CATALOGUE not in held.intents:
                     held.intents[CATALOGUE] = self.intents.enter((CATALOGUE,))[0]
                 if connection.lease is None:
@@ -162,7 +125,7 @@ class Writes:
         self._engine.connections.hold_unconfirmed(lambda: self._hold_of(CATALOGUE))
 
     def _hold_of(self, table: str) -> Held:
-        held = Held(self)
+        held = Held(self.intents)
         held.intents[table] = self.intents.enter((table,))[0]
         return held
 
@@ -232,19 +195,3 @@ class Writes:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-_CHANGES = frozenset(("INSERT", "UPDATE", "DELETE", "MERGE", "COPY", "TRUNCATE"))
-_NOTHING = frozenset(
-    ("SHOW", "SET", "RESET", "BEGIN", "START TRANSACTION", "COMMIT", "ROLLBACK", "SAVEPOINT", "RELEASE", "LISTEN")
-) | {"UNLISTEN", "NOTIFY", "LOCK TABLE"}
-
-
-def _tables_of(text: str) -> frozenset[str]:
-    """Without knowing anything of the catalogue."""
-    said = mentions(text)
-    if said.statements == 1 and said.command in _NOTHING:
-        return frozenset()
-    if said.command in _CHANGES:
-        return frozenset((EVERYTHING,))
-    return frozenset((CATALOGUE,))

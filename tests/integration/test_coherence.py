@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TypeAlias
 
+import asyncpg
+import pyarrow as pa
 import pytest
+from pools import pipeline_of
 from waiting import eventually
 
 from raypg import WorkflowConnectionPool
 from raypg.coherence import Coherence, coherence_of
+
+Write: TypeAlias = "Callable[[WorkflowConnectionPool, str], Awaitable[object]]"
 
 
 def shown(table: str) -> frozenset[str]:
@@ -25,17 +30,146 @@ async def coherence(pool: WorkflowConnectionPool) -> AsyncIterator[Coherence]:
     await found.close()
 
 
-async def test_a_write_takes_back_what_is_held_before_it_is_sent(
+async def held(coherence: Coherence, tables: frozenset[str]) -> int:
+    """Wait until *tables* are shared; the mark from which on they are."""
+    await eventually(lambda: coherence.may_keep(tables))
+    return coherence.mark()
+
+
+async def execute(pool: WorkflowConnectionPool, table: str) -> None:
+    await pool.execute(f"insert into {table} values (1)")
+
+
+async def executemany(pool: WorkflowConnectionPool, table: str) -> None:
+    await pool.executemany(f"insert into {table} values ($1)", [(1,), (2,)])
+
+
+async def fetch(pool: WorkflowConnectionPool, table: str) -> None:
+    await pool.fetch(f"with new as (insert into {table} values (1) returning id) select * from new")
+
+
+async def lease(pool: WorkflowConnectionPool, table: str) -> None:
+    async with pool.acquire() as connection:
+        await connection.execute(f"insert into {table} values (1)")
+
+
+async def prepared(pool: WorkflowConnectionPool, table: str) -> None:
+    async with pool.acquire() as connection:
+        statement = await connection.prepare(f"insert into {table} values ($1)")
+        await statement.fetch(1)
+
+
+async def cursor(pool: WorkflowConnectionPool, table: str) -> None:
+    async with pool.transaction() as transaction:
+        async for _ in transaction.cursor(f"insert into {table} values (1) returning id"):
+            pass
+
+
+async def transaction(pool: WorkflowConnectionPool, table: str) -> None:
+    async with pool.transaction() as tx:
+        await tx.execute(f"insert into {table} values (1)")
+
+
+async def several(pool: WorkflowConnectionPool, table: str) -> None:
+    async with pool.acquire() as connection:
+        await connection.execute(f"select 1; insert into {table} values (1); select 2")
+
+
+async def pipeline(pool: WorkflowConnectionPool, table: str, strategy: str = "best_effort") -> None:
+    node = pipeline_of(pool, strategy=strategy)
+    for number in range(10):
+        await node.add_query(f"insert into {table} values ($1)", [number])
+    assert all(result.success for result in await node.flush())
+    await node.close()
+
+
+async def transactional(pool: WorkflowConnectionPool, table: str) -> None:
+    await pipeline(pool, table, "transactional")
+
+
+async def sequential(pool: WorkflowConnectionPool, table: str) -> None:
+    await pipeline(pool, table, "sequential")
+
+
+async def ingest(pool: WorkflowConnectionPool, table: str) -> None:
+    node = pipeline_of(pool)
+    await node.write(pa.table({"id": [1, 2, 3]}), into=table)
+    await node.close()
+
+
+async def ddl(pool: WorkflowConnectionPool, table: str) -> None:
+    await pool.execute(f"alter table {table} add column more int")
+
+
+async def block(pool: WorkflowConnectionPool, table: str) -> None:
+    await pool.execute(f"do $$ begin insert into {table} values (1); end $$")
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        execute, executemany, fetch, lease, prepared, cursor, transaction, several, pipeline, transactional,
+        sequential, ingest, ddl, block,
+    ],
+)  # fmt: skip
+async def test_each_way_to_write_takes_back_what_is_held(
+    pool: WorkflowConnectionPool, coherence: Coherence, table: str, direct: asyncpg.Connection, write: Write
+) -> None:
+    tables, dropped = shown(table), []
+
+    def drop(which: frozenset[str] | None) -> None:
+        dropped.append(which)
+
+    coherence.on_change(drop)
+    mark = await held(coherence, tables)
+    assert coherence.unchanged(tables, mark)
+    await write(pool, table)
+    assert not coherence.unchanged(tables, mark)
+    assert any(which is None or which >= tables for which in dropped)
+    after = await held(coherence, tables)
+    assert coherence.unchanged(tables, after)
+    coherence.forget(drop)
+
+
+async def test_what_is_not_written_to_stays(
+    pool: WorkflowConnectionPool, coherence: Coherence, schema: str, direct: asyncpg.Connection
+) -> None:
+    await direct.execute("create table one (id int); create table two (id int); create sequence numbers")
+    one, two = shown(f"{schema}.one"), shown(f"{schema}.two")
+    await pool.execute(f"create table {schema}.three (id int)")  # whereupon the catalogue is read again
+    await held(coherence, one | two)
+
+    async def only_one() -> bool:
+        mark = await held(coherence, one | two)
+        await pool.execute(f"insert into {schema}.one values (1)")
+        assert not coherence.unchanged(one, mark)
+        return coherence.unchanged(two, mark)
+
+    await eventually(only_one)
+    mark = await held(coherence, one | two)
+    await pool.fetch(f"select * from {schema}.one")
+    await pool.fetchval(f"select nextval('{schema}.numbers')")
+    await pool.execute("select pg_notify('nobody', 'x')")
+    assert coherence.unchanged(one | two, mark)
+
+
+async def test_nothing_is_granted_while_a_transaction_that_wrote_is_open(
     pool: WorkflowConnectionPool, coherence: Coherence, table: str
 ) -> None:
     tables = shown(table)
-    dropped: list[frozenset[str] | None] = []
-    coherence.on_change(dropped.append)
-    await eventually(lambda: coherence.may_keep(tables))
-    mark = coherence.mark()
-    assert coherence.unchanged(tables, mark)
-    await pool.execute(f"insert into {table} values (1)")
-    assert not coherence.unchanged(tables, mark)
-    assert dropped
-    await eventually(lambda: coherence.may_keep(tables))
-    assert not coherence.unchanged(tables, mark)
+    await held(coherence, tables)
+    async with pool.transaction() as tx:
+        await tx.execute(f"insert into {table} values (1)")
+        for _ in range(3):
+            assert not coherence.may_keep(tables)
+            await tx.fetchval("select pg_sleep(0.2)")
+        assert not coherence.may_keep(tables)
+    await held(coherence, tables)
+
+
+async def test_writing_on_costs_one_question(pool: WorkflowConnectionPool, coherence: Coherence, table: str) -> None:
+    await held(coherence, shown(table))
+    before = coherence.invalidations + coherence.flushes
+    for number in range(50):
+        await pool.execute(f"insert into {table} values ($1)", number)
+    assert coherence.invalidations + coherence.flushes - before <= 2
