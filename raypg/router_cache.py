@@ -248,7 +248,8 @@ class RouterCache:
             return False
         if entry.began >= session.floor and (value.by_primary or not session.floor):
             return True
-        return session.seen.token.joined(value.token) == value.token
+        token = session.seen.token  # of what a server has shown it since, nobody can say whether the entry shows it
+        return not token.seen and 0 < token.lsn <= value.token.lsn and token.timeline == value.token.timeline
 
     def _given(self, entry: Entry[_Kept], asked: Asked) -> Outcome:
         """What *entry* gives to one caller."""

@@ -56,9 +56,10 @@ class RouterSession:
         return self.lease is None and not (self._busy or self._lost or self.lock.locked())
 
     def has_been_told(self, token: Token, now: float) -> None:
-        """Another process has seen so much; now this session is to see no less."""
+        """Another process has seen so much; now this session is to see no less. Only a place in the log says by itself
+        when that was: of all else it may have been just now."""
         seen = self.seen
-        if token.seen or token.timeline != seen.token.timeline or token.lsn > seen.token.lsn:
+        if token.seen or not token.lsn or token.timeline != seen.token.timeline or token.lsn > seen.token.lsn:
             self.floor = now
         seen.saw(seen.reads(), seen.token.joined(token))
 

@@ -9,6 +9,7 @@ from decimal import Decimal
 from typing import Any
 
 import asyncpg
+import pyarrow
 import pytest
 from pools import own_pool
 from waiting import eventually
@@ -91,10 +92,10 @@ async def test_every_way_to_write_is_seen_at_once(
         for query in ("begin", change, "commit"):
             await answer(router, query, session_id="writer")
 
-    async def by_copy() -> None:
-        async with pool.transaction() as tx:
-            await tx.execute(f"delete from {table}")
-            await tx.copy_records_to_table("item", schema_name=schema, records=[(1, "copied", 41)])
+    async def by_ingest() -> None:
+        rows = pyarrow.table({"id": [1], "label": ["new"], "amount": pyarrow.array([41], pyarrow.int32())})
+        async with QueryPipelineNode(name="ingest", connection_pool=pool) as pipeline:
+            await pipeline.write(rows, into=table, mode="upsert", key=["id"])
 
     ways: list[tuple[Callable[[], Awaitable[Any]], int | None]] = [
         (lambda: answer(router, change), 1),
@@ -103,7 +104,7 @@ async def test_every_way_to_write_is_seen_at_once(
         (in_a_pipeline, 7),
         (in_a_transaction, 8),
         (in_a_session, 9),
-        (by_copy, 41),
+        (by_ingest, 41),
         (lambda: pool.execute(f"delete from {schema}.parent where id = 1"), None),
     ]
     for number, (way, amount) in enumerate(ways):
@@ -132,7 +133,7 @@ async def test_what_may_change_by_itself_or_by_who_asks_is_never_kept(
     for query, *params in [
         (f"select now(), id from {table}",),
         (f"select random(), id from {table}",),
-        (f"select current_user, id from {table}",),
+        (f"select pg_backend_pid(), id from {table}",),
         (f"select $1::text::timestamptz, id from {table}", "now"),
         (f"select id from {table} limit 1",),
         (f"select a from {schema}.own",),
@@ -180,26 +181,26 @@ async def test_a_caller_may_do_what_it_likes_with_its_rows(
 async def test_one_call_asks_for_all_and_its_end_is_nobody_elses(
     router: QueryRouterNode, pool: WorkflowConnectionPool, table: str, direct: asyncpg.Connection
 ) -> None:
-    await direct.execute(f"insert into {table} select g, 'x', g from generate_series(1, 300) g")
+    await direct.execute(f"insert into {table} select g, 'x', g from generate_series(1, 200) g")
     await hit(router, f"select id from {table} where id = 1")
     slow = f"select count(*) as n from {table} a, {table} b, {table} c where a.amount + b.amount + c.amount > $1"
-    together = await asyncio.gather(*(answer(router, slow, 1) for _ in range(10)))
-    assert {tuple(found["data"][0].items()) for found in together} == {(("n", 300**3),)}
+    together = await asyncio.gather(*(answer(router, slow, 0) for _ in range(10)))
+    assert {tuple(found["data"][0].items()) for found in together} == {(("n", 200**3),)}
     stats = (await router.get_metrics())["cache_stats"]
     assert stats["coalesced"] == 9
     # The one that asks is cancelled.
-    calls = [asyncio.create_task(answer(router, slow, 2)) for _ in range(3)]
+    calls = [asyncio.create_task(answer(router, slow, 1)) for _ in range(3)]
     await asyncio.sleep(0.05)
     calls[0].cancel()
     for call in calls[1:]:
-        assert (await call)["data"] == [{"n": 300**3}]
+        assert (await call)["data"] == [{"n": 200**3}]
     # It fails, by the time that it has itself.
-    calls = [asyncio.create_task(router.process({"query": slow, "params": [3], "timeout": 0.05}))]
+    calls = [asyncio.create_task(router.process({"query": slow, "params": [2], "timeout": 0.05}))]
     await asyncio.sleep(0)
-    calls += [asyncio.create_task(answer(router, slow, 3)) for _ in range(2)]
+    calls += [asyncio.create_task(answer(router, slow, 2)) for _ in range(2)]
     first, *others = await asyncio.gather(*calls)
     assert first["error_type"] == "QueryTimeoutError"
-    assert [found["data"] for found in others] == [[{"n": 300**3}]] * 2
+    assert [found["data"] for found in others] == [[{"n": 200**3}]] * 2
 
 
 async def test_who_writes_past_raypg_is_seen_after_the_ttl_or_by_token_or_by_hand(
