@@ -27,7 +27,7 @@ WRITING = 0.15
 """Share of the period in which it is written to."""
 
 THINKS = 0.02
-"""Seconds, at most, that a caller waits after what a cache has answered: else nearly all calls would be of that kind."""
+"""Seconds, at most, that a caller waits after what a cache has answered: or nearly all calls would be such."""
 
 ONE = "SELECT id, n FROM {schema}.a WHERE id = $1"
 SEVERAL = "SELECT id, n FROM {schema}.a WHERE id <= $1 ORDER BY id"
@@ -44,7 +44,7 @@ async def make_tables(execute: Any, schema: str) -> None:
 
 
 def _is_time_to_write(table: str) -> bool:
-    """Each table is written to for a while, and then for a while not: else nothing could be kept, or nothing dropped."""
+    """Each table is written to for a while, and then for a while not: both must happen, keeping and dropping."""
     return (time.monotonic() / PERIOD + "ab".index(table) / 2) % 1.0 < WRITING
 
 
