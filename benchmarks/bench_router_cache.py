@@ -5,7 +5,6 @@ For the calls one standby replays each commit 20 ms late, and the other one is p
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import sys
