@@ -7,13 +7,11 @@ for 0.1 s now and then.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import ray
@@ -25,35 +23,13 @@ from raypg.embedded import EmbeddedServer
 from raypg.reading import where_of
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
-from standby import delay, pause, resume, standby_of
+from standby import disturbed, standby_of
 
 PAIRS = int(os.environ.get("RAYPG_BENCH_PAIRS", "100000"))
 SESSIONS = 200
 ROWS = 10_000
 CLIENTS = 500
 QUERY = "SELECT id, balance FROM accounts WHERE id = $1"
-
-
-@contextlib.asynccontextmanager
-async def disturbed(late: EmbeddedServer, paused: EmbeddedServer) -> AsyncIterator[None]:
-    """One standby is late, the other one paused again and again."""
-    await delay(late, 20)
-
-    async def disturb() -> None:
-        while True:
-            await pause(paused)
-            await asyncio.sleep(0.1)
-            await resume(paused)
-            await asyncio.sleep(0.9)
-
-    disturbing = asyncio.create_task(disturb())
-    try:
-        yield
-    finally:
-        disturbing.cancel()
-        await asyncio.gather(disturbing, return_exceptions=True)
-        await resume(paused)
-        await delay(late, 0)
 
 
 async def pairs(pool: WorkflowConnectionPool) -> tuple[float, int, Counter[str]]:

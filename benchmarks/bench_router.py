@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
-import uvloop
 from fastapi import FastAPI
-from measure import Setting, compare, rate, ratio, report, setting
+from measure import Setting, answer, compare, rate, ratio, report
 from ray import serve
 
 from raypg import QueryRouterNode
@@ -68,24 +68,29 @@ async def reads(here: Setting) -> None:
     router = QueryRouterNode("bench", pool)
 
     async def by_router(number: int) -> None:
+        await router.fetchrow(QUERY, number % ROWS + 1)
+
+    async def by_pool(number: int) -> None:
+        await pool.fetchrow(QUERY, number % ROWS + 1)
+
+    async def by_routers_process(number: int) -> None:
         await router.process({"query": QUERY, "params": [number % ROWS + 1]})
 
-    async def by_process(number: int) -> None:
+    async def by_pools_process(number: int) -> None:
         await pool.process({"operation": "execute", "query": QUERY, "params": [number % ROWS + 1]})
 
-    async def by_fetch(number: int) -> None:
-        await pool.fetch(QUERY, number % ROWS + 1)
-
-    figures = await compare(
-        {
-            "router.process": lambda: rate(by_router, 10_000, CLIENTS),
-            "pool.process": lambda: rate(by_process, 10_000, CLIENTS),
-            "pool.fetch": lambda: rate(by_fetch, 10_000, CLIENTS),
-        }
-    )
-    names = ("pool.process", "pool.fetch")
-    lines = [f"router.process ÷ {name}: {ratio(figures, 'router.process', name):.2f}" for name in names]
-    report("Point reads through the router, without replicas", "reads/s", figures, [*lines, "limit 0.90"])
+    works = {
+        "router.fetchrow": by_router,
+        "pool.fetchrow": by_pool,
+        "router.process": by_routers_process,
+        "pool.process": by_pools_process,
+    }
+    figures = await compare({name: functools.partial(rate, work, 10_000, CLIENTS) for name, work in works.items()})
+    lines = [
+        f"router.{word} ÷ pool.{word}: {ratio(figures, f'router.{word}', f'pool.{word}'):.2f} (at least 0.90)"
+        for word in ("fetchrow", "process")
+    ]
+    report("Point reads through the router, without replicas", "reads/s", figures, lines)
 
 
 async def http(here: Setting) -> None:
@@ -102,9 +107,9 @@ async def http(here: Setting) -> None:
             times = []
             for _ in range(100):
                 started = time.perf_counter()
-                answer = await client.post(f"{route}/query", json=body)
+                reply = await client.post(f"{route}/query", json=body)
                 times.append((time.perf_counter() - started) * 1000)
-                assert answer.json()["success"], answer.text
+                assert reply.json()["success"], reply.text
             return statistics.median(times)
 
         figures = await compare({"POST /query": lambda: p50("/raypg"), "an empty FastAPI route": lambda: p50("/empty")})
@@ -113,12 +118,5 @@ async def http(here: Setting) -> None:
     serve.shutdown()
 
 
-async def main() -> None:
-    parts: tuple[Callable[[Setting], Awaitable[None]], ...] = (verdicts, reads, http)
-    async with setting() as here:
-        for part in parts:
-            await part(here)
-
-
 if __name__ == "__main__":
-    uvloop.run(main())
+    answer({"verdicts": verdicts, "reads": reads, "http": http})

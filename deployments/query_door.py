@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import json
 import logging
 import time
@@ -16,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 from raypg import _compat, access_token
 from raypg.core.classifier import Classification
 from raypg.core.seen import WROTE
-from raypg.deployments.security import FORWARDED
+from raypg.deployments.security import FORWARDED, is_addressed_here
 from raypg.errors import (
     CircuitBreakerError,
     ConfigError,
@@ -257,12 +256,4 @@ def _unavailable(error: Exception, retry_after: float | None) -> Response:
 
 def _is_direct(request: Request) -> bool:
     """Whether a request is addressed to this machine, and did not come by way of a proxy."""
-    return not FORWARDED & set(request.headers) and _names_loopback(request.headers.get("host", ""))
-
-
-def _names_loopback(host: str) -> bool:
-    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() and not host.endswith("]") else host
-    try:
-        return name.lower() == "localhost" or ipaddress.ip_address(name.strip("[]")).is_loopback
-    except ValueError:
-        return False
+    return not FORWARDED & set(request.headers) and is_addressed_here(request.headers.get("host", ""))

@@ -17,7 +17,7 @@ from urllib.parse import parse_qs
 
 from raypg.access_token import bearer_of, is_token, session_of
 
-__all__ = ["COOKIE", "FORWARDED", "HEADERS", "OPEN", "Asked", "Refused", "judge", "token_of_page"]
+__all__ = ["COOKIE", "FORWARDED", "HEADERS", "OPEN", "Asked", "Refused", "is_addressed_here", "judge", "token_of_page"]
 
 COOKIE = "raypg_session"
 
@@ -90,7 +90,7 @@ def judge(asked: Asked, token: str) -> Refused | None:
             "this needs the cluster's token: open the page once as /?token=…, or send it as 'Authorization: Bearer …'; "
             "`raypg token` prints it",
         )
-    if not _is_here(host, asked.port):
+    if not is_addressed_here(host, asked.port):
         return Refused(
             421,
             f"it is addressed to {_short(host)}, not to this machine: use http://localhost:{asked.port} (a tunnel must "
@@ -117,6 +117,23 @@ def is_loopback(address: str) -> bool:
     return bool((mapped or known).is_loopback)
 
 
+def is_addressed_here(host: str, port: int | None = None) -> bool:
+    """Whether the header ``Host`` of a request names this machine.
+
+    Args:
+        port: that it must name too, 80 if it names none; ``None`` = any.
+    """
+    name, colon, number = (host, "", "") if host.endswith("]") else host.rpartition(":")
+    if not colon:
+        name, number = host, "80"
+    if not number.isdigit() or (port is not None and number != str(port)):
+        return False
+    name = name.lower()
+    if name.startswith("[") and name.endswith("]"):
+        name = name[1:-1]
+    return name == "localhost" or is_loopback(name)
+
+
 def _has_token(asked: Asked, token: str) -> bool:
     given = bearer_of(asked.header("authorization"))
     if given is not None:
@@ -134,16 +151,6 @@ def _cookie(asked: Asked) -> str | None:
         if found is not None:
             return found.value
     return None
-
-
-def _is_here(host: str, port: int) -> bool:
-    name, colon, number = host.rpartition(":") if not host.endswith("]") else (host, "", "")
-    if not colon:
-        name, number = host, "80"
-    name = name.lower()
-    if name.startswith("[") and name.endswith("]"):
-        name = name[1:-1]
-    return (name == "localhost" or is_loopback(name)) and number == str(port)
 
 
 def _short(text: str) -> str:

@@ -59,16 +59,22 @@ class CatalogueCopy:
             found = self.classifier.classify(sql)
         return found
 
-    def known(self, sql: str) -> Classification | None:
-        """The verdict on *sql*, if nothing has to be asked for it."""
-        if self._had < self._wanted or time.monotonic() - self._looked_at > LOOK_EVERY:
+    def known(self, sql: str, now: float) -> Classification | None:
+        """The verdict on *sql*, if nothing has to be asked for it *now*, a time of ``time.monotonic()``."""
+        if self._had < self._wanted or now - self._looked_at > LOOK_EVERY:
             return None
         found = self.classifier.classify(sql)
-        return None if found.reason.endswith(NOT_KNOWN) else found
+        return None if found.reason and found.reason.endswith(NOT_KNOWN) else found
 
     def changed(self) -> None:
         """The catalogue has changed, or may have: the next verdict waits for it to be read."""
         self._wanted += 1
+
+    async def reread(self, pool: WorkflowConnectionPool) -> None:
+        """Look at the catalogue as it is now, not as it was when somebody began to look before."""
+        if self._looking is not None and not self._looking.done():
+            await asyncio.wait({self._looking})
+        await asyncio.shield(self._look(pool))
 
     def _look(self, pool: WorkflowConnectionPool) -> asyncio.Task[None]:
         loop = asyncio.get_running_loop()

@@ -294,9 +294,9 @@ def _show_breaker(console: Console, breaker: dict[str, Any] | None) -> None:
 def _show_replicas(console: Console, replicas: list[dict[str, Any]]) -> None:
     """Role, lag and health of each replica; nothing without replicas."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for heading in ("replica", "role"):
+    for heading in ("replica", "role", "breaker"):
         table.add_column(heading)
-    for heading in ("behind", "bytes", "connections", "busy", "waiting"):
+    for heading in ("used by", "behind", "bytes", "connections", "busy", "waiting"):
         table.add_column(heading, justify="right")
     table.add_column("problem", overflow="fold")
     for replica in replicas:
@@ -304,6 +304,8 @@ def _show_replicas(console: Console, replicas: list[dict[str, Any]]) -> None:
         table.add_row(
             escape(replica["replica"]),
             replica["role"],
+            replica["circuit_breaker"].replace("_", " "),
+            f"{replica['used_by']} of {replica['workers']}",
             "-" if math.isnan(seconds) else f"{seconds:.1f} s",
             "-" if behind is None else f"{behind:,}",
             f"{replica['total']} of {replica['budget']}",

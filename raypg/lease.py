@@ -108,11 +108,6 @@ class LeasedConnection:
         """Run a statement for each row of *args*; all or none of them take effect."""
         await self._run(messages.MANY, command, rows_of(args), timeout)
 
-    async def execute_with_rows(self, query: str, args: Sequence[Any], timeout: float | None) -> tuple[list[Row], str]:
-        """Run a statement and return its rows and its command tag."""
-        (rows, status), names = await self._run(messages.BOTH, query, tuple(args), timeout)
-        return (list(map(row_type(names), rows)) if rows else []), status
-
     async def prepare(self, query: str, *, timeout: float | None = None) -> PreparedStatement:
         """Let the server check a statement, to run it later, once or often.
 
@@ -210,6 +205,7 @@ class LeasedConnection:
             self._listeners.end(why)
 
     async def _run(self, mode: int, sql: str, arguments: Any, timeout: float | None) -> tuple[Any, Any]:
+        """Run a statement, as :meth:`raypg.dispatch.Dispatcher.run` does on any connection."""
         check_statement(sql)
         check_timeout(timeout)
         return await self._in_turn(sql, "lease_run", mode, sql, arguments, timeout)  # type: ignore[no-any-return]

@@ -9,14 +9,13 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from raypg import messages, monitoring
-from raypg.answers import answer_to, arguments_of, rows_with
+from raypg.answers import answer_to, arguments_of, check_fetch_mode
 from raypg.core.nearest import did_you_mean
 from raypg.errors import ConfigError
 from raypg.lease import LeasedConnection, acquire
 from raypg.metrics_access import ANSWER_WITHIN, snapshots
 from raypg.metrics_status import comprehensive, counters, statistics
 from raypg.replica_status import replicas_of
-from raypg.row import Row
 
 if TYPE_CHECKING:
     from raypg.pool import WorkflowConnectionPool
@@ -128,13 +127,14 @@ class Operations:
         if lease is not None and settings:
             raise ConfigError("settings are for a statement on any connection: on a lease, use SET")
 
-        async def run() -> tuple[list[Row], str]:
-            if lease is not None:
-                return await lease.execute_with_rows(query, arguments, timeout)
-            (plain, status), names = await self._pool._run(messages.BOTH, query, arguments, timeout, settings)
-            return rows_with(names, plain), status
-
-        return {**await answer_to(query, fetch_mode, run), "connection_id": connection_id}
+        check_fetch_mode(fetch_mode)
+        if lease is not None:
+            running = lease._run(messages.BOTH, query, arguments, timeout)
+        else:
+            running = self._pool._run(messages.BOTH, query, arguments, timeout, settings)
+        answer = await answer_to(query, fetch_mode, running)
+        answer["connection_id"] = connection_id
+        return answer
 
     async def adjust_pool_size(self, new_size: Any = None) -> dict[str, Any]:
         """Change ``max_connections`` of the whole pool: ``{success, previous_size, new_size}``, or why not."""

@@ -8,6 +8,9 @@ from typing import Any
 
 __all__ = ["replicas_of"]
 
+_STATES = ("closed", "half_open", "open")
+"""Of a circuit breaker, the worst one last."""
+
 
 def replicas_of(workers: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One entry for each replica, in the pool's order.
@@ -17,8 +20,10 @@ def replicas_of(workers: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     Returns:
         ``replica`` is its address; ``role`` one of standby, primary, foreign, unknown; ``healthy`` whether any worker
-        sends reads there, and ``problem`` why one does not. ``lag_seconds`` is NaN and ``lag_bytes`` None if not known;
-        the rest is counted over all workers.
+        sends reads there, ``used_by`` how many of the ``workers`` do, and ``problem`` why one does not.
+        ``circuit_breaker`` is the state of the breakers for it, of which each worker has its own, where that is worst:
+        open, half_open or closed. ``lag_seconds`` is NaN and ``lag_bytes`` None if not known; the rest is counted over
+        all workers.
     """
     by_address: dict[str, list[Mapping[str, Any]]] = {}
     for figures in workers:
@@ -36,7 +41,10 @@ def _of_one(address: str, seen: list[Mapping[str, Any]]) -> dict[str, Any]:
         "replica": address,
         "role": first["role"],
         "healthy": bool(healthy),
+        "used_by": len(healthy),
+        "workers": len(seen),
         "problem": next((replica["problem"] for replica in seen if replica["problem"]), ""),
+        "circuit_breaker": max((replica["circuit_breaker"] for replica in seen), key=_STATES.index),
         "lag_seconds": max(lags, default=math.nan),
         "lag_bytes": max(behind, default=None),
         **{key: sum(replica[key] for replica in seen) for key in ("budget", "total", "active", "waiting")},

@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections import Counter, deque
-from collections.abc import Mapping
-from typing import Any
+import weakref
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import asyncpg
 
 from raypg import messages
-from raypg.answers import answer_to, arguments_of, rows_with
+from raypg.answers import answer_of, arguments_of, failure_of, is_told
 from raypg.catalogue_copy import CatalogueCopy
 from raypg.checks import check_statement, check_timeout, checked_settings
 from raypg.core.classifier import Classification
-from raypg.core.nearest import did_you_mean
-from raypg.core.seen import Token
-from raypg.errors import ConfigError, RaypgError
+from raypg.core.patterns import Patterns
+from raypg.core.seen import NOTHING, Token
+from raypg.errors import ConfigError
 from raypg.pool import WorkflowConnectionPool, check_pool, get_pool
 from raypg.reading import Served, where_of
-from raypg.router_sessions import Sessions
-from raypg.row import Row
+from raypg.router_cache import CACHED, Asked, RouterCache
+from raypg.router_metrics import RouterMetrics
+from raypg.router_request import check_request
+from raypg.router_sessions import RouterSession, Sessions
+from raypg.router_statements import RouterStatements
+
+if TYPE_CHECKING:
+    from raypg.dispatch import Dispatcher
+    from raypg.lease import LeasedConnection
 
 __all__ = ["QueryRouterNode"]
 
-_KEYS = frozenset(
-    ("query", "params", "parameters", "operation", "session_id", "max_staleness", "after", "timeout", "settings")
-) | {"fetch_mode"}
-_HISTORY = 100
 _MISSING = (
     asyncpg.UndefinedTableError,
     asyncpg.UndefinedColumnError,
@@ -38,22 +42,28 @@ _MISSING = (
 """What a replica says that is behind a change of the schema. (The primary's word is final.)"""
 
 
-class QueryRouterNode:
+class QueryRouterNode(RouterStatements):
     """Sends each statement where it belongs: proven reads to replicas, all else to the primary.
 
     It is a library in the caller's process: a statement takes the same one hop to a worker as by the pool itself.
+
+    Two ways in, as of the pool: :meth:`process`, whose answer says where it came from, and asyncpg's own words.
 
     Args:
         name: of this router; shows in its ``repr``.
         connection_pool: name of a running pool, or a handle.
         enable_read_write_split: let replicas answer reads. Without it, or without ``replicas`` in the pool, all runs on
             the primary.
-        cache_size: results to remember. Checked and kept; there is no cache yet.
-        pattern_learning: likewise.
+        cache_size: results to keep in this process, see :mod:`raypg.router_cache` for what that promises; 0 = none.
+        pattern_learning: learn how long statements take where, and whether keeping their results gains anything, and
+            decide by that which replica is asked and what is kept; see :mod:`raypg.core.patterns`.
         max_staleness: seconds that a replica's data may be older than the primary's, for queries that do not say;
             ``None`` = any.
         session_timeout: seconds after which a transaction of which nothing is asked is rolled back.
         max_sessions: ids that are remembered.
+        cache_ttl: seconds after which a kept result is asked for again. Writes through raypg end it at once; this
+            bounds how long those are not seen who write past it.
+        cache_bytes: that all kept results may take; one of them an eighth of it at most.
 
     Raises:
         ConfigError: a value is wrong; names the nearest valid one.
@@ -70,6 +80,8 @@ class QueryRouterNode:
         max_staleness: float | None = None,
         session_timeout: float = 60.0,
         max_sessions: int = 10_000,
+        cache_ttl: float = 5.0,
+        cache_bytes: int = 64 * 1024 * 1024,
     ) -> None:
         if not isinstance(name, str) or not name:
             raise ConfigError(f"name={name!r}: must be a string that is not empty")
@@ -80,29 +92,33 @@ class QueryRouterNode:
         ):
             if not isinstance(switch, bool):
                 raise ConfigError(f"{key}={switch!r}: must be True or False")
-        for key, count, least in (("cache_size", cache_size, 0), ("max_sessions", max_sessions, 1)):
+        counts = (("cache_size", cache_size, 0), ("cache_bytes", cache_bytes, 1), ("max_sessions", max_sessions, 1))
+        for key, count, least in counts:
             if isinstance(count, bool) or not isinstance(count, int) or count < least:
                 raise ConfigError(f"{key}={count!r}: must be a whole number, at least {least}")
-        idle = session_timeout
-        if isinstance(idle, bool) or not isinstance(idle, int | float) or not idle > 0:
-            raise ConfigError(f"session_timeout={idle!r}: must be a positive number of seconds")
+        for key, seconds in (("session_timeout", session_timeout), ("cache_ttl", cache_ttl)):
+            if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds > 0:
+                raise ConfigError(f"{key}={seconds!r}: must be a positive number of seconds")
         where_of("replica", max_staleness, None)
         self.name = name
         self.enable_read_write_split = enable_read_write_split
         self.cache_size = cache_size
         self.pattern_learning = pattern_learning
         self.max_staleness = max_staleness
-        self.session_timeout = float(idle)
+        self.session_timeout = float(session_timeout)
         self.max_sessions = max_sessions
+        self.cache_ttl = float(cache_ttl)
+        self.cache_bytes = cache_bytes
         self._given = connection_pool
         self._pool: WorkflowConnectionPool | None = None
         self._catalogue = CatalogueCopy()
         self._sessions = Sessions(max_sessions)
-        self._counts: Counter[str] = Counter()
-        self._by_type: Counter[str] = Counter()
-        self._by_target: Counter[str] = Counter()
-        self._routing_seconds = 0.0
-        self._recent: deque[tuple[str, str, str | None, str]] = deque(maxlen=_HISTORY)
+        self._metrics = RouterMetrics()
+        self._patterns = Patterns() if pattern_learning else None
+        self._cache: RouterCache | None = None
+        if cache_size:
+            reread = functools.partial(_reread, weakref.ref(self))
+            self._cache = RouterCache(cache_size, cache_bytes, self.cache_ttl, reread, self._patterns)
 
     def __repr__(self) -> str:
         pool = self._given if isinstance(self._given, str) else self._given.name
@@ -111,7 +127,7 @@ class QueryRouterNode:
     def __reduce__(self) -> tuple[Any, ...]:
         # Another process gets a router like this one, with sessions of its own; token() takes along what was seen.
         settings = ("enable_read_write_split", "cache_size", "pattern_learning", "max_staleness", "session_timeout")
-        kept = {key: getattr(self, key) for key in (*settings, "max_sessions")}
+        kept = {key: getattr(self, key) for key in (*settings, "max_sessions", "cache_ttl", "cache_bytes")}
         return _make, (self.name, self._given, kept)
 
     async def process(self, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,52 +142,58 @@ class QueryRouterNode:
 
         Returns:
             As ``execute`` of the pool, see :func:`raypg.answers.answer_to`, with ``routing_metadata``: ``target``
-            (``primary`` or ``replica``), ``replica`` (its address, or None), ``query_type``, ``complexity_score`` (0 to
-            1), ``routing_confidence`` (1.0: proven; 0.5: not known, so sent to the primary), ``reason`` (why it is no
-            read for a replica; empty if it is), ``cache_hit``, ``routing_time_ms``, ``session_id``.
+            (``primary``, ``replica`` or ``cache``), ``replica`` (its address, or None), ``query_type``,
+            ``complexity_score`` (0 to 1), ``routing_confidence`` (1.0: proven; 0.5: not known, so sent to the primary),
+            ``reason`` (why it is no read for a replica; empty if it is), ``cache_hit``, ``routing_time_ms``,
+            ``session_id``.
 
         Raises:
             ConfigError: a key is unknown or its value is wrong.
             LeaseLostError: the transaction of this session is gone. It is said once.
             UnavailableError: the database cannot be used now; what was asked for did not run.
         """
+        begun = 0.0
         try:
-            return await self._process(request)
-        except (RaypgError, TypeError, ValueError):
-            self._counts["errors"] += 1
-            raise
+            check_request(request)
+            query: str = request["query"]
+            arguments = arguments_of(request.get("params", request.get("parameters")))
+            place = await self._place(query, request.get("session_id"), request.get("after"), request.get("settings"))
+            staleness = request.get("max_staleness", self.max_staleness)
+            begun = time.monotonic()
+            outcome = await self._run(messages.BOTH, query, arguments, request.get("timeout"), staleness, place)
+        except Exception as error:
+            if not begun or not is_told(error):
+                self._metrics.raised(error)
+                raise
+            answer = failure_of(error, time.monotonic() - begun)
+        else:
+            answer = answer_of(query, request.get("fetch_mode", "all"), outcome, time.monotonic() - begun)
+        verdict, session, who = place.verdict, place.session, place.who
+        answer["routing_metadata"] = {
+            "target": who.target,
+            "replica": who.replica,
+            "query_type": verdict.query_type,
+            "complexity_score": verdict.complexity,
+            "routing_confidence": 0.5 if verdict.kind == "UNKNOWN" else 1.0,
+            "reason": verdict.reason,
+            "cache_hit": who is CACHED,
+            "routing_time_ms": place.seconds * 1000,
+            "session_id": session.id or None,
+            "connection_id": None if session.lease is None else session.lease.connection_id,
+        }
+        return answer
 
     async def get_metrics(self) -> dict[str, Any]:
         """What this router has done: ``router_metrics`` (among them ``by_query_type``, ``by_target``, and
-        ``replica_refusals``: reads that a replica would not run), ``cache_stats``, ``sessions``,
-        ``active_transactions``, ``routing_history``."""
-        counts = self._counts
-        routed = self._by_target.total()
-        recent = [
-            {"query_type": kind, "target": target, "replica": replica, "reason": reason}
-            for kind, target, replica, reason in self._recent
-        ]
+        ``replica_refusals``: reads that a replica would not run), ``cache_stats`` (see :meth:`RouterCache.describe`),
+        ``sessions``, ``active_transactions``, ``routing_history``; with ``pattern_learning`` also
+        ``pattern_insights``, see :meth:`raypg.core.patterns.Patterns.insights`."""
+        learnt = {} if self._patterns is None else {"pattern_insights": self._patterns.insights(time.monotonic())}
         return {
-            "router_metrics": {
-                "queries_routed": routed,
-                "cache_hits": 0,
-                "cache_misses": 0,
-                "routing_errors": counts["errors"],
-                "avg_routing_time_ms": self._routing_seconds * 1000 / routed if routed else float("nan"),
-                "by_query_type": dict(self._by_type),
-                "by_target": dict(self._by_target),
-                "replica_refusals": counts["refusals"],
-            },
-            "cache_stats": {
-                "total_entries": 0,
-                "total_usage": 0,
-                "hit_rate": 0.0,
-                "avg_usage_per_entry": 0.0,
-                "cache_size_bytes": 0,
-            },
+            **self._metrics.describe({} if self._cache is None else self._cache.describe()),
+            **learnt,
             "sessions": len(self._sessions),
             "active_transactions": self._sessions.in_transaction,
-            "routing_history": {"total_decisions": routed, "recent_decisions": recent},
         }
 
     async def classify(self, query: str) -> Classification:
@@ -191,8 +213,33 @@ class QueryRouterNode:
         """
         return str(self._sessions.find(session_id).seen.token)
 
+    async def invalidate_cache(self, tables: str | Iterable[str] | None = None) -> int:
+        """Forget what this router keeps: for who knows that something has been written past raypg.
+
+        Args:
+            tables: names of tables or views, with or without schema, as in SQL; ``None`` = everything.
+
+        Returns:
+            How many results those were.
+
+        Raises:
+            ConfigError: there is no such table.
+            UnavailableError: the catalogue is not known yet, and the database cannot be asked.
+        """
+        bases: set[str] | None = None
+        if tables is not None:
+            bases = set()
+            for name in [tables] if isinstance(tables, str) else tables:
+                verdict = await self.classify(f"TABLE {name}")
+                if not verdict.reads:
+                    raise ConfigError(f"invalidate_cache: {name!r} is no table: {verdict.reason}")
+                bases.update(verdict.reads)
+        return 0 if self._cache is None else self._cache.invalidate(None if bases is None else frozenset(bases))
+
     async def close(self) -> None:
-        """Roll back the open transactions, and forget all sessions. The pool goes on."""
+        """Roll back the open transactions, and forget all sessions and results. The pool goes on."""
+        if self._cache is not None:
+            await self._cache.close()
         await self._sessions.close()
 
     async def __aenter__(self) -> QueryRouterNode:
@@ -208,124 +255,190 @@ class QueryRouterNode:
             self._pool = get_pool(self._given) if isinstance(self._given, str) else self._given
         return self._pool
 
-    async def _process(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        given = _checked(request)
-        query: str = given["query"]
-        timeout: float | None = given.get("timeout")
-        session = self._sessions.find(given.get("session_id"))
-        if given.get("after") is not None:
-            session.seen.saw(session.seen.reads(), session.seen.token.joined(Token.parse(given["after"])))
-        arguments = arguments_of(given.get("params", given.get("parameters")))
-        settings = given.get("settings")
-        pool = self._handle()
+    async def _ask(
+        self,
+        mode: int,
+        query: str,
+        args: Any,
+        session_id: str | None,
+        max_staleness: float | None,
+        after: str | None,
+        timeout: float | None,
+        settings: Mapping[str, str] | None,
+    ) -> tuple[Any, Any]:
+        placed = False
+        try:
+            check_statement(query)
+            check_timeout(timeout)
+            if max_staleness is None:
+                max_staleness = self.max_staleness
+            else:
+                where_of("replica", max_staleness, None)
+            place = await self._place(query, session_id, after, settings)
+            placed = True
+            return await self._run(mode, query, args, timeout, max_staleness, place)
+        except Exception as error:
+            if not placed or not is_told(error):
+                self._metrics.raised(error)
+            raise
+
+    async def _place(self, query: str, session_id: object, after: Any, settings: Any) -> _Place:
+        """Decide where a statement is to run.
+
+        Raises:
+            ConfigError: *session_id*, *after* or *settings* is wrong.
+            LeaseLostError: the transaction of the session is gone.
+            UnavailableError: the catalogue is not known yet, and the database cannot be asked.
+        """
+        sessions = self._sessions
+        session = sessions.shared if session_id is None else sessions.find(session_id)
+        if after is not None:
+            session.has_been_told(Token.parse(after), time.monotonic())
+        pool = self._pool or self._handle()
         dispatcher = pool._known
         if dispatcher is None or not dispatcher.is_here():
             dispatcher = await pool._dispatcher()
 
-        started = time.perf_counter()
-        verdict = self._catalogue.known(query) or await self._catalogue.classify(pool, query)
-        lease = await session.holds() if session.id else None
-        is_change = verdict.kind == "TRANSACTION" and verdict.statements == 1 and verdict.command not in _PREPARED
-        if settings and (lease is not None or is_change):
-            raise ConfigError("settings are for a statement outside of a transaction: inside, use SET LOCAL")
-        has_replicas = bool(dispatcher.config.replicas)
-        elsewhere = has_replicas and self.enable_read_write_split and lease is None and verdict.kind == "READ"
-        routing = time.perf_counter() - started
+        started = time.monotonic()
+        verdict = self._catalogue.known(query, started) or await self._catalogue.classify(pool, query)
+        lease = None if session_id is None else await session.holds()
+        checked = None
+        if settings:
+            if lease is not None or _is_change(verdict):
+                raise ConfigError("settings are for a statement outside of a transaction: inside, use SET LOCAL")
+            checked = checked_settings(settings)
+        return _Place(dispatcher, session, verdict, lease, checked, time.monotonic() - started)
 
-        who = _PRIMARY
-        checked = checked_settings(settings) if settings else None
+    async def _run(
+        self, mode: int, query: str, arguments: Any, timeout: float | None, max_staleness: float | None, place: _Place
+    ) -> tuple[Any, Any]:
+        """Run a statement there, and note who has answered, whatever came of it."""
+        verdict, cache = place.verdict, self._cache
+        try:
+            if cache is None or not verdict.deterministic or not verdict.reads or place.lease is not None:
+                return await self._on_a_server(mode, query, arguments, timeout, max_staleness, place)
+            asked = Asked(mode, query, arguments, place.settings, timeout, max_staleness, verdict, place.session)
+            found = cache.find(place.dispatcher, asked)
+            if found is not None:
+                place.who = CACHED
+                return found
 
-        async def on_a_replica() -> tuple[list[Row], str]:
-            nonlocal who
-            begun = session.seen.reads()
-            where = where_of("replica", given.get("max_staleness", self.max_staleness), begun[0])
-            assert where is not None
+            async def ask(mode: int, must_see: Token) -> tuple[tuple[Any, Any], Served]:
+                place.must_see = must_see
+                return await self._on_a_server(mode, query, arguments, timeout, max_staleness, place), place.who
+
+            found, place.who = await cache.read(place.dispatcher, asked, ask)
+            return found
+        finally:
+            self._metrics.note(verdict, place.who, place.seconds)
+
+    async def _on_a_server(
+        self, mode: int, query: str, arguments: Any, timeout: float | None, max_staleness: float | None, place: _Place
+    ) -> tuple[Any, Any]:
+        if self._patterns is None:
+            return await self._send(mode, query, arguments, timeout, max_staleness, place)
+        started = time.monotonic()
+        place.avoid = self._patterns.slow_ones(query, started)
+        outcome = await self._send(mode, query, arguments, timeout, max_staleness, place)
+        now = time.monotonic()
+        rows = outcome[0][0] if mode == messages.BOTH else outcome[0]
+        count = len(rows) if isinstance(rows, list) else 0
+        self._patterns.of(query, now).asked(place.who.replica or "primary", now - started, count, now)
+        return outcome
+
+    async def _send(
+        self, mode: int, query: str, arguments: Any, timeout: float | None, max_staleness: float | None, place: _Place
+    ) -> tuple[Any, Any]:
+        dispatcher = place.dispatcher
+        if place.verdict.kind != "READ" or place.lease is not None:
+            return await self._on_the_primary(mode, query, arguments, timeout, place)
+        if not dispatcher.config.replicas:  # what it sees, all see
+            return await dispatcher.run(mode, query, arguments, timeout, place.settings)
+        if not self.enable_read_write_split:
+            return await self._on_the_primary(mode, query, arguments, timeout, place)
+        return await self._on_a_replica(mode, query, arguments, timeout, max_staleness, place)
+
+    async def _on_a_replica(
+        self, mode: int, query: str, arguments: Any, timeout: float | None, max_staleness: float | None, place: _Place
+    ) -> tuple[Any, Any]:
+        session, dispatcher = place.session, place.dispatcher
+        begun = session.seen.reads()
+        sent = begun[0].joined(place.must_see)
+        where: messages.Where = (max_staleness, sent.plain, place.avoid) if place.avoid else (max_staleness, sent.plain)
+        try:
+            payload, names, who = await dispatcher.read(mode, query, arguments, timeout, place.settings, where)
+        except _MISSING:
             try:
-                (plain, status), names, who = await dispatcher.read(
-                    messages.BOTH, query, arguments, timeout, checked, where
-                )
-            except _MISSING:
-                (plain, status), names = await dispatcher.run(messages.BOTH, query, arguments, timeout, checked)
-                self._sessions.wrote(session)
-            else:
-                session.seen.saw(begun, who.token)
-            return rows_with(names, plain), status
-
-        async def on_the_primary() -> tuple[list[Row], str]:
-            if verdict.kind == "READ" and lease is None and not has_replicas:  # what it sees, all see
-                (plain, status), names = await dispatcher.run(messages.BOTH, query, arguments, timeout, checked)
-                return rows_with(names, plain), status
-            try:
-                if is_change:
-                    return await session.change(dispatcher, verdict, query, pool._users_name, self.session_timeout)
-                if lease is not None:
-                    return await session.run(lease, query, arguments, timeout, self.session_timeout)
-                (plain, status), names = await dispatcher.run(messages.BOTH, query, arguments, timeout, checked)
-                return rows_with(names, plain), status
+                return await dispatcher.run(mode, query, arguments, timeout, place.settings)
             finally:
                 self._sessions.wrote(session)
-                if verdict.kind == "DDL":
-                    session.has_ddl = True
-                if session.has_ddl and session.lease is None:
-                    session.has_ddl = False
-                    self._catalogue.changed()
-
-        run = on_a_replica if elsewhere else on_the_primary
-        answer = await answer_to(query, given.get("fetch_mode", "all"), run)
+        place.who = who
+        session.seen.saw(begun, who.token)
         if who.refused:
-            self._counts["refusals"] += 1
+            self._metrics.refusals += 1
             self._catalogue.classifier.learn(query, "a replica has refused it: it writes")
-        self._note(verdict, who, routing)
-        answer["routing_metadata"] = {
-            "target": who.target,
-            "replica": who.replica,
-            "query_type": verdict.query_type,
-            "complexity_score": verdict.complexity,
-            "routing_confidence": 0.5 if verdict.kind == "UNKNOWN" else 1.0,
-            "reason": verdict.reason,
-            "cache_hit": False,
-            "routing_time_ms": routing * 1000,
-            "session_id": session.id or None,
-            "connection_id": None if session.lease is None else session.lease.connection_id,
-        }
-        return answer
+        return payload, names
 
-    def _note(self, verdict: Classification, who: Served, seconds: float) -> None:
-        self._by_type[verdict.query_type] += 1
-        self._by_target[who.target] += 1
-        self._routing_seconds += seconds
-        self._recent.append((verdict.query_type, who.target, who.replica, verdict.reason))
+    async def _on_the_primary(
+        self, mode: int, query: str, arguments: Any, timeout: float | None, place: _Place
+    ) -> tuple[Any, Any]:
+        session, verdict, idle = place.session, place.verdict, self.session_timeout
+        try:
+            if _is_change(verdict):
+                users_name = self._handle()._users_name
+                return await session.change(mode, place.dispatcher, verdict, query, users_name, idle)
+            if place.lease is not None:
+                return await session.run(mode, place.lease, query, arguments, timeout, idle)
+            return await place.dispatcher.run(mode, query, arguments, timeout, place.settings)
+        finally:
+            self._sessions.wrote(session)
+            if verdict.kind == "DDL":
+                session.has_ddl = True
+            if session.has_ddl and session.lease is None:
+                session.has_ddl = False
+                self._catalogue.changed()
+
+
+class _Place:
+    """Where a statement is to run, and why; then who has answered it."""
+
+    __slots__ = ("avoid", "dispatcher", "lease", "must_see", "seconds", "session", "settings", "verdict", "who")
+
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        session: RouterSession,
+        verdict: Classification,
+        lease: LeasedConnection | None,
+        settings: messages.Settings,
+        seconds: float,
+    ) -> None:
+        self.dispatcher = dispatcher
+        self.session = session
+        self.verdict = verdict
+        self.lease = lease
+        self.settings = settings
+        self.seconds = seconds
+        self.who = _PRIMARY
+        self.must_see = NOTHING
+        self.avoid: tuple[str, ...] = ()
+
+
+def _is_change(verdict: Classification) -> bool:
+    """Whether it begins, ends or divides a transaction."""
+    return verdict.kind == "TRANSACTION" and verdict.statements == 1 and verdict.command not in _PREPARED
 
 
 _PREPARED = ("COMMIT PREPARED", "ROLLBACK PREPARED")
-_PRIMARY = Served("primary", None, False, Token())
+_PRIMARY = Served("primary", None, False, NOTHING)
+
+
+async def _reread(router: weakref.ref[QueryRouterNode]) -> None:
+    """Read the catalogue anew, while its router is there."""
+    known = router()
+    if known is not None:
+        await known._catalogue.reread(known._handle())
 
 
 def _make(name: str, pool: Any, settings: dict[str, Any]) -> QueryRouterNode:
     return QueryRouterNode(name, pool, **settings)
-
-
-def _checked(request: object) -> Mapping[str, Any]:
-    """*request*, if its keys are right.
-
-    Raises:
-        ConfigError: they are not.
-        TypeError, StatementNotAllowedError: the query cannot travel.
-    """
-    if not isinstance(request, Mapping):
-        raise ConfigError(f"process() takes a dict with the key 'query', not {type(request).__name__}")
-    if not request.keys() <= _KEYS:
-        key = next(key for key in request if key not in _KEYS)
-        raise ConfigError(f"unknown key {key!r}{did_you_mean(str(key), _KEYS)}")
-    operation = request.get("operation", "execute")
-    if operation != "execute":
-        raise ConfigError(f"operation={operation!r}: a router knows only 'execute'")
-    if not isinstance(request.get("query"), str):
-        raise ConfigError("a request needs the key 'query', a string")
-    if "params" in request and "parameters" in request:
-        raise ConfigError("give params or parameters, not both: they mean the same")
-    check_statement(request["query"])
-    check_timeout(request.get("timeout"))
-    if "max_staleness" in request:
-        where_of("replica", request["max_staleness"], None)
-    return request

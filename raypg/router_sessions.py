@@ -8,12 +8,12 @@ import re
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
+from raypg import messages
 from raypg.core.classifier import Classification
 from raypg.core.seen import Session, Token
 from raypg.core.sql_text import blank
 from raypg.errors import ConfigError, LeaseLostError, StatementNotAllowedError
 from raypg.lease import LeasedConnection, acquire, raise_if_rolled_back
-from raypg.row import Row
 
 if TYPE_CHECKING:
     from raypg.dispatch import Dispatcher
@@ -34,15 +34,17 @@ class RouterSession:
         seen: what it has seen.
         lease: the connection of its open transaction.
         has_ddl: DDL was run in that transaction.
+        floor: when it was told last what others have seen, so that what was read before may be older than that.
     """
 
-    __slots__ = ("_busy", "_lost", "_timer", "has_ddl", "id", "lease", "lock", "seen")
+    __slots__ = ("_busy", "_lost", "_timer", "floor", "has_ddl", "id", "lease", "lock", "seen")
 
     def __init__(self, name: str, seen: Token) -> None:
         self.id = name
         self.seen = Session(seen)
         self.lease: LeasedConnection | None = None
         self.has_ddl = False
+        self.floor = 0.0
         self.lock = asyncio.Lock()
         self._busy = 0
         self._lost = ""
@@ -52,6 +54,14 @@ class RouterSession:
     def is_idle(self) -> bool:
         """Whether it may be forgotten: there is no transaction, and nothing to be told of one."""
         return self.lease is None and not (self._busy or self._lost or self.lock.locked())
+
+    def has_been_told(self, token: Token, now: float) -> None:
+        """Another process has seen so much; now this session is to see no less. Only a place in the log says by itself
+        when that was: of all else it may have been just now."""
+        seen = self.seen
+        if token.seen or not token.lsn or token.timeline != seen.token.timeline or token.lsn > seen.token.lsn:
+            self.floor = now
+        seen.saw(seen.reads(), seen.token.joined(token))
 
     async def holds(self) -> LeasedConnection | None:
         """The connection of its open transaction, when what begins or ends one is through.
@@ -68,12 +78,12 @@ class RouterSession:
         return self.lease
 
     async def run(
-        self, lease: LeasedConnection, query: str, arguments: tuple[Any, ...], timeout: float | None, idle: float
-    ) -> tuple[list[Row], str]:
+        self, mode: int, lease: LeasedConnection, query: str, arguments: Any, timeout: float | None, idle: float
+    ) -> tuple[Any, Any]:
         """Run a statement inside its transaction. Errors as :meth:`LeasedConnection.fetch`."""
         self._busy += 1
         try:
-            return await lease.execute_with_rows(query, arguments, timeout)
+            return await lease._run(mode, query, arguments, timeout)
         except LeaseLostError:
             self._forget(lease)
             raise
@@ -82,8 +92,8 @@ class RouterSession:
             self._wait(idle)
 
     async def change(
-        self, dispatcher: Dispatcher, verdict: Classification, query: str, name: str | None, idle: float
-    ) -> tuple[list[Row], str]:
+        self, mode: int, dispatcher: Dispatcher, verdict: Classification, query: str, name: str | None, idle: float
+    ) -> tuple[Any, Any]:
         """Begin a transaction, end it, or set and leave savepoints.
 
         Raises:
@@ -107,7 +117,7 @@ class RouterSession:
                 # In one message with the lease: a BEGIN that fails holds nothing.
                 self.lease = await acquire(dispatcher, None, None, query, name)
                 self._wait(idle)
-                return [], command
+                return _tag(mode, command)
             if lease is None:
                 raise StatementNotAllowedError(
                     f"{command}: session {self.id!r} has no open transaction; BEGIN one first"
@@ -117,12 +127,12 @@ class RouterSession:
                 status = await asyncio.shield(lease._end(_ENDS[command]))
                 if command == "COMMIT":
                     raise_if_rolled_back(status)
-                return [], command
-            rows, status = await self.run(lease, query, (), None, idle)
+                return _tag(mode, command)
+            outcome = await self.run(mode, lease, query, (), None, idle)
             if command == "PREPARE TRANSACTION":
                 self._forget(lease)
                 await lease.release()
-            return rows, status
+            return outcome
 
     def expire(self, idle: float) -> None:
         """Nothing was asked of its transaction for *idle* seconds."""
@@ -222,6 +232,13 @@ class Sessions:
                 del self._known[name]
                 self._all.saw(self._all.reads(), self._all.token.joined(session.seen.token))
                 over -= 1
+
+
+def _tag(mode: int, command: str) -> tuple[Any, None]:
+    """What a statement without rows gives."""
+    if mode == messages.BOTH:
+        return ([], command), None
+    return (command if mode == messages.STATUS else []), None
 
 
 _tasks: set[asyncio.Future[Any]] = set()

@@ -245,6 +245,9 @@ function workerState(worker) {
 
 // --- replicas ---
 
+const sentBy = (replica) =>
+  replica.used_by === replica.workers ? "are sent there" : `are sent there by ${replica.used_by} of ${replica.workers} workers`;
+
 export class Replicas {
   constructor() {
     this.table = new Table(
@@ -253,7 +256,8 @@ export class Replicas {
       [
         { title: "Replica", text: (replica) => replica.replica },
         { title: "Role", text: (replica) => format.words(replica.role) },
-        { title: "Reads", text: (replica) => (replica.healthy ? "are sent there" : `go elsewhere${replica.problem ? `: ${replica.problem}` : ""}`) },
+        { title: "Reads", text: (replica) => (replica.healthy ? sentBy(replica) : `go elsewhere${replica.problem ? `: ${replica.problem}` : ""}`) },
+        { title: "Breaker", text: (replica) => format.words(replica.circuit_breaker), hint: "each worker has its own: the worst state" },
         { title: "Behind", number: true, text: (replica) => (replica.lag_seconds === null ? "–" : format.duration(replica.lag_seconds)) },
         { title: "In use", number: true, text: (replica) => format.number(replica.active) },
         { title: "Open", number: true, text: (replica) => format.number(replica.total) },

@@ -82,6 +82,7 @@ class Engine:
         self.acquisitions = Acquisitions(self)
         self.catalogue = Catalogue()
         self.pace = Pace()
+        connector.familiar = self.pace.familiar
         self.streams = Streams()
         self.queue: FairQueue[Work] = FairQueue(limit=config.max_waiting)
         self.closed: PoolClosedError | None = None

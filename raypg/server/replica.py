@@ -29,6 +29,11 @@ NOT_AGAIN_FOR = (0.2, 2.0)
 class Replica:
     """One replica.
 
+    Its breaker is this worker's alone, and no actor makes the workers agree, as for the primary's. They need not:
+    whoever sends no reads there loses nothing, since others answer them, and the way to a replica may be cut for one
+    worker and not for the next. Each finds out for itself, four times a second, whether it answers; and what all of
+    them think is in the pool's status (:func:`raypg.replica_status.replicas_of`).
+
     Args:
         number: its place in the pool's ``replicas``.
         application_name: identity of the worker's connections.

@@ -162,6 +162,8 @@ class Statement:
         else:
             seconds = engine.now() - now
             engine.figures.ran(seconds, False, self.sql)
+            if self.settings is None:
+                engine.pace.frequent.note(self.sql)
             if self.verdict.retryable:
                 engine.pace.note(self.sql, seconds)
             self.batch.finish(self.position, payload, names)

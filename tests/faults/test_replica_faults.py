@@ -16,9 +16,18 @@ from pools import backends_of, own_pool, worker_pids
 from standby import ask, caught_up, promote, standby_of
 from waiting import eventually
 
-from raypg import Session, WorkflowConnectionPool
+from raypg import QueryRouterNode, Session, WorkflowConnectionPool
 from raypg.embedded import EmbeddedServer
-from raypg.errors import OutcomeUnknownError, UnavailableError
+from raypg.errors import (
+    CircuitBreakerError,
+    ConnectError,
+    ConnectionLostError,
+    LeaseLostError,
+    OutcomeUnknownError,
+)
+
+GONE = (ConnectError, CircuitBreakerError, ConnectionLostError, OutcomeUnknownError, LeaseLostError)
+"""What callers may get while there is no primary."""
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +122,12 @@ async def test_a_replica_that_is_killed_takes_only_what_it_runs(
         await asyncio.to_thread(victim.kill)
         await readers.more()
         assert await is_used(read_pool, False)
+
+        async def told() -> bool:
+            replica = (await read_pool.process({"operation": "get_status"}))["replicas"][1]
+            return bool(replica["circuit_breaker"] == "open" and replica["used_by"] == 0 and replica["workers"] == 1)
+
+        await eventually(told, 30)
         before = +readers.outcomes
         await readers.more()
         assert (readers.outcomes - before).keys() == {"ok"}
@@ -173,58 +188,89 @@ async def backend_pids(server: EmbeddedServer) -> list[int]:
 
 
 async def test_a_replica_is_promoted_under_load(ray_cluster: Any) -> None:
-    """The primary dies, one of its two standbys takes over; both are named as hosts of the connection string."""
+    """The primary dies, one of its two standbys takes over; both are named as hosts of the connection string. Callers
+    of the pool, and of a router: statements in sessions, and transactions."""
     with EmbeddedServer() as first, standby_of(first) as second, standby_of(first) as third:
         await ask(first, "create table written (id int primary key)")
         for standby in (second, third):
             await caught_up(first, standby)
         hosts = ",".join(f"127.0.0.1:{server.port}" for server in (first, second))
         user, database = first.parameters["user"], first.parameters["database"]
-        async with own_pool(
-            first,
-            **dict.fromkeys(("host", "port", "user", "database", "password")),
-            connection_string=f"postgresql://{user}:{first.password}@{hosts}/{database}",
-            replicas=[second.dsn, third.dsn],
-            max_connections=10,
-            circuit_breaker_recovery_timeout=0.5,
-        ) as pool:
+        async with (
+            own_pool(
+                first,
+                **dict.fromkeys(("host", "port", "user", "database", "password")),
+                connection_string=f"postgresql://{user}:{first.password}@{hosts}/{database}",
+                replicas=[second.dsn, third.dsn],
+                max_connections=10,
+                circuit_breaker_recovery_timeout=0.5,
+            ) as pool,
+            QueryRouterNode("r", pool) as router,
+        ):
             await eventually(lambda: is_used(pool, True), 30)
+            await eventually(lambda: is_used(pool, True, place=0), 30)
             outcomes: Counter[str] = Counter()
+            targets: Counter[str] = Counter()
             written: list[tuple[float, int]] = []
             going = True
 
-            async def write(number: int) -> None:
-                mine = Session()
+            insert, count = "insert into written values ($1)", "select count(*) from written where id = $1"
+
+            async def by_pool(number: int, mine: Session) -> Any:
+                await pool.execute(insert, number)
+                mine.wrote()
+                written.append((time.monotonic(), number))
+                return await pool.fetchval(count, number, read_from="replica", after=mine)
+
+            async def by_router(number: int, session_id: str) -> Any:
+                for query in (insert, count):
+                    found = await router.process({"query": query, "params": [number], "session_id": session_id})
+                    if not found["success"]:
+                        return f"{found['error_type']} {found['sqlstate'] or ''}".rstrip()
+                    if query == insert:
+                        written.append((time.monotonic(), number))
+                    else:
+                        targets[found["routing_metadata"]["target"]] += 1
+                return found["data"][0]["count"]
+
+            async def by_transaction(number: int, _: str) -> Any:
+                session_id = f"transaction {number}"
+                for query in ("begin", insert, "commit"):
+                    parameters = (number,) if query == insert else ()
+                    await router.execute(query, *parameters, session_id=session_id)
+                written.append((time.monotonic(), number))
+                return await router.fetchval(count, number, session_id=session_id)
+
+            async def call(way: Any, number: int, session: Any) -> None:
                 while going:
                     number += 100
                     try:
-                        await pool.execute("insert into written values ($1)", number)
-                        mine.wrote()
-                        written.append((time.monotonic(), number))
-                        seen = await pool.fetchval(
-                            "select count(*) from written where id = $1", number, read_from="replica", after=mine
-                        )
-                        outcomes["ok" if seen == 1 else "stale"] += 1
-                    except (UnavailableError, OutcomeUnknownError) as error:
-                        outcomes[type(error).__name__] += 1
-                        await asyncio.sleep(0.01)
+                        seen = await way(number, session)
+                        told = {1: "ok", 0: "stale"}.get(seen, seen)
                     except Exception as error:
-                        outcomes[repr(error)] += 1
+                        told = type(error).__name__ if isinstance(error, GONE) else repr(error)
+                    outcomes[f"{way.__name__}: {told}"] += 1
+                    if told != "ok":
+                        await asyncio.sleep(0.01)
 
-            writers = [asyncio.create_task(write(number)) for number in range(1, 9)]
-            await eventually(lambda: outcomes["ok"] > 100, 30)
+            ways: list[tuple[Any, int, Any]] = [(by_pool, number, Session()) for number in range(1, 9)]
+            ways += [(by_router, number, f"session {number}") for number in range(11, 19)]
+            ways += [(by_transaction, number, "") for number in range(21, 25)]
+            writers = [asyncio.create_task(call(*way)) for way in ways]
+            await eventually(lambda: all(outcomes[f"{way.__name__}: ok"] > 50 for way, *_ in ways), 30)
+            assert targets["replica"] > 0
             await asyncio.to_thread(first.kill)
             await asyncio.sleep(0.3)  # so that the breaker has opened
             await promote(second)
             promoted = time.monotonic()
             await eventually(lambda: written and written[-1][0] > promoted, 30)
             resumed = next(then for then, _ in written if then > promoted) - promoted
-            done = len(written)
-            await eventually(lambda: len(written) > done + 100, 30)
+            before = +outcomes
+            await eventually(lambda: all((outcomes - before)[f"{way.__name__}: ok"] > 50 for way, *_ in ways), 30)
             going = False
             await asyncio.gather(*writers)
-            kinds = set(outcomes) - {"ok"}
-            assert kinds <= {"ConnectError", "CircuitBreakerError", "ConnectionLostError", "OutcomeUnknownError"}
+            kinds = {kind.partition(": ")[2] for kind in outcomes} - {"ok"}
+            assert kinds <= {error.__name__ for error in GONE}, outcomes
             assert resumed < 2.0
             status = await pool.process({"operation": "get_status"})
             assert [replica["role"] for replica in status["replicas"]] == ["primary", "standby"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 import random
 from collections import Counter
@@ -15,7 +16,7 @@ from pools import backends_of, unique_name
 from standby import ask, caught_up, delay, pause, resume, standby_of
 from waiting import eventually
 
-from raypg import Session, WorkflowConnectionPool, messages
+from raypg import QueryRouterNode, Session, WorkflowConnectionPool, messages
 from raypg.core.seen import NOTHING, PRIMARY, Token
 from raypg.embedded import EmbeddedServer
 from raypg.errors import ConfigError
@@ -84,22 +85,26 @@ async def commits(*servers: EmbeddedServer) -> list[int]:
     return [await ask(server, query) for server in servers]
 
 
+@pytest.mark.parametrize("way", ["pool", "router"])
 async def test_reads_run_on_the_replicas(
+    way: str,
     replicated: WorkflowConnectionPool,
     counter: str,
     pg18: EmbeddedServer,
     standby18: EmbeddedServer,
     other18: EmbeddedServer,
 ) -> None:
+    """Told to be reads, or found to be by a router."""
     await caught_up(pg18, other18)
+    router = QueryRouterNode("reader", replicated)
+    fetchval = router.fetchval if way == "router" else functools.partial(replicated.fetchval, read_from="replica")
+    query = f"select n from {counter} where id = $1"
+    await fetchval(query, 1)  # a router reads the catalogue, on the primary
     servers = (pg18, standby18, other18)
     before = await commits(*servers)
     number = 4000
     for _ in range(8):
-        reads = (
-            replicated.fetchval(f"select n from {counter} where id = $1", i % 64 + 1, read_from="replica")
-            for i in range(number // 8)
-        )
+        reads = (fetchval(query, i % 64 + 1) for i in range(number // 8))
         assert set(await asyncio.gather(*reads)) == {0}
     added: list[int] = []
 
@@ -113,6 +118,8 @@ async def test_reads_run_on_the_replicas(
     await eventually(counted, 20)
     assert (await commits(pg18))[0] - before[0] < 0.05 * number
     assert min(added) > 0.2 * number  # both have their part
+    by_target = (await router.get_metrics())["router_metrics"]["by_target"]
+    assert by_target == ({"replica": number + 1} if way == "router" else {})
 
 
 async def test_without_the_keyword_everything_runs_on_the_primary(

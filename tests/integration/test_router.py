@@ -1,18 +1,17 @@
-"""The router in a caller's process: shapes, transactions, sessions, misuse, and which server answers."""
+"""The router in a caller's process: shapes, transactions, sessions, misuse."""
 
 from __future__ import annotations
 
 import asyncio
 import math
 import pickle
-import secrets
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 
 import asyncpg
 import pytest
 from pools import NO_BREAKER, own_pool, status_of_all
-from standby import ask, caught_up, pause, resume, standby_of
+from routers import answer
 from waiting import eventually
 
 from raypg import (
@@ -21,7 +20,9 @@ from raypg import (
     PoolExhaustedError,
     PoolNotFoundError,
     QueryRouterNode,
+    QueryTimeoutError,
     StatementNotAllowedError,
+    TransactionRolledBackError,
     WorkflowConnectionPool,
 )
 from raypg.embedded import EmbeddedServer
@@ -31,10 +32,6 @@ from raypg.embedded import EmbeddedServer
 async def router(pool: WorkflowConnectionPool) -> AsyncIterator[QueryRouterNode]:
     async with QueryRouterNode("test", pool) as router:
         yield router
-
-
-async def answer(router: QueryRouterNode, query: str, *params: Any, **more: Any) -> dict[str, Any]:
-    return await router.process({"query": query, "params": list(params), **more})
 
 
 async def test_the_answer_is_that_of_the_pool_and_where_it_came_from(router: QueryRouterNode, table: str) -> None:
@@ -56,6 +53,58 @@ async def test_the_answer_is_that_of_the_pool_and_where_it_came_from(router: Que
     assert (await answer(router, f"update {table} set amount = 6"))["data"] == [{"rows_affected": 1}]
     one = await router.process({"query": f"select amount from {table}", "fetch_mode": "one"})
     assert one["data"] == {"amount": 6}
+
+
+async def test_asyncpgs_words_give_what_those_of_the_pool_give(
+    router: QueryRouterNode, pool: WorkflowConnectionPool, table: str
+) -> None:
+    insert = f"insert into {table} values ($1, 'x', 5) returning id"
+    assert await router.execute(insert, 1) == "INSERT 0 1"
+    assert await router.fetchval(insert, 2) == 2
+    assert await router.fetch(insert, 3) == [(3,)]
+    query = f"select id, label from {table} where id > $1 order by id"
+    assert [dict(row) for row in await router.fetch(query, 1)] == [{"id": 2, "label": "x"}, {"id": 3, "label": "x"}]
+    for word in ("fetch", "fetchrow"):
+        for number in (0, 7):
+            assert await getattr(router, word)(query, number) == await getattr(pool, word)(query, number)
+    assert (await router.fetchval(query, 0, column=1), await router.fetchval(query, 7)) == ("x", None)
+    assert await router.fetchval("show work_mem", settings={"work_mem": "7MB"}) == "7MB"
+    with pytest.raises(asyncpg.CheckViolationError):
+        await router.fetch(f"insert into {table} values (9, 'x', -1)")
+    with pytest.raises(QueryTimeoutError):
+        await router.fetchval("select pg_sleep(30)", timeout=0.2)
+    metrics = await router.get_metrics()
+    assert metrics["router_metrics"]["routing_errors"] == 0  # what the server says is none
+    assert metrics["router_metrics"]["queries_routed"] == 13
+    for wrong, words in (
+        ({"timeout": "1"}, "timeout"), ({"session_id": ""}, "session_id"), ({"max_staleness": -1}, "max_staleness"),
+        ({"after": "x"}, "token"), ({"settings": {"a b": "c"}}, "setting"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            await router.fetch("select 1", **wrong)
+    with pytest.raises(StatementNotAllowedError, match="NUL"):
+        await router.fetch("select '\0'")
+    assert (await router.get_metrics())["router_metrics"]["routing_errors"] == 6
+
+
+async def test_a_transaction_in_asyncpgs_words(router: QueryRouterNode, table: str, direct: asyncpg.Connection) -> None:
+    with pytest.raises(StatementNotAllowedError, match="session_id"):
+        await router.execute("begin")
+    assert await router.execute("begin", session_id="w") == "BEGIN"
+    assert await router.fetch("savepoint a", session_id="w") == []
+    assert await router.execute(f"insert into {table} (id) values (1)", session_id="w") == "INSERT 0 1"
+    assert await router.fetchval(f"select id from {table}", session_id="w") == 1
+    assert await router.fetchrow(f"select id from {table}") is None
+    with pytest.raises(asyncpg.DivisionByZeroError):
+        await router.fetchval("select 1/0", session_id="w")
+    assert await router.execute("rollback to a", session_id="w") == "ROLLBACK"
+    assert await router.fetchrow("commit", session_id="w") is None
+    assert await direct.fetchval(f"select count(*) from {table}") == 0
+    await router.execute("begin", session_id="w")
+    with pytest.raises(asyncpg.PostgresSyntaxError):
+        await router.execute("selec", session_id="w")
+    with pytest.raises(TransactionRolledBackError):
+        await router.execute("commit", session_id="w")
 
 
 async def test_what_the_server_has_against_a_statement_is_an_answer(router: QueryRouterNode, table: str) -> None:
@@ -321,131 +370,3 @@ async def test_metrics(pool: WorkflowConnectionPool, table: str) -> None:
     assert metrics["routing_history"]["total_decisions"] == 4
     assert metrics["routing_history"]["recent_decisions"][0]["query_type"] == "read_simple"
     assert metrics["cache_stats"]["total_entries"] == 0
-
-
-# --- with a replica ---
-
-
-@pytest.fixture(scope="module")
-def replica(pg18: EmbeddedServer) -> Iterator[EmbeddedServer]:
-    """A standby that tests may hold up."""
-    with standby_of(pg18) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def split(ray_cluster: Any, pg18: EmbeddedServer, replica: EmbeddedServer) -> Iterator[WorkflowConnectionPool]:
-    handle = WorkflowConnectionPool(
-        name=f"split-{secrets.token_hex(4)}", **pg18.parameters, replicas=[replica.dsn], max_connections=6
-    )
-    asyncio.run(handle.process({"operation": "initialize"}))
-    yield handle
-    asyncio.run(handle.close())
-
-
-@pytest.fixture
-async def splitting(
-    split: WorkflowConnectionPool, pg18: EmbeddedServer, replica: EmbeddedServer, table: str
-) -> AsyncIterator[QueryRouterNode]:
-    """A router whose replica answers, and has the table."""
-    await caught_up(pg18, replica)
-    async with QueryRouterNode("splitting", split) as router:
-        await eventually(lambda: goes_to(router, "replica", "select 1 as one"))
-        yield router
-
-
-async def goes_to(router: QueryRouterNode, target: str, query: str, **more: Any) -> bool:
-    found = await answer(router, query, **more)
-    assert found["success"], found
-    return bool(found["routing_metadata"]["target"] == target)
-
-
-async def test_reads_go_to_the_replica_and_all_else_to_the_primary(
-    splitting: QueryRouterNode, replica: EmbeddedServer, table: str, schema: str, direct: asyncpg.Connection
-) -> None:
-    await direct.execute(
-        f"create sequence {schema}.n; create function {schema}.f() returns bigint language sql as "
-        f"'select nextval(''{schema}.n'')'"
-    )
-    await answer(splitting, f"create view {schema}.v as select {schema}.f() as n")  # DDL: the catalogue is read anew
-    for query in (f"insert into {table} (id) values (1)", f"select {schema}.f()", f"select * from {schema}.v",
-                  f"select * from {table} for update", "select pg_is_in_recovery()", "show port"):  # fmt: skip
-        assert await goes_to(splitting, "primary", query), query
-    await splitting.process({"query": f"select count(*) from {table}", "session_id": "other"})
-    found = await answer(splitting, f"select count(*) as n from {table}", session_id="reader")
-    await eventually(lambda: goes_to(splitting, "replica", f"select count(*) as n from {table}"))
-    found = await answer(splitting, f"select count(*) as n from {table}")
-    assert found["data"] == [{"n": 1}]
-    assert found["routing_metadata"]["replica"] == f"127.0.0.1:{replica.port}"
-    assert (await splitting.get_metrics())["router_metrics"]["by_target"]["replica"] >= 1
-
-
-async def test_a_transaction_stays_on_the_primary(splitting: QueryRouterNode) -> None:
-    await answer(splitting, "begin", session_id="t")
-    assert await goes_to(splitting, "primary", "select 1", session_id="t")
-    await answer(splitting, "commit", session_id="t")
-
-
-async def test_a_session_reads_what_it_wrote_while_the_replica_is_held_up(
-    splitting: QueryRouterNode, pg18: EmbeddedServer, replica: EmbeddedServer, table: str, split: WorkflowConnectionPool
-) -> None:
-    await caught_up(pg18, replica)
-    count = f"select count(*) as n from {table}"
-    await pause(replica)
-    try:
-        for number in range(1, 6):
-            await answer(splitting, f"insert into {table} (id) values ($1)", number, session_id="writer")
-            assert (await answer(splitting, count, session_id="writer"))["data"] == [{"n": number}]
-        other = QueryRouterNode("other process", split)
-        assert (await answer(other, count))["data"] == [{"n": 0}]  # by the replica, which is behind
-        found = await answer(other, count, after=splitting.token("writer"))
-        assert (found["data"], found["routing_metadata"]["target"]) == ([{"n": 5}], "primary")
-        # It has seen that now, and never sees less again.
-        assert (await answer(other, count))["data"] == [{"n": 5}]
-        assert (await answer(QueryRouterNode("third", split), count, max_staleness=0.0))["data"] == [{"n": 5}]
-    finally:
-        await resume(replica)
-    await caught_up(pg18, replica)
-    await eventually(lambda: goes_to(splitting, "replica", count, session_id="writer"))
-
-
-async def test_what_a_replica_does_not_have_yet_is_asked_of_the_primary(
-    splitting: QueryRouterNode, pg18: EmbeddedServer, replica: EmbeddedServer, schema: str, direct: asyncpg.Connection
-) -> None:
-    await pause(replica)
-    try:
-        await direct.execute(f"create table {schema}.new (a int); insert into {schema}.new values (7)")
-        splitting._catalogue.changed()
-        found = await answer(splitting, f"select a from {schema}.new", session_id="somebody")
-        assert (found["data"], found["routing_metadata"]["target"]) == ([{"a": 7}], "primary")
-    finally:
-        await resume(replica)
-
-
-async def test_what_a_replica_refuses_is_learnt(
-    splitting: QueryRouterNode, pg18: EmbeddedServer, replica: EmbeddedServer, schema: str, direct: asyncpg.Connection
-) -> None:
-    """A function becomes one that writes behind the router's back: the verdict on it is old for a moment."""
-    function = f"create or replace function {schema}.g() returns bigint language sql as"
-    await direct.execute(f"create sequence {schema}.n; {function} 'select 1::bigint'")
-    splitting._catalogue.changed()
-    await caught_up(pg18, replica)
-    query = f"select {schema}.g() as n"
-    assert (await splitting.classify(query)).kind == "READ"
-    await direct.execute(f"{function} 'select nextval(''{schema}.n'')'")
-    await caught_up(pg18, replica)
-    assert (await answer(splitting, query, session_id="fresh"))["data"] == [{"n": 1}]
-    verdict = await splitting.classify(query)
-    assert (verdict.kind, (await splitting.get_metrics())["router_metrics"]["replica_refusals"]) == ("UNKNOWN", 1)
-    assert (await answer(splitting, query, session_id="fresh"))["data"] == [{"n": 2}]
-    splitting._catalogue.changed()
-    verdict = await splitting.classify(query)
-    assert (verdict.kind, verdict.reason) == ("WRITE", "function nextval is not harmless")
-
-
-async def test_without_the_split_all_goes_to_the_primary(
-    split: WorkflowConnectionPool, replica: EmbeddedServer
-) -> None:
-    async with QueryRouterNode("r", split, enable_read_write_split=False) as router:
-        assert await goes_to(router, "primary", "select 1")
-        assert await ask(replica, "select pg_is_in_recovery()")

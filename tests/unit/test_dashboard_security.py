@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from raypg.access_token import is_token, session_of
-from raypg.deployments.security import COOKIE, HEADERS, Asked, judge, token_of_page
+from raypg.deployments.security import COOKIE, HEADERS, Asked, is_addressed_here, judge, token_of_page
 
 TOKEN = "correct-horse-battery"
 PORT = 8080
@@ -47,6 +47,19 @@ def test_this_machine_needs_no_token(client: str, host: str) -> None:
 def test_a_name_of_another_machine_that_leads_here_is_refused(host: str) -> None:
     """DNS rebinding: the browser takes it for the other site, and says so."""
     assert ask(host=host) == 421
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        ("localhost", True), ("localhost:8000", True), ("127.0.0.1:1", True), ("[::1]:8000", True), ("[::1]", True),
+        ("evil.example", False), ("localhost.evil.example:80", False), ("10.0.0.1", False), ("", False), (":80", False),
+        ("127.0.0.1.nip.io", False), ("localhost:x", False), ("localhost:", False), ("[::1", False),
+    ],
+)  # fmt: skip
+def test_names_of_this_machine_whatever_the_port(host: str, expected: bool) -> None:
+    """What Serve's proxy hands on: the port is its own."""
+    assert is_addressed_here(host) == expected
 
 
 def test_a_request_has_one_host() -> None:

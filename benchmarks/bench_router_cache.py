@@ -1,0 +1,126 @@
+"""The router's cache: what a hit costs, and whether 200,000 random calls of four processes ever see too little.
+
+For the calls one standby replays each commit 20 ms late, and the other one is paused for 0.1 s now and then.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+import ray
+import uvloop
+from measure import compare, report
+
+from raypg import QueryRouterNode, WorkflowConnectionPool
+from raypg.embedded import EmbeddedServer
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+import history_load
+from histories import check
+from standby import disturbed, standby_of
+from waiting import eventually
+
+CALLS = int(os.environ.get("RAYPG_BENCH_CALLS", "200000"))
+AT_A_TIME = 20_000
+"""Calls in a history: each must pass for itself, and is over before the next begins."""
+
+QUERY = "SELECT id, n FROM public.a WHERE id = $1"
+REPEATED = 20_000
+
+
+async def hits(pool: WorkflowConnectionPool) -> None:
+    """Microseconds of one hit, answer included."""
+    async with QueryRouterNode("hits", pool, cache_size=100, cache_ttl=3600.0) as router:
+        request = {"query": QUERY, "params": [1]}
+
+        async def is_hit() -> bool:
+            return bool((await router.process(request))["routing_metadata"]["cache_hit"])
+
+        await eventually(is_hit, 30)
+
+        async def process() -> float:
+            started = time.perf_counter()
+            for _ in range(REPEATED):
+                await router.process(request)
+            return (time.perf_counter() - started) / REPEATED * 1e6
+
+        async def fetchrow() -> float:
+            await router.fetchrow(QUERY, 1)
+            started = time.perf_counter()
+            for _ in range(REPEATED):
+                await router.fetchrow(QUERY, 1)
+            return (time.perf_counter() - started) / REPEATED * 1e6
+
+        async def asked() -> float:
+            started = time.perf_counter()
+            for _ in range(500):
+                await pool.fetchrow(QUERY, 1)
+            return (time.perf_counter() - started) / 500 * 1e6
+
+        figures = await compare({"router.process": process, "router.fetchrow": fetchrow, "pool.fetchrow": asked})
+    report("One caller: a hit of the router's cache, and the same read asked", "µs", figures, [])
+
+
+async def histories(pool: WorkflowConnectionPool) -> None:
+    """Random calls, all written down and checked."""
+    calls = writes = problems = dropped = 0
+    cached = replicas = 0.0
+    speeds = []
+    for number in range(CALLS // AT_A_TIME):
+        schema = f"history_{number}"
+        await pool.execute(f"CREATE SCHEMA {schema}")
+        await history_load.make_tables(pool.execute, schema)
+        history, statistics = await history_load.run(pool, schema, AT_A_TIME, seed=f"bench {number}", sessions=16)
+        shown = history_load.summary(history, statistics)
+        found = check(history)
+        for problem in found[:5]:
+            print(problem, flush=True)
+        calls += len(history)
+        writes += int(shown["writes"])
+        problems += len(found)
+        dropped += int(shown["invalidations"])
+        cached += shown["from caches"] * (len(history) - shown["writes"])
+        replicas += shown["from replicas"] * (len(history) - shown["writes"])
+        speeds.append(shown["calls/s"])
+        print(f"{calls:,} calls: {problems} wrong; {shown}", flush=True)
+    reads = calls - writes
+    report(
+        f"{calls:,} random calls of 4 processes with caches, a late and a paused replica",
+        "calls/s",
+        {"calls": speeds},
+        [
+            f"answers older than an acknowledged write, or than what somebody had seen before: {problems}",
+            f"writes: {writes:,}; results dropped because of them: {dropped:,}",
+            f"reads answered by caches: {cached / reads:.1%}, by replicas: {replicas / reads:.1%}",
+        ],
+    )
+
+
+async def main() -> None:
+    settings = {"max_connections": "100", "fsync": "on"}
+    with (
+        EmbeddedServer(settings=settings) as primary,
+        standby_of(primary, settings) as one,
+        standby_of(primary, settings) as other,
+    ):
+        history_load.by_value()
+        ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+        pool = WorkflowConnectionPool(
+            name="bench", max_connections=13, replicas=[one.dsn, other.dsn], **primary.parameters
+        )
+        try:
+            await history_load.make_tables(pool.execute, "public")
+            await hits(pool)
+            async with disturbed(one, other):
+                await histories(pool)
+        finally:
+            await pool.close()
+            ray.shutdown()
+
+
+if __name__ == "__main__":
+    uvloop.run(main())

@@ -1,0 +1,31 @@
+"""Statements that a new connection prepares before it is used, so that its first callers need not wait for that."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterable
+
+import asyncpg
+
+from raypg.server import _asyncpg
+
+__all__ = ["prepare"]
+
+PREPARED_WITHIN = 0.1
+"""Seconds, at most, that this may hold up a new connection: a table that somebody has locked, say."""
+
+
+async def prepare(raw: asyncpg.Connection, texts: Iterable[str]) -> None:
+    """Prepare *texts* in asyncpg's own cache; what cannot be is left out."""
+    until = asyncio.get_running_loop().time() + PREPARED_WITHIN
+    for sql in texts:
+        left = until - asyncio.get_running_loop().time()
+        if left <= 0:
+            return
+        try:
+            # With a timeout of its own asyncpg cancels it on the server, and the connection stays good.
+            with contextlib.suppress(asyncpg.PostgresError, asyncpg.InterfaceError):
+                await _asyncpg.prepare(raw, sql, left)
+        except TimeoutError:
+            return

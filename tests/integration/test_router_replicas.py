@@ -1,0 +1,136 @@
+"""The router in a caller's process, of a pool with a replica: which server answers, and what it shows."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import asyncpg
+import pytest
+from routers import answer, goes_to
+from standby import ask, caught_up, pause, resume, standby_of
+from waiting import eventually
+
+from raypg import QueryRouterNode, WorkflowConnectionPool
+from raypg.embedded import EmbeddedServer
+
+
+@pytest.fixture(scope="module")
+def replica(pg18: EmbeddedServer) -> Iterator[EmbeddedServer]:
+    """A standby that tests may hold up."""
+    with standby_of(pg18) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def split(ray_cluster: Any, pg18: EmbeddedServer, replica: EmbeddedServer) -> Iterator[WorkflowConnectionPool]:
+    handle = WorkflowConnectionPool(
+        name=f"split-{secrets.token_hex(4)}", **pg18.parameters, replicas=[replica.dsn], max_connections=6
+    )
+    asyncio.run(handle.process({"operation": "initialize"}))
+    yield handle
+    asyncio.run(handle.close())
+
+
+@pytest.fixture
+async def splitting(
+    split: WorkflowConnectionPool, pg18: EmbeddedServer, replica: EmbeddedServer, table: str
+) -> AsyncIterator[QueryRouterNode]:
+    """A router whose replica answers, and has the table."""
+    await caught_up(pg18, replica)
+    async with QueryRouterNode("splitting", split) as router:
+        await eventually(lambda: goes_to(router, "replica", "select 1 as one"))
+        yield router
+
+
+async def test_reads_go_to_the_replica_and_all_else_to_the_primary(
+    splitting: QueryRouterNode, replica: EmbeddedServer, table: str, schema: str, direct: asyncpg.Connection
+) -> None:
+    await direct.execute(
+        f"create sequence {schema}.n; create function {schema}.f() returns bigint language sql as "
+        f"'select nextval(''{schema}.n'')'"
+    )
+    await answer(splitting, f"create view {schema}.v as select {schema}.f() as n")  # DDL: the catalogue is read anew
+    for query in (f"insert into {table} (id) values (1)", f"select {schema}.f()", f"select * from {schema}.v",
+                  f"select * from {table} for update", "select pg_is_in_recovery()", "show port"):  # fmt: skip
+        assert await goes_to(splitting, "primary", query), query
+    await splitting.process({"query": f"select count(*) from {table}", "session_id": "other"})
+    found = await answer(splitting, f"select count(*) as n from {table}", session_id="reader")
+    await eventually(lambda: goes_to(splitting, "replica", f"select count(*) as n from {table}"))
+    found = await answer(splitting, f"select count(*) as n from {table}")
+    assert found["data"] == [{"n": 1}]
+    assert found["routing_metadata"]["replica"] == f"127.0.0.1:{replica.port}"
+    assert (await splitting.get_metrics())["router_metrics"]["by_target"]["replica"] >= 1
+
+
+async def test_a_transaction_stays_on_the_primary(splitting: QueryRouterNode) -> None:
+    await answer(splitting, "begin", session_id="t")
+    assert await goes_to(splitting, "primary", "select 1", session_id="t")
+    await answer(splitting, "commit", session_id="t")
+
+
+async def test_a_session_reads_what_it_wrote_while_the_replica_is_held_up(
+    splitting: QueryRouterNode, pg18: EmbeddedServer, replica: EmbeddedServer, table: str, split: WorkflowConnectionPool
+) -> None:
+    await caught_up(pg18, replica)
+    count = f"select count(*) as n from {table}"
+    await pause(replica)
+    try:
+        for number in range(1, 6):
+            await answer(splitting, f"insert into {table} (id) values ($1)", number, session_id="writer")
+            assert (await answer(splitting, count, session_id="writer"))["data"] == [{"n": number}]
+        other = QueryRouterNode("other process", split)
+        assert (await answer(other, count))["data"] == [{"n": 0}]  # by the replica, which is behind
+        found = await answer(other, count, after=splitting.token("writer"))
+        assert (found["data"], found["routing_metadata"]["target"]) == ([{"n": 5}], "primary")
+        # It has seen that now, and never sees less again.
+        assert (await answer(other, count))["data"] == [{"n": 5}]
+        assert (await answer(QueryRouterNode("third", split), count, max_staleness=0.0))["data"] == [{"n": 5}]
+    finally:
+        await resume(replica)
+    await caught_up(pg18, replica)
+    await eventually(lambda: goes_to(splitting, "replica", count, session_id="writer"))
+
+
+async def test_what_a_replica_does_not_have_yet_is_asked_of_the_primary(
+    splitting: QueryRouterNode, pg18: EmbeddedServer, replica: EmbeddedServer, schema: str, direct: asyncpg.Connection
+) -> None:
+    await pause(replica)
+    try:
+        await direct.execute(f"create table {schema}.new (a int); insert into {schema}.new values (7)")
+        splitting._catalogue.changed()
+        found = await answer(splitting, f"select a from {schema}.new", session_id="somebody")
+        assert (found["data"], found["routing_metadata"]["target"]) == ([{"a": 7}], "primary")
+    finally:
+        await resume(replica)
+
+
+async def test_what_a_replica_refuses_is_learnt(
+    splitting: QueryRouterNode, pg18: EmbeddedServer, replica: EmbeddedServer, schema: str, direct: asyncpg.Connection
+) -> None:
+    """A function becomes one that writes behind the router's back: the verdict on it is old for a moment."""
+    function = f"create or replace function {schema}.g() returns bigint language sql as"
+    await direct.execute(f"create sequence {schema}.n; {function} 'select 1::bigint'")
+    splitting._catalogue.changed()
+    await caught_up(pg18, replica)
+    query = f"select {schema}.g() as n"
+    assert (await splitting.classify(query)).kind == "READ"
+    await direct.execute(f"{function} 'select nextval(''{schema}.n'')'")
+    await caught_up(pg18, replica)
+    assert (await answer(splitting, query, session_id="fresh"))["data"] == [{"n": 1}]
+    verdict = await splitting.classify(query)
+    assert (verdict.kind, (await splitting.get_metrics())["router_metrics"]["replica_refusals"]) == ("UNKNOWN", 1)
+    assert (await answer(splitting, query, session_id="fresh"))["data"] == [{"n": 2}]
+    splitting._catalogue.changed()
+    verdict = await splitting.classify(query)
+    assert (verdict.kind, verdict.reason) == ("WRITE", "function nextval is not harmless")
+
+
+async def test_without_the_split_all_goes_to_the_primary(
+    split: WorkflowConnectionPool, replica: EmbeddedServer
+) -> None:
+    async with QueryRouterNode("r", split, enable_read_write_split=False) as router:
+        assert await goes_to(router, "primary", "select 1")
+        assert await ask(replica, "select pg_is_in_recovery()")
