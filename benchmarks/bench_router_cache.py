@@ -5,24 +5,17 @@ For the calls one standby replays each commit 20 ms late, and the other one is p
 
 from __future__ import annotations
 
-import logging
 import os
-import sys
 import time
-from pathlib import Path
 
-import ray
+import history_load
 import uvloop
-from measure import compare, report
+from histories import check
+from measure import compare, report, with_replicas
+from standby import disturbed
+from waiting import eventually
 
 from raypg import QueryRouterNode, WorkflowConnectionPool
-from raypg.embedded import EmbeddedServer
-
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
-import history_load
-from histories import check
-from standby import disturbed, standby_of
-from waiting import eventually
 
 CALLS = int(os.environ.get("RAYPG_BENCH_CALLS", "200000"))
 AT_A_TIME = 20_000
@@ -101,25 +94,12 @@ async def histories(pool: WorkflowConnectionPool) -> None:
 
 
 async def main() -> None:
-    settings = {"max_connections": "100", "fsync": "on"}
-    with (
-        EmbeddedServer(settings=settings) as primary,
-        standby_of(primary, settings) as one,
-        standby_of(primary, settings) as other,
-    ):
-        history_load.by_value()
-        ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
-        pool = WorkflowConnectionPool(
-            name="bench", max_connections=13, replicas=[one.dsn, other.dsn], **primary.parameters
-        )
-        try:
-            await history_load.make_tables(pool.execute, "public")
-            await hits(pool)
-            async with disturbed(one, other):
-                await histories(pool)
-        finally:
-            await pool.close()
-            ray.shutdown()
+    history_load.by_value()
+    async with with_replicas() as (pool, one, other):
+        await history_load.make_tables(pool.execute, "public")
+        await hits(pool)
+        async with disturbed(one, other):
+            await histories(pool)
 
 
 if __name__ == "__main__":
