@@ -21,8 +21,8 @@ HOLD = 0.5
 HOLD_WORKER = 0.25
 """The same of a worker, which tells with the next one which of its writes are over."""
 
-Answer = tuple[bool, list[Event], float]
-"""(whether the lease goes on, what to do, the authority's time)."""
+Answer = tuple[bool, list[Event], float, bool]
+"""(whether the lease goes on, what to do, the authority's time, whether it is to listen for writes of others)."""
 
 
 class VersionAuthority:
@@ -31,12 +31,12 @@ class VersionAuthority:
     Args:
         key: under which it is put down that workers must ask.
         life: number of this life of the Pool actor.
-        restarted: whether there was one before.
         news: called when workers are to hear of another era.
     """
 
-    def __init__(self, key: str, life: int, restarted: bool, news: Callable[[], None]) -> None:
+    def __init__(self, key: str, life: int, news: Callable[[], None]) -> None:
         self._key = key
+        restarted = _compat.was_restarted()
         active = restarted and _compat.kv_get(key) is not None
         self.core = Authority(time.monotonic(), (life << 32) + 1, active)
         self.core.complete = not restarted
@@ -74,7 +74,8 @@ class VersionAuthority:
             await self._wait(left)
         now = time.monotonic()
         answer = self.core.answer(who, received, now) if known else None
-        return None if answer is None else (*answer, now)
+        listens = report is not None and report[0] == self.core.listener
+        return None if answer is None else (*answer, now, listens)
 
     def want(self, who: str, tables: Sequence[str] | None) -> None:
         """A holder would share *tables* too; ``None``: it leaves."""
@@ -82,6 +83,11 @@ class VersionAuthority:
             self.core.leave(who)
         else:
             self.core.want(who, tables)
+        self._changed()
+
+    def changed(self, tables: Sequence[str] | None) -> None:
+        """See :meth:`Authority.changed`."""
+        self.core.changed(tables)
         self._changed()
 
     async def intend(self, life: str, intents: Mapping[int, str]) -> bool:

@@ -11,7 +11,8 @@ from typing import Any
 
 from raypg import cluster
 from raypg.actors.line import ANSWER_WITHIN, Line
-from raypg.server.writes import Writes
+from raypg.server.engine import Engine
+from raypg.server.outside import Outside
 
 AGAIN_AFTER = 0.1
 """Seconds until an authority is attended again that does not know us yet."""
@@ -22,16 +23,17 @@ class AuthorityLine(Line):
 
     Args:
         pool, worker, incarnation: as for every line.
-        writes: of the worker's engine.
+        engine: of the worker.
     """
 
-    def __init__(self, pool: str, worker: int, incarnation: str, writes: Writes) -> None:
+    def __init__(self, pool: str, worker: int, incarnation: str, engine: Engine) -> None:
         super().__init__(pool, worker, incarnation)
-        self._writes = writes
+        self._writes = writes = engine.writes
         self._pool: Any = None
         self._needed = asyncio.Event()
         writes.intents.life = life_of(worker, incarnation)
         writes.ask = self._ask
+        self._outside = Outside(engine, self._tell)
 
     def keep(self, era: int, newest: bool) -> None:
         """The Pool actor has said in which era the authority must be asked; *newest*: it has said nothing later."""
@@ -44,6 +46,7 @@ class AuthorityLine(Line):
             self.open()
         else:
             self._needed.clear()
+            self._outside.keep(False)
 
     async def talk(self) -> None:
         self._pool = pool = cluster.find(self.pool)
@@ -65,11 +68,19 @@ class AuthorityLine(Line):
                 if answer is None:
                     await asyncio.sleep(AGAIN_AFTER)
                 continue
-            renews, events, intents.echo = answer
+            renews, events, intents.echo, listens = answer
             intents.word = now
             for _ in holding.heard(sent, renews, events):
                 pass  # whether what it knows of the catalogue holds, a worker asks before it uses it
             writes.reach.heard()
+            self._outside.keep(listens)
+
+    def close(self) -> None:
+        super().close()
+        self._outside.keep(False)
+
+    async def _tell(self, tables: list[str] | None) -> None:
+        await asyncio.wait_for(self._pool.changed.remote(tables), ANSWER_WITHIN)
 
     async def _ask(self, numbered: Mapping[int, str]) -> bool:
         pool = self._pool

@@ -71,12 +71,9 @@ class Membership:
         config: gives its configuration as it is now.
         reaper: ends the connections of the dead.
         life: number of this life of the Pool actor: epochs and numbers of a later life are greater.
-        restarted: whether there was one before.
     """
 
-    def __init__(
-        self, pool: str, config: Callable[[], PoolConfig], reaper: Reaper, life: int, restarted: bool = False
-    ) -> None:
+    def __init__(self, pool: str, config: Callable[[], PoolConfig], reaper: Reaper, life: int) -> None:
         self._pool = pool
         self._config = config
         self._reaper = reaper
@@ -93,7 +90,7 @@ class Membership:
         self._numbers = itertools.count((life << 32) + 1)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._turn = asyncio.Lock()
-        self.authority = VersionAuthority(f"pool/{pool}/asks", life, restarted, self.news_now)
+        self.authority = VersionAuthority(f"pool/{pool}/asks", life, self.news_now)
         self.news = asyncio.Event()
         """Set when there is reason for a round of pings before its time."""
         self.replacing = False

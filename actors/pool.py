@@ -96,7 +96,7 @@ class PoolActor:
         self._connectors = [Connector(self._config, control, server) for server in servers]
         self._prefix = application_prefix(self._cluster, name)
         self._reaper = Reaper(name, list(map(Control, self._connectors)), self._prefix, lambda: self._workers.cap)
-        self._workers = Membership(name, lambda: self._config, self._reaper, self._next_life(), _compat.was_restarted())
+        self._workers = Membership(name, lambda: self._config, self._reaper, self._next_life())
         self._looking = Looking(self._reaper.activity)
         warn_of_runtime_env(name)
         if _compat.was_restarted():
@@ -172,12 +172,16 @@ class PoolActor:
         }
 
     async def attend(self, who: str, done: int, wants: list[str], report: tuple[Any, ...] | None = None) -> Any:
-        """A cache, or a worker, is there; see :mod:`raypg.actors.authority`, also for the next two."""
+        """A cache, or a worker, is there; see :mod:`raypg.actors.authority`, also for the next three."""
         return await self._workers.authority.attend(who, done, wants, report)
 
     async def want(self, who: str, tables: list[str] | None) -> None:
         """A cache wants to keep results of *tables*; ``None``: it keeps nothing any more."""
         self._workers.authority.want(who, tables)
+
+    async def changed(self, tables: list[str] | None) -> None:
+        """Somebody has written past the pool: to *tables*, or to any."""
+        self._workers.authority.changed(tables)
 
     async def intend(self, life: str, intents: dict[int, str]) -> bool:
         """A worker is to write; answers when it may."""
@@ -436,9 +440,7 @@ class PoolActor:
             connector.config = config
 
     def _public_config(self) -> dict[str, Any]:
-        config = self._config.to_dict()
-        config.pop("password", None)
-        return config
+        return {key: value for key, value in self._config.to_dict().items() if key != "password"}
 
     def _membership(self) -> dict[str, Any]:
         return {

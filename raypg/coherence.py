@@ -160,7 +160,7 @@ class Coherence:
                 self._begin_anew()
                 continue
             before = holding.mark
-            renews, events, _ = answer
+            renews, events, *_ = answer
             for tables in holding.heard(sent, renews, events):
                 self._drop(None if tables is None else frozenset(tables))
             if holding.mark != before and any(kind == "share" and CATALOGUE in (t or ()) for _, kind, t in events):

@@ -127,6 +127,11 @@ class Authority:
         """Tables of the open intents, by worker."""
         return {life: frozenset(worker.intents.values()) for life, worker in self._workers.items()}
 
+    @property
+    def listener(self) -> str | None:
+        """The worker that is to listen for writes of others."""
+        return min((life for life, worker in self._workers.items() if worker.joined and not worker.gone), default=None)
+
     # --- who is there ---
 
     def expect(self, life: str, at: float) -> None:
@@ -270,7 +275,20 @@ class Authority:
         times = [self._holders[who].expires for who in waits if who in self._holders]
         return max(now, min([self._from, *times] if now < self._from else times, default=now))
 
+    def changed(self, tables: Iterable[str] | None) -> None:
+        """Somebody has written to *tables* without a worker; ``None``: nobody knows to which."""
+        for holder in self._holders.values():
+            if holder.life is None:
+                dropped = holder.shared - {CATALOGUE}
+                self._take_back(holder, dropped if tables is None else dropped.intersection(tables))
+
     # --- inside ---
+
+    def _take_back(self, holder: _Holder, tables: set[str], everything: bool = False) -> None:
+        if tables:
+            holder.shared -= tables
+            holder.tell("drop", None if everything else tables)
+            self.invalidations += 1
 
     def _open(self, worker: _Worker, number: int, table: str) -> None:
         worker.newest = max(worker.newest, number)
@@ -280,15 +298,11 @@ class Authority:
         self._written[table] += 1
         for holder in self._holders.values():
             if table == CATALOGUE:
-                dropped, told = set(holder.shared), None
+                self._take_back(holder, set(holder.shared), everything=True)
             elif table == EVERYTHING:
-                dropped = told = holder.shared - {CATALOGUE}
+                self._take_back(holder, holder.shared - {CATALOGUE})
             else:
-                dropped = told = holder.shared & {table}
-            if dropped:
-                holder.shared -= dropped
-                holder.tell("drop", told)
-                self.invalidations += 1
+                self._take_back(holder, holder.shared & {table})
 
     def _reconcile(self, worker: _Worker, intents: Mapping[int, str], newest: int) -> None:
         """All intents of a worker up to *newest* that are open are *intents*."""

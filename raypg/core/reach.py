@@ -102,6 +102,12 @@ class Reach:
                     changed = True
         self._steps.clear()
 
+        self._triggers = frozenset((row["function_schema"], row["function"]) for row in rows["triggers"])
+
+    def calls(self, schema: str, name: str) -> bool:
+        """Whether a trigger of some table calls that function."""
+        return (schema, name) in self._triggers
+
     # --- what a statement reaches ---
 
     def of(self, text: str) -> Tables:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import asyncpg
 
+from raypg.cache_watch import FUNCTION
 from raypg.core.coherence import EVERYTHING
 from raypg.core.holding import CATALOGUE, Holding
 from raypg.core.mentions import mentions
@@ -74,6 +75,16 @@ class WriteReach:
                 known.texts.clear()
             found = known.texts[text] = known.reach.of(text)
         return found
+
+    def tables_behind(self, schema: str, name: str) -> frozenset[str]:
+        """The tables that a write to that one reaches."""
+        known = self._catalogue
+        return frozenset((EVERYTHING,)) if known is None else known.reach.of_table(schema, name)
+
+    @property
+    def has_watches(self) -> bool:
+        """Whether there are triggers of ``raypg cache watch``."""
+        return self._catalogue is not None and self._catalogue.reach.calls(*FUNCTION)
 
     def heard(self) -> None:
         """The authority has answered. What is known of the catalogue is read anew if it may have changed; and looked

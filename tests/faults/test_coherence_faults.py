@@ -130,6 +130,7 @@ async def test_without_the_authority_writes_wait_for_old_leases_and_go_on(
     table = f"{schema}.kept"
     holder = Holder.remote()
     await holder.hold.remote(shared.name, table)
+    await shared.fetchval("select 1")  # the Pool actor is asked where the workers are
     actor = cluster.find(shared.name)
     pid = await actor.__ray_call__.remote(lambda self: os.getpid())
     os.kill(pid, signal.SIGSTOP)  # it hangs

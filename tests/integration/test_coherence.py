@@ -11,7 +11,7 @@ import pytest
 from pools import pipeline_of
 from waiting import eventually
 
-from raypg import WorkflowConnectionPool
+from raypg import ConfigError, WorkflowConnectionPool, cache_watch
 from raypg.coherence import Coherence, coherence_of
 
 Write: TypeAlias = "Callable[[WorkflowConnectionPool, str], Awaitable[object]]"
@@ -173,3 +173,42 @@ async def test_writing_on_costs_one_question(pool: WorkflowConnectionPool, coher
     for number in range(50):
         await pool.execute(f"insert into {table} values ($1)", number)
     assert coherence.invalidations + coherence.flushes - before <= 2
+
+
+async def test_who_writes_past_the_pool_is_heard_of_by_triggers(
+    pool: WorkflowConnectionPool, coherence: Coherence, schema: str, table: str, direct: asyncpg.Connection
+) -> None:
+    await direct.execute("create table other (id int)")
+    assert await cache_watch.watch(pool, [table]) == [table.join(('"', '"')).replace(".", '"."')]
+    assert await cache_watch.watched(pool) == [table]
+    tables, other = shown(table), shown(f"{schema}.other")
+
+    async def listener() -> int | None:
+        return await direct.fetchval("select pid from pg_stat_activity where query = 'LISTEN \"raypg_cache\"'")
+
+    await eventually(listener)
+    for change in ("insert into item values (1)", "update item set amount = 2", "delete from item", "truncate item"):
+        mark = await held(coherence, tables | other)
+        await direct.execute(change)
+        await eventually(lambda mark=mark: not coherence.unchanged(tables, mark))
+        assert coherence.unchanged(other, mark)
+    # What goes through the pool is not told twice.
+    await pool.execute(f"insert into {table} values (2)")
+    mark = await held(coherence, tables | other)
+    await direct.execute("insert into other values (1); select pg_notify('raypg_cache', e'x\\tnowhere\\tnothing')")
+    await eventually(lambda: not coherence.unchanged(other, mark))  # the notifications before have come too, then
+    # Whatever was not heard while nobody listened may have been anything.
+    mark = await held(coherence, tables | other)
+    assert await direct.fetchval("select pg_terminate_backend($1)", await listener())
+    await eventually(lambda: not coherence.unchanged(tables, mark) and not coherence.unchanged(other, mark))
+    await eventually(listener)
+    await cache_watch.unwatch(pool, [table])
+    assert await cache_watch.watched(pool) == []
+
+    async def nobody() -> bool:
+        return await listener() is None
+
+    await eventually(nobody, 20)
+    for name in ("nowhere", f"{schema}.nothing"):
+        with pytest.raises(ConfigError, match="no table"):
+            await cache_watch.watch(pool, [name])
