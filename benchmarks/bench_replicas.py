@@ -51,7 +51,7 @@ async def pairs(pool: WorkflowConnectionPool) -> tuple[float, int, Counter[str]]
 
 
 async def main() -> None:
-    async with with_replicas() as (pool, one, other):
+    async with with_replicas() as (pool, _, one, other):
         await pool.execute("CREATE TABLE accounts (id int PRIMARY KEY, balance int)")
         await pool.execute("INSERT INTO accounts SELECT g, g FROM generate_series(1, $1::int) g", ROWS)
         await asyncio.sleep(1)

@@ -66,9 +66,11 @@ async def setting(connections: int = 8) -> AsyncIterator[Setting]:
 
 
 @asynccontextmanager
-async def with_replicas() -> AsyncIterator[tuple[WorkflowConnectionPool, EmbeddedServer, EmbeddedServer]]:
-    """A Ray cluster, and a pool with two standbys: (pool, standby, standby). Commits reach the disk, as outside of
-    tests."""
+async def with_replicas() -> AsyncIterator[
+    tuple[WorkflowConnectionPool, EmbeddedServer, EmbeddedServer, EmbeddedServer]
+]:
+    """A Ray cluster, and a pool with two standbys: (pool, primary, standby, standby). Commits reach the disk, as
+    outside of tests."""
     settings = {"max_connections": "100", "fsync": "on"}
     with (
         EmbeddedServer(settings=settings) as primary,
@@ -81,7 +83,7 @@ async def with_replicas() -> AsyncIterator[tuple[WorkflowConnectionPool, Embedde
                 name="bench", max_connections=13, replicas=[one.dsn, other.dsn], **primary.parameters
             )
             await pool.process({"operation": "initialize"})
-            yield pool, one, other
+            yield pool, primary, one, other
             await pool.close()
         finally:
             ray.shutdown()

@@ -20,6 +20,7 @@ from raypg.core.mentions import mentions
 from raypg.core.reach import Reach
 from raypg.messages import FETCH
 from raypg.server import errand
+from raypg.server.outcomes import ConnectionLost
 from raypg.server.work import Refused
 
 if TYPE_CHECKING:
@@ -36,6 +37,11 @@ LONGEST = 65536
 
 REMEMBER = 10.0
 """Seconds for which it is believed that nobody else has changed the catalogue."""
+
+
+KNOWN_WITHIN = 1.0
+"""Seconds, at most, that what may be a read waits for the catalogue to be known again. Sent at once, each of them would
+be announced as a change of the catalogue, and while there is one nobody may know it: for ever, if they never cease."""
 
 
 class _Catalogue(NamedTuple):
@@ -63,11 +69,38 @@ class WriteReach:
         self.holding = Holding()
         self._catalogue: _Catalogue | None = None
         self._reading: asyncio.Task[None] | None = None
+        self._unknown_since: float | None = None
+        self._known_again: asyncio.Future[None] | None = None
+        self._lent: list[ServerConnection] = []
+
+    def _known(self, now: float) -> _Catalogue | None:
+        known = self._catalogue
+        return known if known is not None and self.holding.unchanged((CATALOGUE,), known.mark, now) else None
+
+    async def wait_for(self, text: str, connection: ServerConnection) -> None:
+        """Wait for a moment until it can be known what *text* does, if it may be a read: then it may be sent without a
+        word. Meanwhile the catalogue is read by *connection*, as all may be taken by those who wait."""
+        now = time.monotonic()
+        if self._known(now) is not None:
+            return
+        self._unknown_since = now if self._unknown_since is None else self._unknown_since
+        left = self._unknown_since + KNOWN_WITHIN - now
+        if left <= 0 or _tables_of(text) != {CATALOGUE} or mentions(text).command != "SELECT":
+            return
+        if self._known_again is None:
+            self._known_again = asyncio.get_running_loop().create_future()
+        self._lent.append(connection)
+        try:
+            await asyncio.wait({self._known_again}, timeout=left)
+            while self._reading is not None and not self._reading.done() and self._lent[0] is connection:
+                await asyncio.wait({self._reading})
+        finally:
+            self._lent.remove(connection)
 
     def tables_of(self, text: str) -> frozenset[str]:
         """The tables that a statement may write to."""
-        known, now = self._catalogue, time.monotonic()
-        if known is None or not self.holding.unchanged((CATALOGUE,), known.mark, now):
+        known = self._known(time.monotonic())
+        if known is None:
             return _tables_of(text)
         found = known.texts.get(text)
         if found is None:
@@ -112,13 +145,21 @@ class WriteReach:
             )  # fmt: skip
             await asyncio.sleep(1.0)
             return
-        self._catalogue = _Catalogue(reach, digest, mark, time.monotonic(), texts)
+        except ConnectionLost:
+            return  # whoever has lent it will see; it is tried again when the authority is heard next
+        now = time.monotonic()
+        self._catalogue = _Catalogue(reach, digest, mark, now, texts)
+        if self._known(now) is not None:
+            self._unknown_since = None
+            if self._known_again is not None:
+                self._known_again.set_result(None)
+                self._known_again = None
 
     async def _fetch(self, query: str, *arguments: Any) -> list[dict[str, Any]]:
         async def work(connection: ServerConnection) -> tuple[list[Any], tuple[str, ...]]:
             return await connection.run(FETCH, query, arguments)  # type: ignore[return-value]
 
-        rows, names = await errand.run(self._engine, "raypg", work)
+        rows, names = await (work(self._lent[0]) if self._lent else errand.run(self._engine, "raypg", work))
         return [dict(zip(names or (), row, strict=True)) for row in rows]
 
 

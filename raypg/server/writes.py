@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from raypg.core.holding import CATALOGUE
@@ -64,13 +64,16 @@ class Writes:
 
     # --- for whoever sends statements ---
 
-    async def begin(self, connection: ServerConnection, texts: Iterable[str]) -> None:
+    async def begin(self, connection: ServerConnection, texts: Collection[str]) -> None:
         """Wait until nobody holds results of what *texts* may write to. It is over when the
         connection settles, see :meth:`Held.settle`.
 
         Raises:
             UnavailableError: that cannot be found out; nothing may be sent.
         """
+        if connection.lease is None and connection.held is None:
+            for text in texts:
+                await self.reach.wait_for(text, connection)
         tables = frozenset().union(*map(self.reach.tables_of, texts))
         await self.begin_on(connection, tables)
 
