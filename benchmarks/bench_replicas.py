@@ -9,45 +9,38 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections import Counter
 
 import uvloop
 from measure import compare, rate, ratio, report, with_replicas
 from standby import disturbed
 
-from raypg import Session, WorkflowConnectionPool, messages
-from raypg.reading import where_of
+from raypg import QueryRouterNode, Session, WorkflowConnectionPool
 
 PAIRS = int(os.environ.get("RAYPG_BENCH_PAIRS", "100000"))
 SESSIONS = 200
 ROWS = 10_000
 CLIENTS = 500
 QUERY = "SELECT id, balance FROM accounts WHERE id = $1"
+UPDATE = "UPDATE accounts SET balance = $2 WHERE id = $1"
 
 
-async def pairs(pool: WorkflowConnectionPool) -> tuple[float, int, Counter[str]]:
-    """Write, then read, in sessions of their own: (pairs/s, stale reads, reads by who answered)."""
-    dispatcher = await pool._dispatcher()
-    targets: Counter[str] = Counter()
+async def pairs(pool: WorkflowConnectionPool) -> tuple[float, int, dict[str, int]]:
+    """Write, then read, in sessions of one router: (pairs/s, stale reads, statements by who answered)."""
+    router = QueryRouterNode("pairs", pool)
     stale = 0
 
     async def session(number: int) -> None:
         nonlocal stale
-        mine = Session()
+        name = str(number)
         for value in range(PAIRS // SESSIONS):
-            await pool.execute("UPDATE accounts SET balance = $2 WHERE id = $1", number, value)
-            mine.wrote()
-            begun = mine.reads()
-            where = where_of("replica", None, begun[0])
-            assert where is not None
-            rows, _, served = await dispatcher.read(messages.FETCH, QUERY, (number,), None, None, where)
-            mine.saw(begun, served.token)
-            targets[served.target] += 1
-            stale += rows[0][1] != value
+            await router.execute(UPDATE, number, value, session_id=name)
+            row = await router.fetchrow(QUERY, number, session_id=name)
+            stale += row is None or row["balance"] != value
 
     started = time.perf_counter()
     await asyncio.gather(*(session(number) for number in range(1, SESSIONS + 1)))
-    return PAIRS / (time.perf_counter() - started), stale, targets
+    seconds = time.perf_counter() - started
+    return PAIRS / seconds, stale, (await router.get_metrics())["router_metrics"]["by_target"]
 
 
 async def main() -> None:
@@ -67,18 +60,27 @@ async def main() -> None:
         async def session(number: int) -> None:
             await pool.fetchrow(QUERY, number % ROWS + 1, read_from="replica", after=mine)
 
+        router = QueryRouterNode("reads", pool)
+
+        async def routed(number: int) -> None:
+            await router.fetchrow(QUERY, number % ROWS + 1)
+
         reads = await compare(
             {
-                "primary": lambda: rate(plain, 20_000, CLIENTS),
-                "replicas": lambda: rate(replica, 20_000, CLIENTS),
-                "replicas, one session": lambda: rate(session, 20_000, CLIENTS),
+                "primary": lambda: rate(plain, 10_000, CLIENTS),
+                "replicas": lambda: rate(replica, 10_000, CLIENTS),
+                "replicas, one session": lambda: rate(session, 10_000, CLIENTS),
+                "a router": lambda: rate(routed, 10_000, CLIENTS),
             }
         )
         report(
             f"{CLIENTS} coroutines, point reads with two replicas on the same machine",
             "reads/s",
             reads,
-            [f"{name} ÷ primary: {ratio(reads, name, 'primary'):.2f}" for name in list(reads)[1:]],
+            [
+                *(f"{name} ÷ primary: {ratio(reads, name, 'primary'):.2f}" for name in list(reads)[1:]),
+                f"a router ÷ replicas, one session: {ratio(reads, 'a router', 'replicas, one session'):.2f}",
+            ],
         )
         async with disturbed(one, other):
             speed, stale, targets = await pairs(pool)
@@ -86,7 +88,7 @@ async def main() -> None:
             f"{PAIRS:,} pairs of a write and a read of {SESSIONS} sessions, a late and a paused replica",
             "pairs/s",
             {"pairs": [speed]},
-            [f"stale reads: {stale}", f"reads on replicas: {targets['replica'] / PAIRS:.1%}"],
+            [f"stale reads: {stale}", f"reads on replicas: {targets.get('replica', 0) / PAIRS:.1%}"],
         )
 
 

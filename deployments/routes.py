@@ -30,9 +30,10 @@ from raypg.errors import (
     UnavailableError,
     UnknownFigureError,
 )
-from raypg.exposition import CONTENT_TYPE, render
-from raypg.metrics_access import histories, history, snapshots
+from raypg.exposition import CONTENT_TYPE
+from raypg.metrics_access import histories, history
 from raypg.plain import without_nan
+from raypg.scrape import Scrape
 
 __all__ = ["build"]
 
@@ -63,7 +64,7 @@ class _Answer(JSONResponse):
 def build(feed: Feed, viewers: Viewers) -> FastAPI:
     """The app, without its gate."""
     app = FastAPI(title="raypg", docs_url=None, redoc_url=None, openapi_url=None, default_response_class=_Answer)
-    assets = Assets()
+    assets, scrape = Assets(), Scrape()
     app.add_exception_handler(Exception, _failed)
     app.add_exception_handler(_ProblemError, _failed)
     app.add_exception_handler(RaypgError, _failed)
@@ -142,9 +143,7 @@ def build(feed: Feed, viewers: Viewers) -> FastAPI:
 
     @app.get("/metrics")
     async def prometheus() -> Response:
-        any_pool = await asyncio.to_thread(cluster.running_pools)
-        found = await snapshots(in_detail=False, fresh=False) if any_pool else {}
-        return Response(render(found), media_type=CONTENT_TYPE)
+        return Response(await scrape.text(), media_type=CONTENT_TYPE)
 
     @app.websocket("/ws")
     async def ws(socket: WebSocket) -> None:

@@ -7,20 +7,21 @@ rows = await pool.fetch("SELECT * FROM users WHERE id = $1", 1)
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from raypg.breaker_config import CircuitBreakerConfig
-from raypg.core.seen import Session
 from raypg.errors import *  # noqa: F403
 from raypg.errors import __all__ as _errors
-from raypg.pipeline import PipelineResult, PipelineResults, PlanStep, QueryPipelineNode
-from raypg.pool import WorkflowConnectionPool, get_pool
-from raypg.router import QueryRouterNode
-from raypg.row import Row
 
 if TYPE_CHECKING:
+    from raypg.breaker_config import CircuitBreakerConfig
+    from raypg.core.seen import Session
     from raypg.datasink import PostgresDatasink
     from raypg.datasource import PostgresDatasource
+    from raypg.pipeline import PipelineResult, PipelineResults, PlanStep, QueryPipelineNode
+    from raypg.pool import WorkflowConnectionPool, get_pool
+    from raypg.router import QueryRouterNode
+    from raypg.row import Row
 
 __version__ = "0.1.0"
 
@@ -40,13 +41,29 @@ __all__ = [
     *_errors,
 ]
 
-_RAY_DATA = {"PostgresDatasink": "datasink", "PostgresDatasource": "datasource"}
-"""What needs Ray Data, which takes a second to import, and its module."""
+_MODULES = {
+    "CircuitBreakerConfig": "breaker_config",
+    "PipelineResult": "pipeline",
+    "PipelineResults": "pipeline",
+    "PlanStep": "pipeline",
+    "PostgresDatasink": "datasink",
+    "PostgresDatasource": "datasource",
+    "QueryPipelineNode": "pipeline",
+    "QueryRouterNode": "router",
+    "Row": "row",
+    "Session": "core.seen",
+    "WorkflowConnectionPool": "pool",
+    "get_pool": "pool",
+}
+"""Where a name comes from. It is imported when it is used: processes of actors need none of this."""
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _RAY_DATA:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
+    found = globals()[name] = getattr(import_module(f"raypg.{_MODULES[name]}"), name)
+    return found
 
-    return getattr(import_module(f"raypg.{_RAY_DATA[name]}"), name)
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -30,7 +30,8 @@ groups:
           description: "Pool {{ $labels.pool }}: {{ $value | humanize }} ms. See `raypg status --watch`."
 
       - alert: DatabaseCircuitBreakerOpen
-        expr: connection_pool_circuit_breaker_state{state="open"} == 1
+        # Half open it only tries: one outage is one alert.
+        expr: max by (pool) (connection_pool_circuit_breaker_state{state=~"open|half_open"}) == 1
         for: 1m
         labels:
           severity: critical

@@ -48,8 +48,10 @@ def demo(
     flights: Annotated[int, typer.Option(help="How many flights to load.")] = 336_776,
 ) -> None:
     """Start Ray and PostgreSQL here, load real flights through a pool in a Ray job, and query them."""
-    from raypg.demo import run
+    from raypg.__main__ import ctrl_c_ends
 
+    with ctrl_c_ends():
+        from raypg.demo import run
     raise typer.Exit(run(keep, flights))
 
 
@@ -261,7 +263,3 @@ def main() -> None:
         app()
     except RaypgError as error:
         sys.exit(f"raypg: {'; '.join(str(error).splitlines())}")
-
-
-if __name__ == "__main__":
-    main()

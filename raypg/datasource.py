@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import math
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from raypg.arrow_stream import BATCH_BYTES
 from raypg.checks import check_statement
 from raypg.core.copy_text import check_query, without_semicolon
 from raypg.core.nearest import did_you_mean
-from raypg.core.shards import integer_bounds, key_ranges, page_ranges
+from raypg.core.shards import integer_bounds, key_ranges, page_ranges, sensible
 from raypg.core.sql_text import quoted_name
 from raypg.errors import ConfigError, SnapshotLostError
 from raypg.lease import LeasedConnection
@@ -46,7 +47,13 @@ _INTEGERS = {20, 21, 23}
 _TABLE = """
 SELECT format('%I.%I', n.nspname, c.relname) AS name, c.relkind::text AS kind,
        pg_catalog.pg_relation_size(c.oid) / current_setting('block_size')::int AS pages,
-       EXISTS (SELECT FROM pg_catalog.pg_inherits i WHERE i.inhparent = c.oid) AS parent
+       EXISTS (SELECT FROM pg_catalog.pg_inherits i WHERE i.inhparent = c.oid) AS parent,
+       nullif(c.reltuples, -1) * (
+           SELECT sum(s.avg_width + CASE WHEN a.attlen < 0 THEN 4 ELSE 0 END)
+           FROM pg_catalog.pg_stats s
+           JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid AND a.attname = s.attname
+           WHERE s.schemaname = n.nspname AND s.tablename = c.relname
+       ) AS values
 FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
 WHERE c.oid = to_regclass($1)
 """
@@ -60,13 +67,19 @@ WHERE attrelid = to_regclass($1) AND atttypid = 1700 AND atttypmod > 4 AND attnu
 
 @dataclass(frozen=True)
 class _Source:
-    """What is known of a table or query."""
+    """What is known of a table or query.
+
+    Attributes:
+        pages: of a table.
+        size: bytes of its rows as Arrow, about.
+    """
 
     text: str
     columns: dict[str, int]
     schema: pa.Schema
     decimals: dict[str, tuple[int, int]]
     pages: int | None = None
+    size: int | None = None
     by_pages: bool = False
 
 
@@ -137,7 +150,8 @@ class PostgresDatasource(Datasource):  # type: ignore[misc]
         columns: those to read; all by default.
         filter: a condition in SQL.
         key: a column by whose ranges to divide a query, view or partitioned table; without it one task reads these.
-        shards: how many to make, at most; as many as Ray Data wants by default.
+        shards: how many to make, at most. By default as many as Ray Data wants, but no more than 8 or one for each
+            32 MB; Ray Data divides their blocks further if it wants more.
         consistent: read one snapshot. It takes one connection, and holds up VACUUM, until the dataset is dropped or
             ``close()`` is called, for at most *timeout* seconds. Without, each shard sees what is committed when it
             begins.
@@ -203,9 +217,8 @@ class PostgresDatasource(Datasource):  # type: ignore[misc]
         return True
 
     def estimate_inmemory_data_size(self) -> int | None:
-        """Bytes of the table's pages; ``None`` for a query."""
-        pages = _blocking(self._described).pages
-        return None if pages is None else pages * PAGE
+        """Bytes of the table's values as ANALYZE has found them, or else of its pages; ``None`` for a query."""
+        return _blocking(self._described).size
 
     def get_read_tasks(
         self,
@@ -220,7 +233,7 @@ class PostgresDatasource(Datasource):  # type: ignore[misc]
         wanted = self._wanted(source)
         read = list(source.columns) if rest else wanted  # what is left to filter by may not be wanted
         schema = pa.schema([source.schema.field(name) for name in wanted])
-        size = None if source.pages is None else source.pages * PAGE // len(conditions)
+        size = None if source.size is None else source.size // len(conditions)
         tasks = []
         for condition in conditions:
             sql = _select(source, read, [condition, *pushed, *([self._filter] if self._filter else [])])
@@ -286,12 +299,15 @@ class PostgresDatasource(Datasource):  # type: ignore[misc]
                 raise ConfigError(f"there is no column {name!r}{did_you_mean(name, columns)}")
         plain = known.get("kind") in ("r", "m") and not known["parent"]
         by_pages = plain and self._key is None and version >= TID_RANGES
-        return _Source(text, columns, schema, decimals, known["pages"] if plain else None, by_pages)
+        pages = known["pages"] if plain else None
+        size = None if pages is None else int(min(pages * PAGE, known["values"] or math.inf))
+        return _Source(text, columns, schema, decimals, pages, size, by_pages)
 
     async def _plan(self, parallelism: int) -> tuple[_Source, list[str]]:
         """What to read, and the conditions of the shards, seen in the snapshot."""
         source = await self._described()
-        shards = max(1, min(parallelism, self._shards or parallelism))
+        size = None if source.pages is None else source.pages * PAGE
+        shards = sensible(parallelism, size) if self._shards is None else max(1, min(parallelism, self._shards))
         async with self._view.lock:
             if not self._consistent:
                 return source, await self._conditions(source, shards, self._pool)

@@ -32,6 +32,9 @@ from raypg.processes import adopt_orphans, end_descendants
 
 POOL = "flights"
 CONNECTIONS = 10
+TABLES = ("flights", "flights_arrow")
+"""What the job fills, by a pipeline of statements and as Arrow."""
+
 LOOK_EVERY = 0.05
 """Seconds between two looks at pg_stat_activity."""
 
@@ -104,7 +107,7 @@ class Demo:
             await self._run_job(JobSubmissionClient(self.dashboard))
         with step("Check") as outcome:
             there = await self._check()
-            outcome["text"] = f"{there:,} rows are in the table, and all {len(flights.COLUMNS)} columns add up"
+            outcome["text"] = f"{there:,} rows are in both tables, and all {len(flights.COLUMNS)} columns add up"
         tell("report", connections=self._most, cap=CONNECTIONS, looks=self._looks, **self._report)
         if self._most > CONNECTIONS:
             raise RuntimeError(f"PostgreSQL saw {self._most} connections, the cap is {CONNECTIONS}")
@@ -185,16 +188,17 @@ class Demo:
             tell(kind, **message)
 
     async def _check(self) -> int:
-        """Compare the table with the source, column by column, over a connection that is not of the pool."""
+        """Compare the tables with the source, column by column, over a connection that is not of the pool."""
         connection = await asyncpg.connect(**self.server.parameters)
         try:
-            there = dict(await connection.fetchrow(flights.sums_query("flights")))
+            for table in TABLES:
+                there = dict(await connection.fetchrow(flights.sums_query(table)))
+                wrong = {key: (value, there[key]) for key, value in self._sums.items() if there[key] != value}
+                if wrong or there["count"] != self._count:
+                    raise RuntimeError(f"table {table} differs from the source (source, table): {wrong}")
         finally:
             await connection.close()
-        wrong = {key: (value, there[key]) for key, value in self._sums.items() if there[key] != value}
-        if wrong or there["count"] != self._count:
-            raise RuntimeError(f"the table differs from the source (source, table): {wrong}")
-        return int(there["count"])
+        return self._count
 
 
 class _Lines:

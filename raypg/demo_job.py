@@ -11,16 +11,20 @@ import json
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
 from raypg import QueryPipelineNode, WorkflowConnectionPool, flights, get_pool
 
+if TYPE_CHECKING:
+    import pyarrow
+
 MARK = "raypg-demo:"
 """What a line for the demo's screen begins with."""
 
 ONE_BY_ONE = 2_000
+ARROW_ROWS = 32_768
 TASKS = 200
 ACTORS = 4
 COROUTINES = 200
@@ -86,6 +90,26 @@ async def load_through_pipeline(pool: WorkflowConnectionPool, rows: list[tuple[A
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(results)} rows were refused, the first because: {failed[0].error}")
     tell("loaded", name="pipeline", rows=len(results), seconds=seconds)
+
+
+async def load_arrow(pool: WorkflowConnectionPool, table: pyarrow.Table) -> None:
+    """Copy all of them as they are: Arrow batches through Ray's object store, COPY from there."""
+    await pool.execute(flights.create_table("flights_arrow"))
+    started = time.perf_counter()
+    done = 0
+
+    async def batches() -> AsyncIterator[pyarrow.RecordBatch]:
+        nonlocal done
+        for batch in table.to_batches(ARROW_ROWS):
+            yield batch
+            done += batch.num_rows
+
+    async with (
+        QueryPipelineNode(name="flights", connection_pool=pool) as pipeline,
+        progress("Arrow", table.num_rows, lambda: done),
+    ):
+        written = await pipeline.write(batches(), into="flights_arrow", batch_rows=ARROW_ROWS)
+    tell("loaded", name="Arrow", rows=written.rows, seconds=time.perf_counter() - started)
 
 
 def ask_in_task(pool_name: str, origin: str, dest: str) -> tuple[float, int]:
@@ -183,6 +207,7 @@ async def main(pool_name: str, count: int) -> None:
     rows = flights.rows(table)
     await load_one_by_one(pool, rows[:ONE_BY_ONE])
     await load_through_pipeline(pool, rows)
+    await load_arrow(pool, table)
     await pool.execute("CREATE INDEX ON flights (origin, dest)")
     await pool.execute("ANALYZE flights")
     routes = [(row["origin"], row["dest"]) for row in await pool.fetch(ROUTES, TASKS)]

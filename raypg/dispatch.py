@@ -103,16 +103,32 @@ class Dispatcher:
         return await self._outcome(Call(mode, sql, arguments, timeout, settings, self._loop))
 
     async def read(
-        self, mode: int, sql: str, arguments: Any, timeout: float | None, settings: messages.Settings, where: Where
+        self,
+        mode: int,
+        sql: str,
+        arguments: Any,
+        timeout: float | None,
+        settings: messages.Settings,
+        where: Where,
+        failed: Callable[[Served], object] | None = None,
     ) -> tuple[Any, tuple[str, ...] | None, Served]:
         """Run a statement that is said to be a read where *where* allows, see :func:`raypg.reading.where_of`: on a
         replica, or on the primary if none will do. The last part of the answer says where that was.
 
         A replica refuses to write, and the primary runs what it has refused.
+
+        Args:
+            failed: is told who that was when the statement fails there.
         """
         call = Call(mode, sql, arguments, timeout, settings, self._loop, where)
-        payload, names = await self._outcome(call)
-        return payload, names, served(call.note, NOTHING if where[1] is None else Token(*where[1]))
+        token = NOTHING if where[1] is None else Token(*where[1])
+        try:
+            payload, names = await self._outcome(call)
+        except Exception:
+            if failed is not None and call.note is not None:
+                failed(served(call.note, token))
+            raise
+        return payload, names, served(call.note, token)
 
     async def _outcome(self, call: Call) -> tuple[Any, tuple[str, ...] | None]:
         self._send(call)

@@ -105,6 +105,12 @@ _PANELS = (
             (_rate("connection_pool_connect_failures_total", "5m"), "{{pool}} refused"),
         ),
     ),
+    _Panel("Lag of replicas", "s", ((f"connection_pool_replica_lag_seconds{_POOLS}", "{{pool}} {{replica}}"),)),
+    _Panel(
+        "Reads that replicas answer, per second",
+        "ops",
+        ((_rate("connection_pool_replica_reads_total"), "{{pool}}"),),
+    ),
     _Panel(
         "Caches of routers, per second",
         "ops",

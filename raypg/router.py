@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
@@ -16,19 +16,19 @@ from raypg.catalogue_copy import CatalogueCopy
 from raypg.checks import check_statement, check_timeout, checked_settings
 from raypg.core.classifier import Classification
 from raypg.core.patterns import Patterns
-from raypg.core.seen import NOTHING, Token
+from raypg.core.seen import Token
 from raypg.errors import ConfigError
 from raypg.pool import WorkflowConnectionPool, check_pool, get_pool
 from raypg.reading import Served, where_of
 from raypg.router_cache import CACHED, Asked, RouterCache
 from raypg.router_metrics import RouterMetrics
+from raypg.router_place import ON_PRIMARY, Place, is_change
 from raypg.router_request import check_request
-from raypg.router_sessions import RouterSession, Sessions
+from raypg.router_sessions import Sessions
 from raypg.router_statements import RouterStatements
 
 if TYPE_CHECKING:
-    from raypg.dispatch import Dispatcher
-    from raypg.lease import LeasedConnection
+    pass
 
 __all__ = ["QueryRouterNode"]
 
@@ -160,7 +160,7 @@ class QueryRouterNode(RouterStatements):
             place = await self._place(query, request.get("session_id"), request.get("after"), request.get("settings"))
             staleness = request.get("max_staleness", self.max_staleness)
             begun = time.monotonic()
-            outcome = await self._run(messages.BOTH, query, arguments, request.get("timeout"), staleness, place)
+            outcome = await self._send(messages.BOTH, query, arguments, request.get("timeout"), staleness, place)
         except Exception as error:
             if not begun or not is_told(error):
                 self._metrics.raised(error)
@@ -266,7 +266,6 @@ class QueryRouterNode(RouterStatements):
         timeout: float | None,
         settings: Mapping[str, str] | None,
     ) -> tuple[Any, Any]:
-        placed = False
         try:
             check_statement(query)
             check_timeout(timeout)
@@ -275,14 +274,19 @@ class QueryRouterNode(RouterStatements):
             else:
                 where_of("replica", max_staleness, None)
             place = await self._place(query, session_id, after, settings)
-            placed = True
-            return await self._run(mode, query, args, timeout, max_staleness, place)
+            running = self._send(mode, query, args, timeout, max_staleness, place)
+            del place  # a thousand calls that wait keep as little as they can: what they keep, Python's GC visits
         except Exception as error:
-            if not placed or not is_told(error):
+            self._metrics.raised(error)
+            raise
+        try:
+            return await running
+        except Exception as error:
+            if not is_told(error):
                 self._metrics.raised(error)
             raise
 
-    async def _place(self, query: str, session_id: object, after: Any, settings: Any) -> _Place:
+    async def _place(self, query: str, session_id: object, after: Any, settings: Any) -> Place:
         """Decide where a statement is to run.
 
         Raises:
@@ -304,133 +308,120 @@ class QueryRouterNode(RouterStatements):
         lease = None if session_id is None else await session.holds()
         checked = None
         if settings:
-            if lease is not None or _is_change(verdict):
+            if lease is not None or is_change(verdict):
                 raise ConfigError("settings are for a statement outside of a transaction: inside, use SET LOCAL")
             checked = checked_settings(settings)
-        return _Place(dispatcher, session, verdict, lease, checked, time.monotonic() - started)
+        return Place(dispatcher, session, verdict, lease, checked, time.monotonic() - started)
 
-    async def _run(
-        self, mode: int, query: str, arguments: Any, timeout: float | None, max_staleness: float | None, place: _Place
-    ) -> tuple[Any, Any]:
-        """Run a statement there, and note who has answered, whatever came of it."""
-        verdict, cache = place.verdict, self._cache
-        try:
-            if cache is None or not verdict.deterministic or not verdict.reads or place.lease is not None:
-                return await self._on_a_server(mode, query, arguments, timeout, max_staleness, place)
+    def _send(
+        self, mode: int, query: str, arguments: Any, timeout: float | None, max_staleness: float | None, place: Place
+    ) -> Awaitable[tuple[Any, Any]]:
+        """Run a statement there, or give what is kept, and note who has answered, whatever came of it."""
+        verdict = place.verdict
+        if self._cache is not None and verdict.deterministic and verdict.reads and place.lease is None:
             asked = Asked(mode, query, arguments, place.settings, timeout, max_staleness, verdict, place.session)
-            found = cache.find(place.dispatcher, asked)
-            if found is not None:
-                place.who = CACHED
-                return found
+            return self._by_the_cache(self._cache, asked, place)
+        if self._patterns is not None:
+            return self._watched(self._patterns, mode, query, arguments, timeout, max_staleness, place)
+        return self._on_a_server(mode, query, arguments, timeout, max_staleness, place)
+
+    def _on_a_server(
+        self, mode: int, query: str, arguments: Any, timeout: float | None, max_staleness: float | None, place: Place
+    ) -> Awaitable[tuple[Any, Any]]:
+        dispatcher = place.dispatcher
+        if place.verdict.kind != "READ" or place.lease is not None:
+            return self._on_the_primary(mode, query, arguments, timeout, place)
+        if not dispatcher.config.replicas:  # what it sees, all see
+            self._metrics.note(place.verdict, ON_PRIMARY, place.seconds)
+            return dispatcher.run(mode, query, arguments, timeout, place.settings)
+        if not self.enable_read_write_split:
+            return self._on_the_primary(mode, query, arguments, timeout, place)
+        return self._on_a_replica(mode, query, arguments, timeout, max_staleness, place)
+
+    async def _by_the_cache(self, cache: RouterCache, asked: Asked, place: Place) -> tuple[Any, Any]:
+        found = cache.find(place.dispatcher, asked)
+        who = CACHED
+        if found is None:
 
             async def ask(mode: int, must_see: Token) -> tuple[tuple[Any, Any], Served]:
                 place.must_see = must_see
-                return await self._on_a_server(mode, query, arguments, timeout, max_staleness, place), place.who
+                what = mode, asked.query, asked.arguments, asked.timeout, asked.max_staleness, place
+                if self._patterns is not None:
+                    return await self._watched(self._patterns, *what), place.who
+                return await self._on_a_server(*what), place.who
 
-            found, place.who = await cache.read(place.dispatcher, asked, ask)
-            return found
-        finally:
-            self._metrics.note(verdict, place.who, place.seconds)
+            found, who = await cache.read(place.dispatcher, asked, ask)
+        if who is CACHED:
+            place.who = CACHED
+            self._metrics.note(place.verdict, CACHED, place.seconds)
+        return found
 
-    async def _on_a_server(
-        self, mode: int, query: str, arguments: Any, timeout: float | None, max_staleness: float | None, place: _Place
+    async def _watched(
+        self,
+        patterns: Patterns,
+        mode: int,
+        query: str,
+        arguments: Any,
+        timeout: float | None,
+        max_staleness: float | None,
+        place: Place,
     ) -> tuple[Any, Any]:
-        if self._patterns is None:
-            return await self._send(mode, query, arguments, timeout, max_staleness, place)
         started = time.monotonic()
-        place.avoid = self._patterns.slow_ones(query, started)
-        outcome = await self._send(mode, query, arguments, timeout, max_staleness, place)
+        place.avoid = patterns.slow_ones(query, started)
+        outcome = await self._on_a_server(mode, query, arguments, timeout, max_staleness, place)
         now = time.monotonic()
         rows = outcome[0][0] if mode == messages.BOTH else outcome[0]
         count = len(rows) if isinstance(rows, list) else 0
-        self._patterns.of(query, now).asked(place.who.replica or "primary", now - started, count, now)
+        patterns.of(query, now).asked(place.who.replica or "primary", now - started, count, now)
         return outcome
 
-    async def _send(
-        self, mode: int, query: str, arguments: Any, timeout: float | None, max_staleness: float | None, place: _Place
-    ) -> tuple[Any, Any]:
-        dispatcher = place.dispatcher
-        if place.verdict.kind != "READ" or place.lease is not None:
-            return await self._on_the_primary(mode, query, arguments, timeout, place)
-        if not dispatcher.config.replicas:  # what it sees, all see
-            return await dispatcher.run(mode, query, arguments, timeout, place.settings)
-        if not self.enable_read_write_split:
-            return await self._on_the_primary(mode, query, arguments, timeout, place)
-        return await self._on_a_replica(mode, query, arguments, timeout, max_staleness, place)
-
     async def _on_a_replica(
-        self, mode: int, query: str, arguments: Any, timeout: float | None, max_staleness: float | None, place: _Place
+        self, mode: int, query: str, arguments: Any, timeout: float | None, max_staleness: float | None, place: Place
     ) -> tuple[Any, Any]:
         session, dispatcher = place.session, place.dispatcher
         begun = session.seen.reads()
         sent = begun[0].joined(place.must_see)
         where: messages.Where = (max_staleness, sent.plain, place.avoid) if place.avoid else (max_staleness, sent.plain)
         try:
-            payload, names, who = await dispatcher.read(mode, query, arguments, timeout, place.settings, where)
+            payload, names, who = await dispatcher.read(
+                mode, query, arguments, timeout, place.settings, where, place.answered_by
+            )
+            place.who = who
+            session.seen.saw(begun, who.token)
+            return payload, names
         except _MISSING:
+            if place.who.target == "primary":
+                raise
+            place.who = ON_PRIMARY
             try:
                 return await dispatcher.run(mode, query, arguments, timeout, place.settings)
             finally:
                 self._sessions.wrote(session)
-        place.who = who
-        session.seen.saw(begun, who.token)
-        if who.refused:
-            self._metrics.refusals += 1
-            self._catalogue.classifier.learn(query, "a replica has refused it: it writes")
-        return payload, names
+        finally:
+            self._metrics.note(place.verdict, place.who, place.seconds)
+            if place.who.refused:
+                self._metrics.refusals += 1
+                self._catalogue.classifier.learn(query, "a replica has refused it: it writes")
 
     async def _on_the_primary(
-        self, mode: int, query: str, arguments: Any, timeout: float | None, place: _Place
+        self, mode: int, query: str, arguments: Any, timeout: float | None, place: Place
     ) -> tuple[Any, Any]:
         session, verdict, idle = place.session, place.verdict, self.session_timeout
         try:
-            if _is_change(verdict):
+            if is_change(verdict):
                 users_name = self._handle()._users_name
                 return await session.change(mode, place.dispatcher, verdict, query, users_name, idle)
             if place.lease is not None:
                 return await session.run(mode, place.lease, query, arguments, timeout, idle)
             return await place.dispatcher.run(mode, query, arguments, timeout, place.settings)
         finally:
+            self._metrics.note(verdict, ON_PRIMARY, place.seconds)
             self._sessions.wrote(session)
             if verdict.kind == "DDL":
                 session.has_ddl = True
             if session.has_ddl and session.lease is None:
                 session.has_ddl = False
                 self._catalogue.changed()
-
-
-class _Place:
-    """Where a statement is to run, and why; then who has answered it."""
-
-    __slots__ = ("avoid", "dispatcher", "lease", "must_see", "seconds", "session", "settings", "verdict", "who")
-
-    def __init__(
-        self,
-        dispatcher: Dispatcher,
-        session: RouterSession,
-        verdict: Classification,
-        lease: LeasedConnection | None,
-        settings: messages.Settings,
-        seconds: float,
-    ) -> None:
-        self.dispatcher = dispatcher
-        self.session = session
-        self.verdict = verdict
-        self.lease = lease
-        self.settings = settings
-        self.seconds = seconds
-        self.who = _PRIMARY
-        self.must_see = NOTHING
-        self.avoid: tuple[str, ...] = ()
-
-
-def _is_change(verdict: Classification) -> bool:
-    """Whether it begins, ends or divides a transaction."""
-    return verdict.kind == "TRANSACTION" and verdict.statements == 1 and verdict.command not in _PREPARED
-
-
-_PREPARED = ("COMMIT PREPARED", "ROLLBACK PREPARED")
-_PRIMARY = Served("primary", None, False, NOTHING)
 
 
 async def _reread(router: weakref.ref[QueryRouterNode]) -> bool:

@@ -186,7 +186,14 @@ DEFAULTS: Final = tuple(
         ),
         ("error-rate", "Error rate high", "error_rate > 0.05 and calls_last_minute >= 10", 60.0, "error"),
         ("exhausted", "Pool exhausted", "pool_exhaustion_events_last_minute > 0", 0.0, "error"),
-        ("breaker-open", "Circuit breaker open", "circuit_breaker_open == 1", 0.0, "critical"),
+        # Half open it only tries: one outage is one alert.
+        (
+            "breaker-open",
+            "Circuit breaker open",
+            "circuit_breaker_open == 1 or circuit_breaker_half_open == 1",
+            0.0,
+            "critical",
+        ),
         ("replica-lag", "Replica behind", "replica_lag_seconds > 30", 60.0, "warning"),
         ("no-data", "Nothing heard of the pool", "seconds_since_report > 10", 0.0, "critical"),
     )

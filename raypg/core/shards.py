@@ -7,7 +7,19 @@ from collections.abc import Sequence
 
 from raypg.core.sql_text import quoted
 
-__all__ = ["integer_bounds", "key_ranges", "page_ranges"]
+__all__ = ["integer_bounds", "key_ranges", "page_ranges", "sensible"]
+
+FEW = 8
+"""As many shards are made as are wanted, however small they are: so that all processors of a node may take part."""
+
+LEAST_BYTES = 32 * 1024 * 1024
+"""Bytes of a table for which one more shard is worth while: each costs a task, a lease and a transaction, which take as
+long as some megabytes."""
+
+
+def sensible(wanted: int, size: int | None) -> int:
+    """How many shards to make where *wanted* would do, of *size* bytes (``None``: nobody knows)."""
+    return max(1, min(wanted, max(FEW, (size or 0) // LEAST_BYTES)))
 
 
 def page_ranges(pages: int, shards: int) -> list[str]:

@@ -17,6 +17,15 @@ ON_BAD_ROWS = ("fail", "quarantine")
 ROW = "raypg_row"
 """Column of a staging table that holds the number of the row within its batch."""
 
+SORT_MEMORY = 64
+"""Megabytes that the server may sort a batch in, for as long as its transaction: a batch of usual size is more than the
+default of ``work_mem`` (4 MB), and would be sorted on disk."""
+
+_SORT_IN_MEMORY = (
+    f"SELECT pg_catalog.set_config('work_mem', '{SORT_MEMORY}MB', true) "
+    f"WHERE pg_catalog.pg_size_bytes(pg_catalog.current_setting('work_mem')) < {SORT_MEMORY * 1024 * 1024}"
+)
+
 SIMPLE_KINDS = frozenset("rp")
 """Tables and partitioned tables: into all else rows go by INSERT."""
 
@@ -42,6 +51,7 @@ class Table(NamedTuple):
         may_stage: we may make temporary tables.
         quiet: writing to it runs no code that could leave something in the session.
         stamp: stands for its columns and their types.
+        database, user: where we are and who, as SQL names them.
     """
 
     schema: str
@@ -54,6 +64,8 @@ class Table(NamedTuple):
     columns: tuple[Column, ...]
     keys: tuple[Key, ...]
     stamp: str = ""
+    database: str = "…"
+    user: str = "…"
 
     @property
     def shown(self) -> str:
@@ -181,9 +193,10 @@ def make_plan(
         or not all(field.way.direct for field in fields)
     )
     if staged and not table.may_stage:
+        reason = _why_staged(table, fields, mode)
         raise StatementNotAllowedError(
-            f"to write into {table.shown} in this way needs a temporary table: "
-            "GRANT TEMPORARY ON DATABASE … TO …, or use mode='append' with types that need no cast"
+            f"{reason}, which goes by way of a temporary table, and {table.user} may make none: "
+            f"GRANT TEMPORARY ON DATABASE {table.database} TO {table.user}"
         )
     return WritePlan(
         table,
@@ -194,6 +207,16 @@ def make_plan(
         bool(unique and unique.nulls),
         overriding,
     )
+
+
+def _why_staged(table: Table, fields: Sequence[Field], mode: str) -> str:
+    """What COPY into the table itself cannot do."""
+    if mode != "append":
+        return f"mode={mode!r} looks for rows of {table.shown} with the same key"
+    cast = next((field for field in fields if not field.way.direct), None)
+    if cast is not None:
+        return f"column {cast.column.name!r} of {table.shown} needs a cast from {cast.way.type} to {cast.column.shown}"
+    return f"rows get into {table.shown} by INSERT (it is a view, or has row-level security or rules)"
 
 
 def _may_be_given(table: Table, column: Column, overriding: bool) -> None:
@@ -256,7 +279,8 @@ def stage_text(plan: WritePlan, keep: bool) -> str:
     """CREATE the staging table; *keep*: it may stay, empty, for the next batch."""
     columns = ", ".join(f"{quoted(field.column.name)} {_stage_type(field.way)}" for field in plan.fields)
     fate, unless = ("DELETE ROWS", "IF NOT EXISTS ") if keep else ("DROP", "")
-    return f"CREATE TEMPORARY TABLE {unless}{stage_name(plan)} ({columns}, {ROW} int8) ON COMMIT {fate}"
+    made = f"CREATE TEMPORARY TABLE {unless}{stage_name(plan)} ({columns}, {ROW} int8) ON COMMIT {fate}"
+    return made if plan.mode == "append" else f"{made}; {_SORT_IN_MEMORY}"
 
 
 def copy_stage_text(plan: WritePlan) -> str:

@@ -38,6 +38,10 @@ _PARAMETER_STATUS = ord("S")
 _FATAL = b"VFATAL\0"
 """What is in a message with which the server ends the connection: its severity, in no language (since 9.6)."""
 
+_LAST_WORDS = 16_384
+"""Bytes at the end of what comes, in which such a message is looked for: it is the last one. To search all that a COPY
+sends took as long as asyncpg takes to read it."""
+
 _GREETING = b"R\x00\x00\x00\x08\x00\x00\x00\x00Z\x00\x00\x00\x05I"
 """AuthenticationOk and ReadyForQuery: what a protocol object must have heard before it serves statements."""
 
@@ -122,7 +126,7 @@ class Pipeline:
     def data_received(self, data: bytes) -> None:
         """Cut what the server sends at each ReadyForQuery, and give each statement its answer."""
         if self._over is None:
-            if _FATAL in data:
+            if data.find(_FATAL, max(0, len(data) - _LAST_WORDS)) >= 0:
                 self.may_have_ended = True
             self._protocol.data_received(data)
             return
@@ -156,7 +160,7 @@ class Pipeline:
         if self._next < len(self._waiting):
             self._waiting[self._next][1].data_received(data)
         else:
-            if _FATAL in data:
+            if data.find(_FATAL, max(0, len(data) - _LAST_WORDS)) >= 0:
                 self.may_have_ended = True
             self._protocol.data_received(data)
 

@@ -28,7 +28,8 @@ SELECT n.nspname::text, c.relname::text, c.relkind::text,
               OR EXISTS (SELECT FROM pg_catalog.pg_attrdef d WHERE d.adrelid = k.oid
                          AND pg_catalog.pg_get_expr(d.adbin, d.adrelid) ~ '[(]'
                          AND pg_catalog.pg_get_expr(d.adbin, d.adrelid) !~ '^(nextval[(]''|now[(][)]$)')
-       ), __STAMP__
+       ), __STAMP__,
+       pg_catalog.quote_ident(pg_catalog.current_database()), pg_catalog.quote_ident(current_user)
 FROM target JOIN pg_catalog.pg_class c ON c.oid = target.oid
 JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
 """
@@ -85,7 +86,7 @@ async def read_table(connection: ServerConnection, name: tuple[str | None, str])
     rows, _ = await connection.run(FETCH, _TABLE.replace("__STAMP__", _STAMP), (text,), reads=True)
     if not rows:
         raise asyncpg.UndefinedTableError(f"relation {text} does not exist")
-    ((schema, table, kind, secured, ruled, may_stage, quiet, stamp),) = rows
+    ((schema, table, kind, secured, ruled, may_stage, quiet, *about),) = rows
     columns, _ = await connection.run(FETCH, _COLUMNS, (text,), reads=True)
     keys, _ = await connection.run(FETCH, _KEYS, (text,), reads=True)
     return Table(
@@ -98,7 +99,7 @@ async def read_table(connection: ServerConnection, name: tuple[str | None, str])
         quiet and kind in SIMPLE_KINDS,
         tuple(Column(*row) for row in columns),
         tuple(Key(tuple(names), primary, nulls) for names, primary, nulls in keys),
-        stamp,
+        *about,
     )
 
 

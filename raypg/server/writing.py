@@ -16,7 +16,7 @@ import asyncpg
 from raypg.core import write_plan
 from raypg.core.write_plan import Table, WritePlan
 from raypg.core.write_state import BadRows, BatchCounts
-from raypg.errors import OutcomeUnknownError
+from raypg.errors import IncompatibleDataError, OutcomeUnknownError, StatementNotAllowedError
 from raypg.ingest import encoding
 from raypg.messages import STATUS
 from raypg.portable import PortableError, pack_error
@@ -101,18 +101,18 @@ class Intake:
             engine.pump()
             return tuple(await request.future)  # type: ignore[return-value]
 
-    async def table(self, connection: ServerConnection, name: tuple[str | None, str], anew: bool) -> Table:
-        """What the catalogue says of a table, now or lately."""
+    async def table(self, connection: ServerConnection, name: tuple[str | None, str], anew: bool) -> tuple[Table, bool]:
+        """(what the catalogue says of a table, whether it says so now, and not only lately)."""
         now = self._engine.now()
         known = self._tables.get(name)
         if known is not None and now < known[0] and not anew:
-            return known[1]
+            return known[1], False
         self._tables.pop(name, None)
         found = await write_target.read_table(connection, name)
         if len(self._tables) >= 1000:
             self._tables.clear()
         self._tables[name] = (now + REMEMBER, found)
-        return found
+        return found, True
 
 
 class WriteRequest(Request[BatchCounts]):
@@ -231,8 +231,13 @@ class WriteRequest(Request[BatchCounts]):
     async def _write(self, engine: Engine, connection: ServerConnection, anew: bool) -> BatchCounts:
         spec = self._spec
         if self._prepared is None:
-            table = await self._intake.table(connection, spec.into, anew)
-            self._prepared = await asyncio.to_thread(prepare, table, self._batch, spec)
+            table, is_new = await self._intake.table(connection, spec.into, anew)
+            try:
+                self._prepared = await asyncio.to_thread(prepare, table, self._batch, spec)
+            except (IncompatibleDataError, StatementNotAllowedError):
+                if is_new:
+                    raise
+                raise TableChanged from None  # the user may just have mended it
         prepared = self._prepared
         prepared.claimed = False
         tolerant = spec.on_bad_rows == "quarantine"

@@ -14,6 +14,7 @@ import pytest
 from desk import Watched
 from playwright.async_api import Page, expect
 from pools import own_pool
+from standby import standby_of
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -134,6 +135,32 @@ async def test_a_saturated_pool_and_an_alert_of_ones_own(page: Page, watched: Wa
     await rule.get_by_role("button", name="Delete").click()
     await rule.get_by_role("button", name="Delete").click()
     await expect(rule).to_have_count(0)
+    await well(page)
+
+
+async def test_a_replica_goes_away_and_comes_back(page: Page, watched: Watched) -> None:
+    """Pools with replicas have one more light, and a table."""
+    await expect(page.locator("[data-light=replicas]")).to_be_hidden()
+    with standby_of(watched.server) as standby:
+        tries_soon = {"circuit_breaker_recovery_timeout": 1.0, "connect_timeout": 2.0}
+        async with own_pool(
+            watched.server, max_connections=4, workers=1, replicas=[standby.dsn], **tries_soon
+        ) as replicated:
+            links = page.get_by_role("navigation", name="Pools").get_by_role("link")
+            await links.filter(has_text=replicated.name).click()
+            light = page.locator("[data-light=replicas]")
+            await expect(light).to_have_attribute("data-level", "ok", timeout=30_000)
+            await expect(light).to_contain_text("1 answers reads")
+            table = page.get_by_role("table", name="Replicas")
+            await expect(table).to_contain_text("are sent there")
+            since = time.monotonic()
+            await asyncio.to_thread(standby.kill)
+            told("the replica was killed", since, await named(page, "replicas", "answers no reads: .*refused"))
+            await expect(light).to_contain_text("all reads go to the primary")
+            await expect(table).to_contain_text("go elsewhere: ")
+            await asyncio.to_thread(standby.start)
+            await expect(light).to_have_attribute("data-level", "ok", timeout=30_000)
+            await links.filter(has_text=watched.pool.name).click()
     await well(page)
 
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import itertools
 import os
 import random
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import Iterator
 from typing import Any
 
 import asyncpg
@@ -20,123 +22,159 @@ import pyarrow as pa
 import pytest
 import ray
 from pgserver import main_server
-from pools import NO_BREAKER, backends_of, own_pool, unique_name, worker_pids
+from pools import NO_BREAKER, backends_of, lasting_pool, own_pool, unique_name, worker_pids
 from waiting import eventually
 
 from raypg import DataLostError, OutcomeUnknownError, QueryPipelineNode, RaypgError, WorkflowConnectionPool, naming
 from raypg.embedded import EmbeddedServer
 
-SCHEDULES = int(os.environ.get("RAYPG_FAULT_SCHEDULES", "2"))
+SCHEDULES = int(os.environ.get("RAYPG_FAULT_SCHEDULES", "6"))
 ROWS = int(os.environ.get("RAYPG_FAULT_ROWS", "400_000"))
 BATCH = ROWS // 100
-WITHIN = 90.0
+WITHIN = 120.0
 """Seconds in which all rows must have arrived."""
 
 
+@functools.cache
 def rows() -> pa.Table:
     ids = np.arange(ROWS)
     return pa.table({"id": ids, "v": ids * 7 % 1_000_003, "t": [f"row {i}" for i in range(ROWS)]})
 
 
-CHECKSUM = "select count(*), count(distinct id), sum(id)::int8, sum(v)::int8, sum(hashtextextended(t, 0)) from load"
+CHECKSUM = "select count(*), count(distinct id), sum(id)::int8, sum(v)::int8, sum(hashtextextended(t, 0)) from {}"
 
 
-@contextlib.asynccontextmanager
-async def server() -> AsyncIterator[EmbeddedServer]:
-    with main_server() as started:
-        direct = await asyncpg.connect(**started.parameters)
-        await direct.execute("create table load (id int8, v int8, t text)")
-        await direct.close()
-        yield started
+class Job:
+    """A process that writes, as a driver would."""
+
+    async def write(self, pool: str, table: str, name: str, batch_id: str, batch_rows: int, data: pa.Table) -> int:
+        """How many batches the ledger knew already."""
+        pipeline = QueryPipelineNode(name=name, connection_pool=pool)
+        written = await pipeline.write(data, into=table, batch_id=batch_id, batch_rows=batch_rows)
+        return written.known_batches
+
+    async def pid(self) -> int:
+        return os.getpid()
 
 
-async def at_least(server: EmbeddedServer, batches: int) -> bool:
-    """Whether so many batches have arrived. Each answer comes over a connection of its own: servers are killed."""
-    try:
-        direct = await asyncpg.connect(**server.parameters)
-    except (OSError, asyncpg.PostgresError):
-        return False
-    try:
-        return bool(await direct.fetchval("select count(*) from raypg.batches") >= batches)
-    except asyncpg.PostgresError:
-        return False  # there is no ledger yet
-    finally:
-        direct.terminate()
+class Victims:
+    """All that is killed: a server, a pool on it, and a job that writes through that.
+
+    Each answer of the server comes over a connection of its own.
+    """
+
+    def __init__(self, server: EmbeddedServer, pool: WorkflowConnectionPool, rng: random.Random) -> None:
+        self.server = server
+        self.pool = pool
+        self.rng = rng
+        self.job: Any = None
+
+    async def write(self, table: str, batch_id: str, data: Any) -> int:
+        """Write until it succeeds, by one job or the next; the number of calls."""
+        for calls in itertools.count(1):
+            if self.job is None:
+                self.job = ray.remote(num_cpus=0)(Job).remote()
+            try:
+                await self.job.write.remote(self.pool.name, table, "load", batch_id, BATCH, data)
+                return calls
+            except ray.exceptions.RayActorError:
+                print(f"call {calls}: the job died")
+                self.job = None
+            except (RaypgError, asyncpg.PostgresError, OSError) as error:
+                print(f"call {calls}: {type(error).__name__}: {str(error).splitlines()[-1]}")
+                await asyncio.sleep(0.2)
+        raise AssertionError
+
+    async def has(self, batch_id: str, batches: int) -> bool:
+        """Whether so many batches have arrived."""
+        try:
+            direct = await asyncpg.connect(**self.server.parameters)
+        except (OSError, asyncpg.PostgresError):
+            return False
+        try:
+            query = "select count(*) from raypg.batches where starts_with(batch_id, $1)"
+            return bool(await direct.fetchval(query, f"{batch_id}/") >= batches)
+        except asyncpg.PostgresError:
+            return False  # there is no ledger yet
+        finally:
+            direct.terminate()
+
+    async def worker(self) -> None:
+        with contextlib.suppress(ray.exceptions.RayError):
+            pids = await worker_pids(self.pool.name)
+            os.kill(self.rng.choice(list(pids.values())), signal.SIGKILL)
+
+    async def backend(self) -> None:
+        direct = await asyncpg.connect(**self.server.parameters)
+        try:
+            found = await backends_of(direct, self.pool.name, control=False)
+            if found:
+                await direct.execute("select pg_terminate_backend($1)", self.rng.choice(found)["pid"])
+        finally:
+            direct.terminate()
+
+    async def pipeline_actor(self) -> None:
+        with contextlib.suppress(ValueError, ray.exceptions.RayError):
+            actor = ray.get_actor(naming.PIPELINE_ACTOR, namespace=naming.NAMESPACE)
+            os.kill(await actor.__ray_call__.remote(lambda self: os.getpid()), signal.SIGKILL)
+
+    async def writing_job(self) -> None:
+        with contextlib.suppress(AttributeError, ray.exceptions.RayError):  # it is just being replaced
+            os.kill(await self.job.pid.remote(), signal.SIGKILL)
+
+    async def postgresql(self) -> None:
+        await asyncio.to_thread(self.server.kill)
+        await asyncio.to_thread(self.server.start)
 
 
-async def kill_a_worker(pool: WorkflowConnectionPool, server: EmbeddedServer, rng: random.Random) -> None:
-    with contextlib.suppress(ray.exceptions.RayError):
-        pids = await worker_pids(pool.name)
-        os.kill(rng.choice(list(pids.values())), signal.SIGKILL)
+KINDS = ("worker", "postgresql", "writing_job", "backend", "pipeline_actor")
 
 
-async def kill_a_backend(pool: WorkflowConnectionPool, server: EmbeddedServer, rng: random.Random) -> None:
-    direct = await asyncpg.connect(**server.parameters)
-    try:
-        victims = await backends_of(direct, pool.name, control=False)
-        if victims:
-            await direct.execute("select pg_terminate_backend($1)", rng.choice(victims)["pid"])
-    finally:
-        direct.terminate()
-
-
-async def kill_the_pipeline_actor(pool: WorkflowConnectionPool, server: EmbeddedServer, rng: random.Random) -> None:
-    with contextlib.suppress(ValueError, ray.exceptions.RayError):
-        actor = ray.get_actor(naming.PIPELINE_ACTOR, namespace=naming.NAMESPACE)
-        os.kill(await actor.__ray_call__.remote(lambda self: os.getpid()), signal.SIGKILL)
-
-
-async def kill_postgresql(pool: WorkflowConnectionPool, server: EmbeddedServer, rng: random.Random) -> None:
-    await asyncio.to_thread(server.kill)
-    await asyncio.to_thread(server.start)
-
-
-KILLS = (kill_a_worker, kill_a_backend, kill_the_pipeline_actor, kill_postgresql)
+@pytest.fixture(scope="module")
+def killed_pool(ray_cluster: Any) -> Iterator[tuple[EmbeddedServer, WorkflowConnectionPool]]:
+    """A server, and a pool on it, for all schedules: they have to survive."""
+    with main_server() as server:
+        for pool in lasting_pool(server, max_connections=5, **NO_BREAKER):
+            yield server, pool
 
 
 @pytest.mark.parametrize("schedule", range(SCHEDULES))
 @pytest.mark.timeout(240)
-async def test_every_row_exactly_once_whatever_dies(ray_cluster: Any, schedule: int) -> None:
+async def test_every_row_exactly_once_whatever_dies(
+    killed_pool: tuple[EmbeddedServer, WorkflowConnectionPool], schedule: int
+) -> None:
     rng = random.Random(f"write {schedule}")
-    # The first schedules together have every kind.
-    kinds = [*KILLS[schedule % 2 :: 2], *(rng.choice(KILLS[:3]) for _ in range(1))]
-    rng.shuffle(kinds)
-    data = rows()
-    async with server() as started, own_pool(started, max_connections=5, **NO_BREAKER) as pool:
-        pipeline = QueryPipelineNode(name="load", connection_pool=pool)
-
-        async def until_done() -> int:
-            calls = 0
-            while True:
-                calls += 1
-                try:
-                    await pipeline.write(data, into="load", batch_id="x", batch_rows=BATCH)
-                except (RaypgError, asyncpg.PostgresError, OSError) as error:
-                    print(f"call {calls}: {type(error).__name__}: {error}")
-                    await asyncio.sleep(0.2)
-                    continue
-                return calls
-
-        work = asyncio.ensure_future(asyncio.wait_for(until_done(), WITHIN))
-        killed = 0
-        for kill, batches in zip(kinds, sorted(rng.sample(range(2, 80), len(kinds))), strict=True):
-            await eventually(lambda: work.done() or at_least(started, batches), timeout=WITHIN)  # noqa: B023
-            if work.done():
-                break
-            print(f"{kill.__name__} after {batches} batches")
-            await kill(pool, started, rng)
-            killed += 1
-        assert killed
-        print(f"{await work} calls")
-        direct = await asyncpg.connect(**started.parameters)
-        found = await direct.fetchrow(CHECKSUM)
-        texts = await direct.fetchval(
-            "select sum(hashtextextended('row ' || i, 0)) from generate_series(0, $1::int8 - 1) i", ROWS
-        )
-        ids = np.arange(ROWS)
-        assert tuple(found) == (ROWS, ROWS, int(ids.sum()), int((ids * 7 % 1_000_003).sum()), texts)
-        assert await direct.fetchval("select sum(rows) from raypg.batches") == ROWS
-        await direct.close()
+    victims = Victims(*killed_pool, rng)
+    # Any two neighbours have most kinds, any three have all.
+    kinds = [KINDS[schedule % 5], KINDS[(schedule + 2) % 5], rng.choice(KINDS)]
+    moments = sorted(rng.sample(range(2, 80), len(kinds)))
+    print(f"seed {f'write {schedule}'!r}: {list(zip(moments, kinds, strict=True))}")
+    table, batch_id = f"load_{schedule}", f"schedule {schedule}"
+    direct = await asyncpg.connect(**victims.server.parameters)
+    await direct.execute(f"create table {table} (id int8, v int8, t text)")
+    await direct.close()
+    work = asyncio.ensure_future(asyncio.wait_for(victims.write(table, batch_id, ray.put(rows())), WITHIN))
+    killed = 0
+    for kind, batches in zip(kinds, moments, strict=True):
+        await eventually(lambda: work.done() or victims.has(batch_id, batches), timeout=WITHIN)  # noqa: B023
+        if work.done():
+            break
+        print(f"{kind} killed after {batches} batches")
+        await getattr(victims, kind)()
+        killed += 1
+    assert killed
+    print(f"{await work} calls")
+    direct = await asyncpg.connect(**victims.server.parameters)
+    found = await direct.fetchrow(CHECKSUM.format(table))
+    texts = await direct.fetchval(
+        "select sum(hashtextextended('row ' || i, 0)) from generate_series(0, $1::int8 - 1) i", ROWS
+    )
+    ids = np.arange(ROWS)
+    assert tuple(found) == (ROWS, ROWS, int(ids.sum()), int((ids * 7 % 1_000_003).sum()), texts)
+    noted = "select count(*), sum(rows)::int from raypg.batches where starts_with(batch_id, $1)"
+    assert tuple(await direct.fetchrow(noted, f"{batch_id}/")) == (100, ROWS)
+    await direct.execute(f"drop table {table}")
+    await direct.close()
 
 
 async def test_a_killed_job_goes_on_where_it_was(ray_cluster: Any, pg: EmbeddedServer) -> None:
@@ -146,20 +184,11 @@ async def test_a_killed_job_goes_on_where_it_was(ray_cluster: Any, pg: EmbeddedS
         table, name = f"job_{os.getpid()}", unique_name("job")
         await direct.execute(f"create table {table} (id int8, v int8, t text)")
         try:
-
-            @ray.remote(num_cpus=0)
-            class Job:
-                async def write(self, pool: str, table: str, name: str, data: pa.Table) -> int:
-                    pipeline = QueryPipelineNode(name=name, connection_pool=pool)
-                    return (await pipeline.write(data, into=table, batch_id="x", batch_rows=5_000)).known_batches
-
-                async def pid(self) -> int:
-                    return os.getpid()
-
             data = ray.put(rows().slice(0, 200_000))
-            first = Job.remote()  # type: ignore[attr-defined]
+            job = ray.remote(num_cpus=0)(Job)
+            first = job.remote()
             pid = await first.pid.remote()
-            work = first.write.remote(pool.name, table, name, data)
+            work = first.write.remote(pool.name, table, name, "x", 5_000, data)
 
             async def some() -> bool:
                 there = "select to_regclass('raypg.batches') is not null"
@@ -170,7 +199,7 @@ async def test_a_killed_job_goes_on_where_it_was(ray_cluster: Any, pg: EmbeddedS
             os.kill(pid, signal.SIGKILL)
             with pytest.raises(ray.exceptions.RayError):
                 await work
-            known = await Job.remote().write.remote(pool.name, table, name, data)  # type: ignore[attr-defined]
+            known = await job.remote().write.remote(pool.name, table, name, "x", 5_000, data)
             assert known >= 3
             stored = await direct.fetchrow(f"select count(*), count(distinct id) from {table}")
             assert tuple(stored) == (200_000, 200_000)
@@ -184,14 +213,14 @@ async def test_data_whose_owner_died_fails_whole(ray_cluster: Any, pg: EmbeddedS
 
         @ray.remote(num_cpus=0)
         class Owner:
-            def make(self) -> list[Any]:
-                return [ray.put(rows().slice(0, 300_000))]
+            def make(self, data: pa.Table) -> list[Any]:
+                return [ray.put(data)]
 
             def pid(self) -> int:
                 return os.getpid()
 
         owner = Owner.remote()  # type: ignore[attr-defined]
-        (reference,) = ray.get(owner.make.remote())
+        (reference,) = ray.get(owner.make.remote(rows().slice(0, 300_000)))
         os.kill(ray.get(owner.pid.remote()), signal.SIGKILL)
         direct = await asyncpg.connect(**pg.parameters)
         table = f"owned_{os.getpid()}"

@@ -69,7 +69,9 @@ async def test_pools_metrics_and_history(http: aiohttp.ClientSession, pool: Work
     assert (one["metric"], one["step"], len(one["points"])) == ("queries", 60, 60)
     assert all(at % 60 == 0 for at, _ in one["points"])
     async with http.get("/metrics") as answer:
-        assert f'connection_pool_info{{pool="{pool.name}"}} 1.0' in await answer.text()
+        scraped = await answer.text()
+    assert f'connection_pool_info{{pool="{pool.name}"}} 1.0' in scraped
+    assert "raypg_metrics_up 1.0" in scraped
 
 
 @pytest.mark.parametrize(

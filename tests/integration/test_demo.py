@@ -105,10 +105,16 @@ def test_the_whole_of_it(demo: type[Demo]) -> None:
     assert whole.wait() == 0, whole.output
     assert whole.left() == []
     text = whole.output
-    assert "100 rows are in the table, and all 19 columns add up" in text
+    assert "100 rows are in both tables, and all 19 columns add up" in text
     (connections,) = re.findall(r"most connections +│ +(\d+) of 10", text)
     assert 2 <= int(connections) <= 10
-    for row in ("rows, one by one", "rows, pipeline", "queries, 200 tasks", "queries, 4 actors × 50"):
+    for row in (
+        "rows, one by one",
+        "rows, pipeline",
+        "rows, Arrow by COPY",
+        "queries, 200 tasks",
+        "queries, 4 actors × 50",
+    ):
         assert re.search(rf"│ {re.escape(row)}.* │ +[\d,]+ │ +[\d,]+ │", text), row
     for noise in ("WARNING", "INFO", "Traceback", "Deprecat"):
         assert noise not in text

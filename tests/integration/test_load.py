@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import datetime
 import decimal
+import os
+import pty
+import re
+import select
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import asyncpg
@@ -108,27 +111,51 @@ async def test_killed_and_started_again_it_goes_on(
     (tmp_path / "raypg.toml").write_text("[pools.loading]\nmax_connections = 3\n")
     environment = {**command_cluster.environment(), **variables_of(pg18)}
     await direct.execute(f"create table public.{name} (id int primary key, label text)")
-    command = (RAYPG, "load", "*.csv", "--into", f"public.{name}", "--pool", "loading", "--batch-rows", "10000")
+    into = ("--into", f"public.{name}", "--pool", "loading", "--mode", "upsert", "--key", "id")
+    command = (RAYPG, "load", "*.csv", *into, "--batch-rows", "10000")
     count = f"select count(*) from public.{name}"
+    terminal, end = pty.openpty()
     try:
         assert run(RAYPG, "up", environment=environment, cwd=tmp_path).returncode == 0
         first = subprocess.Popen(  # noqa: ASYNC220
-            command, env=environment, cwd=tmp_path, stdout=sys.stderr
+            command, env={**environment, "TERM": "xterm"}, cwd=tmp_path, stdout=end
         )
+        shown = ""
 
         async def some() -> bool:
+            nonlocal shown
             assert first.poll() is None, "it was over before it could be killed"
-            return bool(await direct.fetchval(count))
+            while select.select([terminal], [], [], 0)[0]:
+                shown += os.read(terminal, 65536).decode()
+            return bool(await direct.fetchval(count)) and re.search(r"[1-9]\d*/\?", shown) is not None
 
-        await eventually(some, timeout=60)
+        await eventually(some, timeout=60)  # rows are there, and the bar shows some
         first.send_signal(signal.SIGKILL)
         first.wait()
         done = run(*command, environment=environment, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert "loaded before" in done.stdout
         assert await direct.fetchrow(f"{count[:16]}, sum(id) from public.{name}") == (rows, rows * (rows - 1) // 2)
+        await prunes(environment, tmp_path, direct, f"{(tmp_path / 'rows.csv').resolve()}:%")
         bad = run(RAYPG, "load", "no.csv", "--into", "t", environment=environment, cwd=tmp_path)
         assert (bad.returncode, bad.stderr) == (1, "raypg: no.csv: there is no such file\n")
     finally:
+        os.close(terminal)
+        os.close(end)
         run(RAYPG, "down", "loading", environment=environment)
         await direct.execute(f"drop table public.{name}")
+
+
+async def prunes(environment: dict[str, str], directory: Path, direct: asyncpg.Connection, batch: str) -> None:
+    """`raypg ledger prune` forgets what is old enough, and nothing else."""
+    known = "select count(*) from raypg.batches where pipeline = 'load' and batch_id like $1"
+    assert await direct.fetchval(known, batch) == 40
+    old = "update raypg.batches set committed_at = committed_at - interval '3 days' where batch_id like $1"
+    await direct.execute(old, batch[:-1] + "%/1_")
+    prune = (RAYPG, "ledger", "prune", "loading", "--pipeline", "load")
+    done = run(*prune, "--older-than", "2d", environment=environment, cwd=directory)
+    assert (done.returncode, done.stdout) == (0, "loading: 10 batches forgotten\n"), done.stderr
+    assert await direct.fetchval(known, batch) == 30
+    wrong = run(*prune, "--older-than", "2 fortnights", environment=environment, cwd=directory)
+    assert (wrong.returncode, wrong.stdout) == (1, "")
+    assert "give a number and one of s, m, h, d, w, for instance 30d" in wrong.stderr

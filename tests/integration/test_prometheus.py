@@ -229,7 +229,7 @@ async def test_postgresql_has_counted_the_same(ray_cluster: Any) -> None:
             for number in range(40):
                 await pool.execute("insert into t values ($1)", number)
             await asyncio.gather(*(pool.fetch("select a from t where a < $1", number) for number in range(300)))
-            await asyncio.gather(*(pool.fetch("select pg_sleep(0.02)") for _ in range(25)))
+            await asyncio.gather(*(pool.fetch("select pg_sleep(0.1)") for _ in range(25)))
             rows = await direct.fetch(
                 "select query, calls, total_exec_time as ms, rows from pg_stat_statements "
                 "where query ~ 't where a <|into t|sleep'"

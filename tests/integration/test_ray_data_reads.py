@@ -82,6 +82,20 @@ async def test_a_table_comes_whole_in_shards(
     await eventually(lambda: nothing_leased(pool))
 
 
+async def test_how_much_there_is(pool: WorkflowConnectionPool, direct: asyncpg.Connection, items: str) -> None:
+    """Ray Data divides by it. Of pages a good part is not values."""
+    unknown = PostgresDatasource(pool, table=items, consistent=False)
+    pages = await direct.fetchval(f"select pg_relation_size('{items}')")
+    assert await asyncio.to_thread(unknown.estimate_inmemory_data_size) == pages
+    await direct.execute(f"analyze {items}")
+    known = PostgresDatasource(pool, table=items, consistent=False)
+    size = await asyncio.to_thread(known.estimate_inmemory_data_size)
+    (task,) = known.get_read_tasks(1)
+    assert size == pytest.approx(sum(block.nbytes for block in await blocks_of(task)), rel=0.3)
+    query = PostgresDatasource(pool, query=f"table {items}", consistent=False)
+    assert await asyncio.to_thread(query.estimate_inmemory_data_size) is None
+
+
 async def test_columns_and_filters_are_left_to_the_server(pool: WorkflowConnectionPool, items: str) -> None:
     source = PostgresDatasource(pool, table=items, filter="id % 2 = 0")
     dataset = read(source).filter(expr=(col("id") > 100) & (col("id") <= 200) & ~(col("label") == "label 150"))

@@ -118,9 +118,10 @@ async def test_reads_run_on_the_replicas(
 
     await eventually(counted, 20)
     assert (await commits(pg18))[0] - before[0] < 0.05 * number
-    assert min(added) > 0.2 * number  # both have their part
-    by_target = (await router.get_metrics())["router_metrics"]["by_target"]
-    assert by_target == ({"replica": number + 1} if way == "router" else {})
+    if way == "router":  # one session, which stays where it has read before, until that is busy
+        assert (await router.get_metrics())["router_metrics"]["by_target"] == {"replica": number + 1}
+    else:
+        assert min(added) > 0.2 * number  # both have their part
 
 
 async def test_without_the_keyword_everything_runs_on_the_primary(
@@ -372,6 +373,7 @@ async def test_what_cannot_be_a_replica_is_named_and_not_used(ray_cluster: Any, 
             for _ in range(20):
                 rows, served = await read(handle, "select pg_is_in_recovery()")
                 assert (rows[0][0], served.target) == (False, "primary")
+            assert await QueryRouterNode("r", handle).fetchval("select 1") == 1
         finally:
             await handle.close()
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import asyncpg
 import httpx
+import psutil
 import pytest
 import yaml
 from pools import unique_name
@@ -22,6 +23,7 @@ from waiting import eventually
 from raypg import WorkflowConnectionPool, access_token
 from raypg.address import free_port
 from raypg.deployments.router import RouterArgs, build
+from raypg.embedded import EmbeddedServer
 from raypg.metrics_access import snapshots
 
 ROOT = Path(__file__).parents[2]
@@ -142,6 +144,38 @@ async def test_bad_bodies(client: httpx.AsyncClient, content: bytes, words: str)
     assert (await ask(client, "select 1 as one", route="/all")).json()["data"] == [{"one": 1}]
 
 
+async def test_texts_made_to_hurt_harm_only_themselves(client: httpx.AsyncClient) -> None:
+    nested = f"select {'(' * 500_000}1{')' * 500_000}"
+    hurt = {nested: 403, "select '" + "x" * 9_000: 403, "select '\0'": 400}
+    asked = asyncio.gather(*(ask(client, text) for text in hurt))
+    good = await asyncio.gather(*(ask(client, "select $1::int as n", number) for number in range(20)))
+    assert [answer.json()["data"] for answer in good] == [[{"n": number}] for number in range(20)]
+    for answer, status in zip(await asked, hurt.values(), strict=True):
+        assert (answer.status_code, answer.json()["success"]) == (status, False)
+    # Where all is run, the server has its say.
+    answer = await ask(client, "select '" + "x" * 9_000, route="/all")
+    assert (answer.status_code, answer.json()["sqlstate"]) == (422, "42601")
+    answer = await ask(client, f"select {'(' * 4_500}1{')' * 4_500}", route="/all")
+    assert answer.status_code in (200, 422)
+
+
+async def test_it_holds_no_connection_to_the_database(client: httpx.AsyncClient, pg18: EmbeddedServer) -> None:
+    assert (await ask(client, "select 1")).status_code == 200
+
+    def connected(process: psutil.Process) -> bool:
+        peers = (connection.raddr for connection in process.net_connections("tcp"))
+        return any(peer and peer.port == pg18.port for peer in peers)
+
+    processes = {kind: [] for kind in ("ServeReplica:", "PoolWorker")}  # as Ray calls them
+    for process in psutil.Process().children(recursive=True):
+        for kind, found in processes.items():
+            if kind in process.name() or kind in " ".join(process.cmdline()):
+                found.append(connected(process))
+    assert len(processes["ServeReplica:"]) >= 3
+    assert not any(processes["ServeReplica:"])
+    assert any(processes["PoolWorker"])
+
+
 async def test_limits_of_a_request(client: httpx.AsyncClient) -> None:
     answer = await ask(client, "select 1 /*" + "x" * 20_000 + "*/", route="/all")
     assert answer.status_code == 413
@@ -226,6 +260,10 @@ async def test_a_pool_that_does_not_run(client: httpx.AsyncClient) -> None:
     assert (answer.status_code, answer.json()["error_type"]) == (503, "PoolNotFoundError")
     assert answer.headers["retry-after"] == "1"
     assert (await client.get("/none/healthz")).json() == {"status": "ok"}
+    # Serve asks each replica how it is, and this is no reason to start another.
+    application = serve.status().applications["routernone"]
+    assert application.status == "RUNNING"
+    assert application.deployments["Router"].status == "HEALTHY"
 
 
 async def test_an_open_breaker_is_503_with_the_time_to_wait(

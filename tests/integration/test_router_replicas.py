@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import asyncpg
 import pytest
+import ray
 from routers import answer, goes_to
 from standby import ask, caught_up, pause, resume, standby_of
 from waiting import eventually
@@ -94,6 +96,54 @@ async def test_a_session_reads_what_it_wrote_while_the_replica_is_held_up(
     await eventually(lambda: goes_to(splitting, "replica", count, session_id="writer"))
 
 
+async def test_a_chain_of_writes_is_asked_for_once_and_a_chain_of_reads_never(
+    splitting: QueryRouterNode, table: str
+) -> None:
+    """Tokens tell: a place in the log is only in them when somebody has asked for it."""
+    for number in range(1, 6):
+        await splitting.execute(f"insert into {table} (id) values ($1)", number, session_id="chain")
+        assert splitting.token("chain") == "0/0/primary"
+    count = f"select count(*) as n from {table}"
+    await eventually(lambda: goes_to(splitting, "replica", count, session_id="chain"))
+    place, _, seen = splitting.token("chain").rpartition("/")
+    assert place != "0/0"
+    assert seen != "primary"
+    for _ in range(5):
+        assert await splitting.fetchval(count, session_id="chain") == 5
+    assert splitting.token("chain") == f"{place}/{seen}"
+
+
+async def test_a_token_is_good_in_another_process(
+    splitting: QueryRouterNode, replica: EmbeddedServer, table: str
+) -> None:
+    @ray.remote(num_cpus=0)
+    def read(router: QueryRouterNode, query: str, after: str | None) -> tuple[int, str, bool]:
+        found = asyncio.run(router.process({"query": query, "after": after}))
+        return found["data"][0]["n"], found["routing_metadata"]["target"], os.getpid() != there
+
+    there = os.getpid()
+    query = f"select count(*) as n from {table}"
+    await pause(replica)
+    try:
+        await splitting.execute(f"insert into {table} (id) values (1)", session_id="writer")
+        assert await read.remote(splitting, query, None) == (0, "replica", True)
+        assert await read.remote(splitting, query, splitting.token("writer")) == (1, "primary", True)
+    finally:
+        await resume(replica)
+
+
+async def test_the_age_that_a_router_allows_is_for_queries_that_do_not_say(
+    splitting: QueryRouterNode, split: WorkflowConnectionPool
+) -> None:
+    async with QueryRouterNode("fresh", split, max_staleness=0.0) as fresh:
+        assert await goes_to(fresh, "primary", "select 1")
+        assert await goes_to(QueryRouterNode("any", split), "replica", "select 1")
+        assert await goes_to(QueryRouterNode("some", split, max_staleness=0.0), "replica", "select 1", max_staleness=60)
+        assert await goes_to(
+            QueryRouterNode("none", split, max_staleness=0.0), "replica", "select 1", max_staleness=None
+        )
+
+
 async def test_what_a_replica_does_not_have_yet_is_asked_of_the_primary(
     splitting: QueryRouterNode, pg18: EmbeddedServer, replica: EmbeddedServer, schema: str, direct: asyncpg.Connection
 ) -> None:
@@ -126,6 +176,25 @@ async def test_what_a_replica_refuses_is_learnt(
     splitting._catalogue.changed()
     verdict = await splitting.classify(query)
     assert (verdict.kind, verdict.reason) == ("WRITE", "function nextval is not harmless")
+
+
+async def test_who_has_failed_a_read_is_told_too(
+    splitting: QueryRouterNode, schema: str, pg18: EmbeddedServer, replica: EmbeddedServer, direct: asyncpg.Connection
+) -> None:
+    found = await answer(splitting, "select 1 / $1::int", 0)
+    assert (found["sqlstate"], found["routing_metadata"]["target"]) == ("22012", "replica")
+    found = await answer(splitting, "select * from nowhere")
+    assert (found["sqlstate"], found["routing_metadata"]["target"]) == ("42P01", "primary")
+    # What a replica refuses, and fails on the primary, is learnt as well.
+    function = f"create or replace function {schema}.h() returns bigint language sql as"
+    await direct.execute(f"create sequence {schema}.n minvalue 0 maxvalue 1 start 1; {function} 'select 1::bigint'")
+    splitting._catalogue.changed()
+    assert (await splitting.classify(f"select {schema}.h()")).kind == "READ"
+    await direct.execute(f"{function} 'select nextval(''{schema}.n'')'; select nextval('{schema}.n')")
+    await caught_up(pg18, replica)
+    found = await answer(splitting, f"select {schema}.h()", session_id="fresh")
+    assert (found["sqlstate"], found["routing_metadata"]["target"]) == ("2200H", "primary")
+    assert (await splitting.classify(f"select {schema}.h()")).kind == "UNKNOWN"
 
 
 async def test_without_the_split_all_goes_to_the_primary(

@@ -233,6 +233,30 @@ async def test_a_missing_privilege_is_named(
         await direct.execute(f"drop owned by {role}; drop role {role}")
 
 
+async def test_without_temporary_tables_the_grant_is_named(
+    ray_cluster: Any, pg: EmbeddedServer, schema: str, direct: asyncpg.Connection
+) -> None:
+    """In a database of its own, where nobody may make them; what needs none works."""
+    role = database = f"poor_{schema}"
+    await direct.execute(f"create role {role} login password 'x'")
+    await direct.execute(f"create database {database} owner {role}")
+    try:
+        await direct.execute(f"revoke temporary on database {database} from public, {role}")
+        async with own_pool(pg, user=role, password="x", database=database, max_connections=2) as own:
+            await own.execute("create schema s")
+            await own.execute("create table s.t (id int primary key, label text)")
+            pipeline, data = pipeline_of(own), pa.table({"id": [1, 2], "label": ["a", "b"]})
+            assert (await pipeline.write(data, into="s.t", batch_id="b")).rows == 2
+            for mode in ("ignore", "upsert"):
+                with pytest.raises(StatementNotAllowedError, match=f"GRANT TEMPORARY ON DATABASE {database} TO {role}"):
+                    await pipeline.write(data, into="s.t", mode=mode)
+            await direct.execute(f"grant temporary on database {database} to {role}")
+            assert (await pipeline.write(data, into="s.t", mode="upsert")).rows == 2  # at once
+    finally:
+        await direct.execute(f"drop database {database} with (force)")
+        await direct.execute(f"drop role {role}")
+
+
 async def test_old_batches_are_forgotten(
     pool: WorkflowConnectionPool, pipeline: QueryPipelineNode, table: str, direct: asyncpg.Connection
 ) -> None:
@@ -289,6 +313,35 @@ async def test_quarantine_stores_bad_rows_and_commits_the_rest(
     assert '"row 1234"' in bad[0]["data"]
     again = await pipeline.write(flawed, on_bad_rows="quarantine", **how)
     assert (again.known_batches, again.rows, again.quarantined) == (2, 0, 0)
+
+
+async def test_one_bad_row_in_a_million(pipeline: QueryPipelineNode, schema: str, direct: asyncpg.Connection) -> None:
+    await direct.execute(
+        f"create unlogged table {schema}.many (id int8, at timestamp, amount int8 check (amount >= 0))"
+    )
+    ids = np.arange(1_000_000)
+    amounts = ids % 1000
+    amounts[654_321] = -1
+    data = pa.table({"id": ids, "at": pa.array(ids * 10**6, pa.timestamp("us")), "amount": amounts})
+    with pytest.raises(asyncpg.CheckViolationError, match="row 654321 of the data") as caught:
+        await pipeline.write(data, into=f"{schema}.many", batch_id="million")
+    error: Any = caught.value
+    assert error.row == 654_321
+    first = 654_321 // 65_536 * 65_536
+    assert not await direct.fetchval(
+        f"select count(*) from {schema}.many where id >= $1 and id < $2", first, first + 65_536
+    )
+    assert await count(direct, f"{schema}.many") == error.written.rows
+    written = await pipeline.write(data, into=f"{schema}.many", batch_id="million", on_bad_rows="quarantine")
+    assert (written.rows + written.known_rows, written.known_rows, written.quarantined) == (
+        999_999,
+        error.written.rows,
+        1,
+    )
+    found = await direct.fetchrow(f"select count(*), count(distinct id), sum(id)::int8 from {schema}.many")
+    assert tuple(found) == (999_999, 999_999, int(ids.sum()) - 654_321)
+    query = "select row, sqlstate, data::json->>'id' from raypg.quarantine where pipeline = $1"
+    assert [tuple(row) for row in await direct.fetch(query, pipeline.name)] == [(654_321, "23514", "654321")]
 
 
 async def test_bad_rows_of_every_kind(pipeline: QueryPipelineNode, schema: str, direct: asyncpg.Connection) -> None:

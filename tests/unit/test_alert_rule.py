@@ -96,6 +96,7 @@ CALM = {name: 0.0 for rule in DEFAULTS for name in rule.parsed.names} | {"max_co
         ("default-error-rate", {"error_rate": 0.06, "calls_last_minute": 10.0}),
         ("default-exhausted", {"pool_exhaustion_events_last_minute": 1.0}),
         ("default-breaker-open", {"circuit_breaker_open": 1.0}),
+        ("default-breaker-open", {"circuit_breaker_half_open": 1.0}),
         ("default-replica-lag", {"replica_lag_seconds": 31.0}),
         ("default-no-data", {"seconds_since_report": 11.0}),
     ],

@@ -59,7 +59,7 @@ CASES = [
         'connection_pool_circuit_breaker_state{pool="production", state="open"}',
         "1x30",
         "critical",
-        ", state: open",
+        "",
     ),
     ("DatabasePoolExhausted", "6m", "connection_pool_exhaustion_events_total" + POOL, "0+3x30", "critical", ""),
     (

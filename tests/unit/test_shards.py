@@ -8,7 +8,7 @@ import re
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raypg.core.shards import integer_bounds, key_ranges, page_ranges
+from raypg.core.shards import LEAST_BYTES, integer_bounds, key_ranges, page_ranges, sensible
 
 
 def meets(value: int | None, condition: str) -> bool | None:
@@ -52,3 +52,10 @@ def test_repeated_bounds_and_none() -> None:
         "k >= E'a'::text AND k < E'b'''::text",
         "k >= E'b'''::text",
     ]
+
+
+def test_shards_are_not_small() -> None:
+    assert [sensible(wanted, 0) for wanted in (0, 1, 8, 200)] == [1, 1, 8, 8]
+    assert sensible(200, None) == 8
+    assert sensible(200, 20 * LEAST_BYTES) == 20
+    assert sensible(5, 20 * LEAST_BYTES) == 5

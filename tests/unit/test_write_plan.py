@@ -169,6 +169,20 @@ def test_copy_only_where_it_is_insert(more: dict[str, Any]) -> None:
         write_plan.make_plan(KEYED._replace(may_stage=False, **more), [("id", INT)], "append", None, False)
 
 
+@pytest.mark.parametrize(
+    ("mode", "kind", "reason"),
+    [
+        ("upsert", INT, "mode='upsert' looks for rows"),
+        ("append", pa.string(), "column 'id' of .* needs a cast from text to int8"),
+    ],
+)
+def test_without_temporary_tables_it_says_what_to_grant(mode: str, kind: pa.DataType, reason: str) -> None:
+    poor = KEYED._replace(may_stage=False, database='"My db"', user="me")
+    assert not write_plan.make_plan(poor, [("id", INT)], "append", None, False).staged
+    with pytest.raises(StatementNotAllowedError, match=f'{reason}.*GRANT TEMPORARY ON DATABASE "My db" TO me$'):
+        write_plan.make_plan(poor, [("id", kind)], mode, None, False)
+
+
 def test_texts_quote_every_name() -> None:
     odd = table(
         column('a"; drop', "varchar", shown="varchar(3)"),

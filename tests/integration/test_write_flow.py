@@ -1,0 +1,118 @@
+"""`pipeline.write` on its way: how many batches are under way, what holds them, and who is tried again."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import weakref
+from collections.abc import AsyncIterator
+from typing import Any
+
+import asyncpg
+import pyarrow as pa
+import pytest
+from pools import grant, pipeline_of
+from waiting import eventually
+
+from raypg import WorkflowConnectionPool
+from raypg.actors.worker import PoolWorker
+from raypg.config import from_kwargs
+from raypg.embedded import EmbeddedServer
+from raypg.server.writing import Intake, Spec
+
+WAITING = "select count(*) from pg_stat_activity where wait_event_type = 'Lock' and query like '%' || $1 || '%'"
+
+
+@pytest.fixture
+async def locked(table: str, direct: asyncpg.Connection) -> asyncpg.transaction.Transaction:
+    """`table` can be read, but not written to, until this transaction ends."""
+    transaction = direct.transaction()
+    await transaction.start()
+    await direct.execute(f"lock table {table} in exclusive mode")
+    return transaction
+
+
+async def test_few_batches_are_under_way(
+    single: WorkflowConnectionPool, table: str, locked: asyncpg.transaction.Transaction, pg: EmbeddedServer
+) -> None:
+    """One worker: two batches are sent to it, and no more is asked for."""
+    drawn = 0
+
+    async def batches() -> AsyncIterator[pa.RecordBatch]:
+        nonlocal drawn
+        for number in range(20):
+            drawn += 1
+            yield pa.record_batch({"id": [number]})
+
+    work = asyncio.ensure_future(pipeline_of(single).write(batches(), into=table, batch_rows=1))
+    other = await asyncpg.connect(**pg.parameters)
+    await eventually(lambda: other.fetchval(WAITING, table.partition(".")[2]))
+    await eventually(lambda: drawn == 2)
+    await asyncio.sleep(0.3)  # time for more, if there were no bound
+    assert drawn == 2
+    await locked.rollback()
+    await other.close()
+    assert (await work).rows == 20
+
+
+async def test_a_worker_holds_two_batches_and_drops_them_at_once(
+    pg: EmbeddedServer, table: str, locked: asyncpg.transaction.Transaction
+) -> None:
+    """In this process, where it can be seen what is alive."""
+    worker = PoolWorker("p", 0, "cluster", from_kwargs(name="p", environ={}, **pg.parameters).to_dict())
+    await grant(worker, 5)
+    alive: list[weakref.ref[pa.RecordBatch]] = []
+    intake = Intake(worker._engine)
+
+    async def fetch() -> pa.RecordBatch:
+        batch = pa.record_batch({"id": [len(alive)]})
+        alive.append(weakref.ref(batch))
+        return batch
+
+    schema, name = table.split(".")
+    spec = Spec((schema, name), "append", None, "p", None, "fail", False, 0)
+    writes = [asyncio.ensure_future(intake.write("job", spec, fetch)) for _ in range(6)]
+    await eventually(lambda: len(alive) == 2)
+    await asyncio.sleep(0.3)  # time for more, if there were no bound
+    assert len(alive) == 2
+    await locked.rollback()
+    assert [rows for rows, *_ in await asyncio.gather(*writes)] == [1] * 6
+    del writes
+
+    def dropped() -> bool:
+        gc.collect()
+        return [each() for each in alive] == [None] * 6
+
+    await eventually(dropped)  # the thread that looked at it has it for a moment
+    await worker.close("the test is over")
+
+
+async def test_a_deadlock_is_tried_again(
+    pool: WorkflowConnectionPool, schema: str, direct: asyncpg.Connection, pg: EmbeddedServer
+) -> None:
+    """Two unique indexes: the order of the key does not help against somebody who goes by the other one."""
+    await direct.execute(f"create table {schema}.two (a int primary key, b int unique); set deadlock_timeout = '30s'")
+    transaction = direct.transaction()
+    await transaction.start()
+    await direct.execute("insert into two values (100, 20)")
+    data = pa.table({"a": [1, 2], "b": [10, 20]})
+    work = asyncio.ensure_future(pipeline_of(pool).write(data, into=f"{schema}.two", mode="upsert"))
+    other = await asyncpg.connect(**pg.parameters)
+    await eventually(lambda: other.fetchval(WAITING, "two"))
+    # Ours has (1, 10), and this waits for it; it can only go on when ours is rolled back.
+    await direct.execute("insert into two values (200, 10)")
+    assert not work.done()
+    await transaction.rollback()
+    await other.close()
+    assert (await work).rows == 2
+    assert await direct.fetch("select a, b from two order by a") == [(1, 10), (2, 20)]
+
+
+async def test_a_bar_shows_how_far_it_is(
+    pool: WorkflowConnectionPool, table: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data: dict[str, Any] = {"id": range(3_000)}
+    assert (await pipeline_of(pool).write(pa.table(data), into=table, progress=True, batch_rows=500)).rows == 3_000
+    shown = capsys.readouterr().out
+    assert table in shown
+    assert "3000/3000" in shown
