@@ -34,6 +34,9 @@ MOST_TEXTS = 4096
 LONGEST = 65536
 """Characters of a statement that is worth remembering."""
 
+READ_WITHIN = 1.0
+"""Seconds that a write waits for the catalogue to be read, at most."""
+
 REMEMBER = 10.0
 """Seconds for which it is believed that nobody else has changed the catalogue."""
 
@@ -63,11 +66,12 @@ class WriteReach:
         self.holding = Holding()
         self._catalogue: _Catalogue | None = None
         self._reading: asyncio.Task[None] | None = None
+        self._not_before = 0.0
 
     def tables_of(self, text: str) -> frozenset[str]:
-        """The tables that a statement may write to."""
-        known, now = self._catalogue, time.monotonic()
-        if known is None or not self.holding.unchanged((CATALOGUE,), known.mark, now):
+        """The tables that a statement may write to. Better after :meth:`ready`."""
+        known = self._catalogue
+        if known is None or not self.holding.unchanged((CATALOGUE,), known.mark, time.monotonic()):
             return _tables_of(text)
         found = known.texts.get(text)
         if found is None:
@@ -75,6 +79,17 @@ class WriteReach:
                 known.texts.clear()
             found = known.texts[text] = known.reach.of(text)
         return found
+
+    async def ready(self) -> None:
+        """Wait a little for the catalogue, if it is just being read. Not while somebody changes it: nobody keeps
+        anything then, so that to write to all tables is no worse."""
+        known, now = self._catalogue, time.monotonic()
+        if known is not None and self.holding.unchanged((CATALOGUE,), known.mark, now):
+            return
+        if self.holding.may_keep((CATALOGUE,), now) and now >= self._not_before:
+            self.heard()
+            if self._reading is not None:
+                await asyncio.wait((self._reading,), timeout=READ_WITHIN)
 
     def tables_behind(self, schema: str, name: str) -> frozenset[str]:
         """The tables that a write to that one reaches."""
@@ -92,7 +107,8 @@ class WriteReach:
         now, known = time.monotonic(), self._catalogue
         if not self.holding.may_keep((CATALOGUE,), now) or (self._reading is not None and not self._reading.done()):
             return
-        if known is None or not self.holding.unchanged((CATALOGUE,), known.mark, now) or now - known.at > REMEMBER:
+        due = known is None or not self.holding.unchanged((CATALOGUE,), known.mark, now) or now - known.at > REMEMBER
+        if due and now >= self._not_before:
             self._reading = asyncio.ensure_future(self._read_catalogue())
 
     async def _read_catalogue(self) -> None:
@@ -110,7 +126,7 @@ class WriteReach:
                 "pool %s: the catalogue cannot be read, so any write is taken to be one to all tables: %s",
                 self._engine.config.name, error,
             )  # fmt: skip
-            await asyncio.sleep(1.0)
+            self._not_before = time.monotonic() + REMEMBER
             return
         self._catalogue = _Catalogue(reach, digest, mark, time.monotonic(), texts)
 
@@ -122,14 +138,15 @@ class WriteReach:
         return [dict(zip(names or (), row, strict=True)) for row in rows]
 
 
-_CHANGES = frozenset(("INSERT", "UPDATE", "DELETE", "MERGE", "COPY", "TRUNCATE TABLE"))
+_CHANGES = frozenset(("SELECT", "INSERT", "UPDATE", "DELETE", "MERGE", "COPY", "TRUNCATE TABLE"))
 _NOTHING = frozenset(
     ("SHOW", "SET", "RESET", "BEGIN", "START TRANSACTION", "COMMIT", "ROLLBACK", "SAVEPOINT", "RELEASE", "LISTEN")
 ) | {"UNLISTEN", "NOTIFY", "LOCK TABLE"}
 
 
 def _tables_of(text: str) -> frozenset[str]:
-    """Without knowing anything of the catalogue."""
+    """Without knowing anything of the catalogue. Not an intent on the catalogue where a function may change it: with
+    ever new ones of that kind it would never be read."""
     said = mentions(text)
     if said.statements == 1 and said.command in _NOTHING:
         return frozenset()
