@@ -5,23 +5,25 @@ For the calls one standby replays each commit 20 ms late, and the other one is p
 
 from __future__ import annotations
 
-import logging
 import os
+import statistics
 import sys
 import time
 from pathlib import Path
 
-import ray
 import uvloop
-from measure import compare, report
+from measure import Contender, compare, ratio, report, with_replicas
 
-from raypg import QueryRouterNode, WorkflowConnectionPool
+from raypg import QueryRouterNode, WorkflowConnectionPool, messages
+from raypg.config import from_kwargs
 from raypg.embedded import EmbeddedServer
+from raypg.server.connect import Connector
+from raypg.server.reads import Pace
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 import history_load
 from histories import check
-from standby import disturbed, standby_of
+from standby import caught_up, disturbed
 from waiting import eventually
 
 CALLS = int(os.environ.get("RAYPG_BENCH_CALLS", "200000"))
@@ -29,6 +31,7 @@ AT_A_TIME = 20_000
 """Calls in a history: each must pass for itself, and is over before the next begins."""
 
 QUERY = "SELECT id, n FROM public.a WHERE id = $1"
+JOIN = "SELECT a.id, sum(b.n) FROM public.a JOIN public.b USING (id) WHERE a.id = $1 GROUP BY a.id ORDER BY 2"
 REPEATED = 20_000
 
 
@@ -65,6 +68,43 @@ async def hits(pool: WorkflowConnectionPool) -> None:
     report("One caller: a hit of the router's cache, and the same read asked", "µs", figures, [])
 
 
+async def first_statements(server: EmbeddedServer) -> None:
+    """Milliseconds of the first statement on a new connection, and of opening it."""
+    config = from_kwargs(name="first", environ={}, **server.parameters)
+
+    def contender(prepared: bool, opening: bool) -> Contender:
+        connector = Connector(config, "first")
+        connector.learnt = Pace()
+        for _ in range(2 * prepared):
+            connector.learnt.frequent.note(JOIN)
+
+        async def measured() -> float:
+            times = []
+            for _ in range(20):
+                began = time.perf_counter()
+                connection = await connector.open()
+                opened = time.perf_counter()
+                await connection.run(messages.FETCH, JOIN, (1,))
+                times.append(opened - began if opening else time.perf_counter() - opened)
+                await connection.close()
+            return statistics.median(times) * 1000
+
+        return measured
+
+    figures = await compare(
+        {
+            "first statement, not prepared": contender(False, False),
+            "first statement, prepared": contender(True, False),
+            "opening, nothing prepared": contender(False, True),
+            "opening, statement prepared": contender(True, True),
+        }
+    )
+    gain = ratio(figures, "first statement, not prepared", "first statement, prepared")
+    report(
+        "A new connection that has the most frequent statement prepared", "ms", figures, [f"first ÷ first: {gain:.2f}"]
+    )
+
+
 async def histories(pool: WorkflowConnectionPool) -> None:
     """Random calls, all written down and checked."""
     calls = writes = problems = dropped = 0
@@ -74,8 +114,8 @@ async def histories(pool: WorkflowConnectionPool) -> None:
         schema = f"history_{number}"
         await pool.execute(f"CREATE SCHEMA {schema}")
         await history_load.make_tables(pool.execute, schema)
-        history, statistics = await history_load.run(pool, schema, AT_A_TIME, seed=f"bench {number}", sessions=16)
-        shown = history_load.summary(history, statistics)
+        history, of_caches = await history_load.run(pool, schema, AT_A_TIME, seed=f"bench {number}", sessions=16)
+        shown = history_load.summary(history, of_caches)
         found = check(history)
         for problem in found[:5]:
             print(problem, flush=True)
@@ -101,25 +141,14 @@ async def histories(pool: WorkflowConnectionPool) -> None:
 
 
 async def main() -> None:
-    settings = {"max_connections": "100", "fsync": "on"}
-    with (
-        EmbeddedServer(settings=settings) as primary,
-        standby_of(primary, settings) as one,
-        standby_of(primary, settings) as other,
-    ):
-        history_load.by_value()
-        ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
-        pool = WorkflowConnectionPool(
-            name="bench", max_connections=13, replicas=[one.dsn, other.dsn], **primary.parameters
-        )
-        try:
-            await history_load.make_tables(pool.execute, "public")
-            await hits(pool)
-            async with disturbed(one, other):
-                await histories(pool)
-        finally:
-            await pool.close()
-            ray.shutdown()
+    history_load.by_value()
+    async with with_replicas() as (pool, primary, one, other):
+        await history_load.make_tables(pool.execute, "public")
+        await hits(pool)
+        await caught_up(primary, one)
+        await first_statements(one)
+        async with disturbed(one, other):
+            await histories(pool)
 
 
 if __name__ == "__main__":

@@ -433,11 +433,10 @@ _PREPARED = ("COMMIT PREPARED", "ROLLBACK PREPARED")
 _PRIMARY = Served("primary", None, False, NOTHING)
 
 
-async def _reread(router: weakref.ref[QueryRouterNode]) -> None:
+async def _reread(router: weakref.ref[QueryRouterNode]) -> bool:
     """Read the catalogue anew, while its router is there."""
     known = router()
-    if known is not None:
-        await known._catalogue.reread(known._handle())
+    return known is not None and await known._catalogue.reread(known._handle())
 
 
 def _make(name: str, pool: Any, settings: dict[str, Any]) -> QueryRouterNode:

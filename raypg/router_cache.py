@@ -108,7 +108,7 @@ class RouterCache:
         most: results.
         most_bytes: that they take together.
         ttl: seconds after which a result is asked for again.
-        reread: reads the catalogue once more, so that verdicts from then on are those of now.
+        reread: reads the catalogue once more, so that verdicts from then on are those of now; False if it could not.
         patterns: what is learnt of statements, also by what becomes of their results.
 
     Attributes:
@@ -122,7 +122,7 @@ class RouterCache:
         most: int,
         most_bytes: int,
         ttl: float,
-        reread: Callable[[], Awaitable[None]],
+        reread: Callable[[], Awaitable[bool]],
         patterns: Patterns | None = None,
     ) -> None:
         self.results: ResultCache[_Kept] = ResultCache(most, most_bytes, ttl, self._ended)
@@ -171,6 +171,7 @@ class RouterCache:
         assert coherence is not None
         tables = frozenset(asked.verdict.reads)
         key = key_of(asked.query, asked.arguments, (asked.settings, asked.mode == messages.ROW))
+        catalogue = coherence.catalogue  # that the verdict is of, if any
         flight = self._flights.get(key)
         if flight is not None and self._may_share(flight, asked, tables):
             entry = await asyncio.shield(flight.done)
@@ -185,6 +186,7 @@ class RouterCache:
             and self._is_worth_it(asked)
             and coherence.may_keep(tables)
             and self._knows_catalogue(coherence)
+            and coherence.catalogue == catalogue
         )
         if mark != self._mark:
             self._everybody.wrote()
@@ -355,8 +357,7 @@ class RouterCache:
 
     async def _look(self, coherence: Coherence) -> None:
         number = coherence.catalogue
-        await self._reread()
-        if coherence is self._coherence:
+        if await self._reread() and coherence is self._coherence:
             self._catalogue = number
 
 

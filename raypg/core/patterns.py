@@ -311,7 +311,7 @@ class FoldGain:
     own, they gain nothing, and make some wait in vain while another connection is free.
 
     Args:
-        most: texts that are watched; those used last.
+        most: texts that are watched; then those are forgotten that came first.
     """
 
     def __init__(self, most: int = 1000) -> None:

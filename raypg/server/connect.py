@@ -41,7 +41,7 @@ class Connector:
 
     Attributes:
         on_open: asks each new connection what its server is; raises ConnectError if that will not do.
-        familiar: what a new connection is to prepare before it is used.
+        learnt: knows what a new connection is to prepare before it is used.
         pooler: what is in front of the server; None = not known yet (``pooler="auto"``, nothing opened so far).
     """
 
@@ -49,7 +49,7 @@ class Connector:
         self.config = config
         self.replica = replica
         self.on_open: Callable[[asyncpg.Connection], Awaitable[None]] | None = None
-        self.familiar: Callable[[], list[str]] = list
+        self.learnt: preparing.Learnt | None = None
         self.base_name = application_name
         self.pooler: Mode | None = None if config.pooler == "auto" else config.pooler
         self._numbers = itertools.count(1)
@@ -89,8 +89,8 @@ class Connector:
                 await codecs.install(raw, config.codecs)
                 if self.on_open is not None:
                     await self.on_open(raw)
-                if config.pre_warm and not pooled:
-                    await preparing.prepare(raw, self.familiar()[: config.statement_cache_size])
+                if config.pre_warm and self.learnt is not None and not pooled:
+                    await preparing.prepare(raw, self.learnt.familiar()[: config.statement_cache_size])
         except BaseException as error:  # a probe that took too long is cancelled
             raw.terminate()
             if isinstance(error, Exception) and not isinstance(error, ConnectError):

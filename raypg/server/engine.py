@@ -81,8 +81,7 @@ class Engine:
         self.leases = LeaseTable(self.take_back, self.writes)
         self.acquisitions = Acquisitions(self)
         self.catalogue = Catalogue()
-        self.pace = Pace()
-        connector.familiar = self.pace.familiar
+        self.pace = connector.learnt = Pace()
         self.streams = Streams()
         self.queue: FairQueue[Work] = FairQueue(limit=config.max_waiting)
         self.closed: PoolClosedError | None = None

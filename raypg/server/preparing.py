@@ -5,15 +5,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Iterable
+from typing import Protocol
 
 import asyncpg
 
 from raypg.server import _asyncpg
 
-__all__ = ["prepare"]
+__all__ = ["Learnt", "prepare"]
 
 PREPARED_WITHIN = 0.1
 """Seconds, at most, that this may hold up a new connection: a table that somebody has locked, say."""
+
+
+class Learnt(Protocol):
+    """Who knows what comes often."""
+
+    def familiar(self) -> list[str]:
+        """What a new connection is to prepare."""
+        ...
 
 
 async def prepare(raw: asyncpg.Connection, texts: Iterable[str]) -> None:

@@ -20,6 +20,7 @@ from raypg.core.mentions import mentions
 from raypg.core.reach import Reach
 from raypg.messages import FETCH
 from raypg.server import errand
+from raypg.server.outcomes import ConnectionLost
 from raypg.server.work import Refused
 
 if TYPE_CHECKING:
@@ -67,11 +68,16 @@ class WriteReach:
         self._catalogue: _Catalogue | None = None
         self._reading: asyncio.Task[None] | None = None
         self._not_before = 0.0
+        self._lent: list[ServerConnection] = []
+
+    def _known(self, now: float) -> _Catalogue | None:
+        known = self._catalogue
+        return known if known is not None and self.holding.unchanged((CATALOGUE,), known.mark, now) else None
 
     def tables_of(self, text: str) -> frozenset[str]:
         """The tables that a statement may write to. Better after :meth:`ready`."""
-        known = self._catalogue
-        if known is None or not self.holding.unchanged((CATALOGUE,), known.mark, time.monotonic()):
+        known = self._known(time.monotonic())
+        if known is None:
             return _tables_of(text)
         found = known.texts.get(text)
         if found is None:
@@ -80,16 +86,25 @@ class WriteReach:
             found = known.texts[text] = known.reach.of(text)
         return found
 
-    async def ready(self) -> None:
-        """Wait a little for the catalogue, if it is just being read. Not while somebody changes it: nobody keeps
-        anything then, so that to write to all tables is no worse."""
-        known, now = self._catalogue, time.monotonic()
-        if known is not None and self.holding.unchanged((CATALOGUE,), known.mark, now):
+    async def ready(self, connection: ServerConnection) -> None:
+        """Wait a moment for the catalogue, if it is just being read; that is done over *connection*, if it is free for
+        it, as all may be taken by those who wait. Not while somebody changes the catalogue: nobody keeps anything then,
+        so that to write to all tables is no worse."""
+        now = time.monotonic()
+        if self._known(now) is not None or now < self._not_before or not self.holding.may_keep((CATALOGUE,), now):
             return
-        if self.holding.may_keep((CATALOGUE,), now) and now >= self._not_before:
+        lends = connection.lease is None and not connection.raw.is_closed() and not connection.raw.is_in_transaction()
+        if lends:
+            self._lent.append(connection)
+        try:
             self.heard()
-            if self._reading is not None:
-                await asyncio.wait((self._reading,), timeout=READ_WITHIN)
+            if (reading := self._reading) is not None:
+                await asyncio.wait((reading,), timeout=READ_WITHIN)
+                while not reading.done() and self._lent[:1] == [connection]:
+                    await asyncio.wait((reading,))
+        finally:
+            if lends:
+                self._lent.remove(connection)
 
     def tables_behind(self, schema: str, name: str) -> frozenset[str]:
         """The tables that a write to that one reaches."""
@@ -107,7 +122,7 @@ class WriteReach:
         now, known = time.monotonic(), self._catalogue
         if not self.holding.may_keep((CATALOGUE,), now) or (self._reading is not None and not self._reading.done()):
             return
-        due = known is None or not self.holding.unchanged((CATALOGUE,), known.mark, now) or now - known.at > REMEMBER
+        due = known is None or self._known(now) is None or now - known.at > REMEMBER
         if due and now >= self._not_before:
             self._reading = asyncio.ensure_future(self._read_catalogue())
 
@@ -128,13 +143,15 @@ class WriteReach:
             )  # fmt: skip
             self._not_before = time.monotonic() + REMEMBER
             return
+        except ConnectionLost:
+            return  # whoever has lent it will see; it is tried again when the authority is heard next
         self._catalogue = _Catalogue(reach, digest, mark, time.monotonic(), texts)
 
     async def _fetch(self, query: str, *arguments: Any) -> list[dict[str, Any]]:
         async def work(connection: ServerConnection) -> tuple[list[Any], tuple[str, ...]]:
             return await connection.run(FETCH, query, arguments)  # type: ignore[return-value]
 
-        rows, names = await errand.run(self._engine, "raypg", work)
+        rows, names = await (work(self._lent[0]) if self._lent else errand.run(self._engine, "raypg", work))
         return [dict(zip(names or (), row, strict=True)) for row in rows]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from raypg.core.coherence import EVERYTHING
@@ -65,14 +65,14 @@ class Writes:
 
     # --- for whoever sends statements ---
 
-    async def begin(self, connection: ServerConnection, texts: Iterable[str]) -> None:
+    async def begin(self, connection: ServerConnection, texts: Collection[str]) -> None:
         """Wait until nobody holds results of what *texts* may write to. It is over when the
         connection settles, see :meth:`Held.settle`.
 
         Raises:
             UnavailableError: that cannot be found out; nothing may be sent.
         """
-        await self.reach.ready()
+        await self.reach.ready(connection)
         tables = frozenset().union(*map(self.reach.tables_of, texts))
         await self.begin_on(connection, tables)
 
@@ -96,7 +96,7 @@ class Writes:
         await asyncio.gather(*(asyncio.shield(self._waiting[intent]) for intent in waiting if not intent.allowed))
 
     @staticmethod
-    def texts_of_batch(into: tuple[str | None, str]) -> Sequence[str]:
+    def texts_of_batch(into: tuple[str | None, str]) -> Collection[str]:
         """Statements that write to what a batch of :mod:`raypg.server.writing` does: its table, and the ledger."""
         own = quoted_name(into[0], into[1]) if into[0] else quoted_name(into[1])
         return f"TRUNCATE {own}", "TRUNCATE raypg.batches", "TRUNCATE raypg.quarantine"
@@ -124,7 +124,7 @@ class Writes:
     def _widen(self, table: str) -> None:
         for connection in filter(self._engine.connections.is_in_use, self._engine.connections):
             held = connection.held = connection.held or Held(self.intents)
-            if connection.lease is None or connection.busy or connection.raw.is_in_transaction() or held.intents:
+            if connection.lease is None or connection.busy or held.intents or _in_transaction(connection):
                 if table not in held.intents:
                     held.intents[table] = self.intents.enter((table,))[0]
                 if connection.lease is None:
@@ -202,3 +202,7 @@ class Writes:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _in_transaction(connection: ServerConnection) -> bool:
+    return not connection.raw.is_closed() and connection.raw.is_in_transaction()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from decimal import Decimal
 from typing import Any
@@ -287,3 +288,29 @@ async def test_settings_are_checked_and_travel(pool: WorkflowConnectionPool) -> 
     router = QueryRouterNode("r", pool, cache_size=7, cache_ttl=2.5, cache_bytes=10_000, pattern_learning=True)
     other = pickle.loads(pickle.dumps(router))
     assert (other.cache_size, other.cache_ttl, other.cache_bytes, other.pattern_learning) == (7, 2.5, 10_000, True)
+
+
+async def test_what_was_never_read_again_is_not_kept_any_more(
+    pool: WorkflowConnectionPool, table: str, direct: asyncpg.Connection
+) -> None:
+    """What was learnt decides what is kept, never what is answered."""
+    await direct.execute(f"insert into {table} values (1, 'one', 5)")
+    dropped, used = f"select amount from {table} where id = $1", f"select label from {table} where id = $1"
+    async with QueryRouterNode("learning", pool, cache_size=100, pattern_learning=True) as router:
+        patterns = router._patterns
+        assert patterns is not None
+        now = time.monotonic()
+        for query, uses, by_write in ((dropped, 0, True), (used, 9, False)):
+            for _ in range(100):
+                patterns.of(query, now).asked("primary", 0.002, 1, now)
+                patterns.of(query, now).ended(uses, by_write, now)
+        assert await hit(router, used, 1) == [{"label": "one"}]
+        found = [await answer(router, dropped, 1) for _ in range(10)]
+        assert [one["data"] for one in found] == [[{"amount": 5}]] * 10
+        assert not any(one["routing_metadata"]["cache_hit"] for one in found)
+        assert await hit(router, dropped, 1) == [{"amount": 5}]  # it is tried again now and then
+        insights = (await router.get_metrics())["pattern_insights"]["detected_patterns"]
+        gains = {
+            entry["query"].split(" ")[1]: entry["cache"]["gain_per_result_ms"] for entry in insights if "cache" in entry
+        }
+        assert gains["amount"] < 0 < gains["label"]

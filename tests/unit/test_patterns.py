@@ -157,3 +157,16 @@ def test_reads_go_together_only_where_that_is_faster() -> None:
     for number in range(100):
         gain.note(f"other {number}", 0.001, True)
     assert len(gain._known) <= 10
+
+
+def test_replicas_that_are_slow_at_a_statement_are_named_and_tried_again() -> None:
+    patterns = Patterns()
+    for _ in range(20):
+        for target, seconds in (("primary", 0.0001), ("a", 0.001), ("b", 0.0014), ("c", 0.0016), ("d", 0.5)):
+            patterns.of(BY_ID, 0.0).asked(target, seconds, 1, 0.0)
+    patterns.of(BY_ID, 0.0).asked("e", 9.0, 1, 0.0)  # once is no knowledge
+    named = [patterns.slow_ones(BY_ID, 0.0) for _ in range(160)]
+    assert set(named) == {("c", "d"), ()}
+    assert named.count(()) == 160 // TRY_EVERY
+    assert patterns.slow_ones("select other from t", 0.0) == ()
+    assert patterns.slow_ones(BY_ID, 20 * HALF_LIFE) == ()  # forgotten
