@@ -63,6 +63,7 @@ class AuthorityLine(Line):
             now = time.monotonic()
             if answer is None or holding.is_lost(now):
                 holding.begin_anew()
+                writes.widen()
                 intents.echo = None
                 who = f"worker:{secrets.token_hex(8)}"
                 if answer is None:
@@ -71,7 +72,7 @@ class AuthorityLine(Line):
             renews, events, intents.echo, listens = answer
             intents.word = now
             for _ in holding.heard(sent, renews, events):
-                pass  # whether what it knows of the catalogue holds, a worker asks before it uses it
+                writes.widen()  # only the catalogue is shared; whether it still is, is asked for each statement
             writes.reach.heard()
             self._outside.keep(listens)
 

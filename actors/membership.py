@@ -349,7 +349,7 @@ class Membership:
             member.state = "draining" if member.draining else "serving"
             if account is None:  # its share was given to others; what it believes to have is out of date
                 self.budget.join(member.life, 0, state["used"])
-                self.authority.expect(life_of(*member.life), sent)
+            self.authority.expect(life_of(*member.life), sent)
             if member.draining:
                 self.budget.stop(member.life)
             else:

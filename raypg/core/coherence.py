@@ -315,7 +315,10 @@ class Authority:
             self._open(worker, number, table)
 
     def _grant(self) -> None:
-        if not (self.active and self.complete and all(w.joined or w.gone for w in self._workers.values())):
+        # A worker whose lease has run out may be writing to more than it has announced, see Writes.widen.
+        lives = {holder.life for holder in self._holders.values()}
+        told = all(worker.gone or (worker.joined and life in lives) for life, worker in self._workers.items())
+        if not (self.active and self.complete and told):
             return
         written = self._written
         if CATALOGUE in written:

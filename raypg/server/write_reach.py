@@ -35,13 +35,11 @@ MOST_TEXTS = 4096
 LONGEST = 65536
 """Characters of a statement that is worth remembering."""
 
+READ_WITHIN = 1.0
+"""Seconds that a write waits for the catalogue to be read, at most."""
+
 REMEMBER = 10.0
 """Seconds for which it is believed that nobody else has changed the catalogue."""
-
-
-KNOWN_WITHIN = 1.0
-"""Seconds, at most, that what may be a read waits for the catalogue to be known again. Sent at once, each of them would
-be announced as a change of the catalogue, and while there is one nobody may know it: for ever, if they never cease."""
 
 
 class _Catalogue(NamedTuple):
@@ -69,36 +67,15 @@ class WriteReach:
         self.holding = Holding()
         self._catalogue: _Catalogue | None = None
         self._reading: asyncio.Task[None] | None = None
-        self._unknown_since: float | None = None
-        self._known_again: asyncio.Future[None] | None = None
+        self._not_before = 0.0
         self._lent: list[ServerConnection] = []
 
     def _known(self, now: float) -> _Catalogue | None:
         known = self._catalogue
         return known if known is not None and self.holding.unchanged((CATALOGUE,), known.mark, now) else None
 
-    async def wait_for(self, text: str, connection: ServerConnection) -> None:
-        """Wait for a moment until it can be known what *text* does, if it may be a read: then it may be sent without a
-        word. Meanwhile the catalogue is read by *connection*, as all may be taken by those who wait."""
-        now = time.monotonic()
-        if self._known(now) is not None:
-            return
-        self._unknown_since = now if self._unknown_since is None else self._unknown_since
-        left = self._unknown_since + KNOWN_WITHIN - now
-        if left <= 0 or _tables_of(text) != {CATALOGUE} or mentions(text).command != "SELECT":
-            return
-        if self._known_again is None:
-            self._known_again = asyncio.get_running_loop().create_future()
-        self._lent.append(connection)
-        try:
-            await asyncio.wait({self._known_again}, timeout=left)
-            while self._reading is not None and not self._reading.done() and self._lent[0] is connection:
-                await asyncio.wait({self._reading})
-        finally:
-            self._lent.remove(connection)
-
     def tables_of(self, text: str) -> frozenset[str]:
-        """The tables that a statement may write to."""
+        """The tables that a statement may write to. Better after :meth:`ready`."""
         known = self._known(time.monotonic())
         if known is None:
             return _tables_of(text)
@@ -108,6 +85,26 @@ class WriteReach:
                 known.texts.clear()
             found = known.texts[text] = known.reach.of(text)
         return found
+
+    async def ready(self, connection: ServerConnection) -> None:
+        """Wait a moment for the catalogue, if it is just being read; that is done over *connection*, if it is free for
+        it, as all may be taken by those who wait. Not while somebody changes the catalogue: nobody keeps anything then,
+        so that to write to all tables is no worse."""
+        now = time.monotonic()
+        if self._known(now) is not None or now < self._not_before or not self.holding.may_keep((CATALOGUE,), now):
+            return
+        lends = connection.lease is None and not connection.raw.is_closed() and not connection.raw.is_in_transaction()
+        if lends:
+            self._lent.append(connection)
+        try:
+            self.heard()
+            if (reading := self._reading) is not None:
+                await asyncio.wait((reading,), timeout=READ_WITHIN)
+                while not reading.done() and self._lent[:1] == [connection]:
+                    await asyncio.wait((reading,))
+        finally:
+            if lends:
+                self._lent.remove(connection)
 
     def tables_behind(self, schema: str, name: str) -> frozenset[str]:
         """The tables that a write to that one reaches."""
@@ -125,7 +122,8 @@ class WriteReach:
         now, known = time.monotonic(), self._catalogue
         if not self.holding.may_keep((CATALOGUE,), now) or (self._reading is not None and not self._reading.done()):
             return
-        if known is None or not self.holding.unchanged((CATALOGUE,), known.mark, now) or now - known.at > REMEMBER:
+        due = known is None or self._known(now) is None or now - known.at > REMEMBER
+        if due and now >= self._not_before:
             self._reading = asyncio.ensure_future(self._read_catalogue())
 
     async def _read_catalogue(self) -> None:
@@ -143,17 +141,11 @@ class WriteReach:
                 "pool %s: the catalogue cannot be read, so any write is taken to be one to all tables: %s",
                 self._engine.config.name, error,
             )  # fmt: skip
-            await asyncio.sleep(1.0)
+            self._not_before = time.monotonic() + REMEMBER
             return
         except ConnectionLost:
             return  # whoever has lent it will see; it is tried again when the authority is heard next
-        now = time.monotonic()
-        self._catalogue = _Catalogue(reach, digest, mark, now, texts)
-        if self._known(now) is not None:
-            self._unknown_since = None
-            if self._known_again is not None:
-                self._known_again.set_result(None)
-                self._known_again = None
+        self._catalogue = _Catalogue(reach, digest, mark, time.monotonic(), texts)
 
     async def _fetch(self, query: str, *arguments: Any) -> list[dict[str, Any]]:
         async def work(connection: ServerConnection) -> tuple[list[Any], tuple[str, ...]]:
@@ -163,14 +155,15 @@ class WriteReach:
         return [dict(zip(names or (), row, strict=True)) for row in rows]
 
 
-_CHANGES = frozenset(("INSERT", "UPDATE", "DELETE", "MERGE", "COPY", "TRUNCATE TABLE"))
+_CHANGES = frozenset(("SELECT", "INSERT", "UPDATE", "DELETE", "MERGE", "COPY", "TRUNCATE TABLE"))
 _NOTHING = frozenset(
     ("SHOW", "SET", "RESET", "BEGIN", "START TRANSACTION", "COMMIT", "ROLLBACK", "SAVEPOINT", "RELEASE", "LISTEN")
 ) | {"UNLISTEN", "NOTIFY", "LOCK TABLE"}
 
 
 def _tables_of(text: str) -> frozenset[str]:
-    """Without knowing anything of the catalogue."""
+    """Without knowing anything of the catalogue. Not an intent on the catalogue where a function may change it: with
+    ever new ones of that kind it would never be read."""
     said = mentions(text)
     if said.statements == 1 and said.command in _NOTHING:
         return frozenset()

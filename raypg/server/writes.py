@@ -12,6 +12,7 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
+from raypg.core.coherence import EVERYTHING
 from raypg.core.holding import CATALOGUE
 from raypg.core.intents import Intent, Intents
 from raypg.core.sql_text import quoted_name
@@ -71,9 +72,7 @@ class Writes:
         Raises:
             UnavailableError: that cannot be found out; nothing may be sent.
         """
-        if connection.lease is None and connection.held is None:
-            for text in texts:
-                await self.reach.wait_for(text, connection)
+        await self.reach.ready(connection)
         tables = frozenset().union(*map(self.reach.tables_of, texts))
         await self.begin_on(connection, tables)
 
@@ -96,11 +95,11 @@ class Writes:
                 self._new.append(intent)
         await asyncio.gather(*(asyncio.shield(self._waiting[intent]) for intent in waiting if not intent.allowed))
 
-    def tables_of_batch(self, into: tuple[str | None, str]) -> frozenset[str]:
-        """The tables that a batch of :mod:`raypg.server.writing` may be written to: its own, and the ledger's."""
+    @staticmethod
+    def texts_of_batch(into: tuple[str | None, str]) -> Collection[str]:
+        """Statements that write to what a batch of :mod:`raypg.server.writing` does: its table, and the ledger."""
         own = quoted_name(into[0], into[1]) if into[0] else quoted_name(into[1])
-        texts = (f"TRUNCATE {own}", "TRUNCATE raypg.batches", "TRUNCATE raypg.quarantine")
-        return frozenset().union(*map(self.reach.tables_of, texts))
+        return f"TRUNCATE {own}", "TRUNCATE raypg.batches", "TRUNCATE raypg.quarantine"
 
     # --- for the line to the authority ---
 
@@ -114,25 +113,30 @@ class Writes:
             for intent in tuple(self._waiting):
                 self._allow(intent)
         elif not before:
-            self._catch_up()
+            self._widen(CATALOGUE)  # what runs already was not announced
 
-    def _catch_up(self) -> None:
-        """What runs already was not announced."""
+    def widen(self) -> None:
+        """What we know of the catalogue holds no longer: what runs already may write to more than was announced. To be
+        called before that is acknowledged, and reported with it."""
+        if self.watched:
+            self._widen(EVERYTHING)
+
+    def _widen(self, table: str) -> None:
         for connection in filter(self._engine.connections.is_in_use, self._engine.connections):
-            if connection.lease is None or connection.busy or connection.raw.is_in_transaction():
-                held = connection.held = connection.held or Held(self.intents)
-                if CATALOGUE not in held.intents:
-                    held.intents[CATALOGUE] = self.intents.enter((CATALOGUE,))[0]
+            held = connection.held = connection.held or Held(self.intents)
+            if connection.lease is None or connection.busy or held.intents or _in_transaction(connection):
+                if table not in held.intents:
+                    held.intents[table] = self.intents.enter((table,))[0]
                 if connection.lease is None:
-                    self._background(self._until_over(connection))
-        self._engine.connections.hold_unconfirmed(lambda: self._hold_of(CATALOGUE))
+                    self._background(self._until_over(connection, table))
+        self._engine.connections.hold_unconfirmed(lambda: self._hold_of(table))
 
     def _hold_of(self, table: str) -> Held:
         held = Held(self.intents)
         held.intents[table] = self.intents.enter((table,))[0]
         return held
 
-    async def _until_over(self, connection: ServerConnection) -> None:
+    async def _until_over(self, connection: ServerConnection, table: str) -> None:
         """Whoever uses *connection* now ends it without knowing of us."""
         held, since = connection.held, connection.taken_at
         while connection.held is held and connection.taken_at == since and connection.lease is None:
@@ -141,7 +145,7 @@ class Writes:
                     held.settle(connection)
                 return
             await asyncio.sleep(LOOK_EVERY / 10)
-        if connection.held is held and held is not None and (intent := held.intents.pop(CATALOGUE, None)) is not None:
+        if connection.held is held and held is not None and (intent := held.intents.pop(table, None)) is not None:
             self.intents.leave([intent], time.monotonic())
 
     # --- inside ---
@@ -198,3 +202,7 @@ class Writes:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _in_transaction(connection: ServerConnection) -> bool:
+    return not connection.raw.is_closed() and connection.raw.is_in_transaction()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TypeAlias
 
@@ -165,6 +166,24 @@ async def test_nothing_is_granted_while_a_transaction_that_wrote_is_open(
             await tx.fetchval("select pg_sleep(0.2)")
         assert not coherence.may_keep(tables)
     await held(coherence, tables)
+
+
+async def test_what_runs_while_the_catalogue_changes_may_write_to_anything(
+    pool: WorkflowConnectionPool, coherence: Coherence, schema: str, table: str, direct: asyncpg.Connection
+) -> None:
+    await direct.execute("create table other (id int)")
+    await pool.execute(f"create table {schema}.first (id int)")
+    other = shown(f"{schema}.other")
+    await held(coherence, other)
+    sleeps = f"insert into {table} select 1 from pg_sleep(1)"
+    running = asyncio.ensure_future(pool.execute(sleeps))
+    await eventually(lambda: direct.fetchval("select count(*) from pg_stat_activity where query = $1", sleeps))
+    await held(coherence, other)  # it writes to something else
+    await pool.execute(f"create table {schema}.more (id int)")
+    while not running.done():
+        assert not coherence.may_keep(other) or running.done()
+        await asyncio.sleep(0.02)
+    await held(coherence, other)
 
 
 async def test_writing_on_costs_one_question(pool: WorkflowConnectionPool, coherence: Coherence, table: str) -> None:
