@@ -5,6 +5,7 @@ For the calls one standby replays each commit 20 ms late, and the other one is p
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import sys
@@ -27,7 +28,7 @@ from standby import caught_up, disturbed
 from waiting import eventually
 
 CALLS = int(os.environ.get("RAYPG_BENCH_CALLS", "200000"))
-AT_A_TIME = 20_000
+AT_A_TIME = 20_480
 """Calls in a history: each must pass for itself, and is over before the next begins."""
 
 QUERY = "SELECT id, n FROM public.a WHERE id = $1"
@@ -110,7 +111,7 @@ async def histories(pool: WorkflowConnectionPool) -> None:
     calls = writes = problems = dropped = 0
     cached = replicas = 0.0
     speeds = []
-    for number in range(CALLS // AT_A_TIME):
+    for number in range(math.ceil(CALLS / AT_A_TIME)):
         schema = f"history_{number}"
         await pool.execute(f"CREATE SCHEMA {schema}")
         await history_load.make_tables(pool.execute, schema)
