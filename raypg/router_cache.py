@@ -17,6 +17,7 @@ outside of transactions. The promise, with *writer* for whoever writes through r
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import time
 import weakref
@@ -332,7 +333,8 @@ class RouterCache:
         self._reporter = Reporter(self, dispatcher, coherence, listener)
         await coherence.start()
         if before is not None:
-            await before.close()
+            with contextlib.suppress(RuntimeError):  # its event loop may be closed, and all of it over
+                await before.close()
 
     def _changed(self, tables: frozenset[str] | None) -> None:
         if tables is None or "" in tables:

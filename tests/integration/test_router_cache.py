@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import pickle
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from decimal import Decimal
 from typing import Any
 
@@ -24,6 +24,21 @@ from raypg.metrics_access import snapshots
 async def router(pool: WorkflowConnectionPool) -> AsyncIterator[QueryRouterNode]:
     async with QueryRouterNode("caching", pool, cache_size=100, cache_ttl=60.0) as router:
         yield router
+
+
+@pytest.fixture
+def shelf(pg18: EmbeddedServer) -> Iterator[str]:
+    """Name of a table of one row, made in an event loop that is over."""
+
+    async def execute(*statements: str) -> None:
+        connection = await asyncpg.connect(**pg18.parameters)
+        for statement in statements:
+            await connection.execute(statement)
+        await connection.close()
+
+    asyncio.run(execute("create table public.shelf as select 1 as id"))
+    yield "public.shelf"
+    asyncio.run(execute("drop table public.shelf"))
 
 
 async def answer(router: QueryRouterNode, query: str, *params: Any, **more: Any) -> dict[str, Any]:
@@ -314,3 +329,11 @@ async def test_what_was_never_read_again_is_not_kept_any_more(
             entry["query"].split(" ")[1]: entry["cache"]["gain_per_result_ms"] for entry in insights if "cache" in entry
         }
         assert gains["amount"] < 0 < gains["label"]
+
+
+def test_a_router_goes_on_in_another_event_loop(pool: WorkflowConnectionPool, shelf: str) -> None:
+    """What came by one loop is not used in the next; nothing of the first is left that could fail."""
+    router = QueryRouterNode("two loops", pool, cache_size=10)
+    for _ in range(2):
+        assert asyncio.run(hit(router, f"select id from {shelf}")) == [{"id": 1}]
+    asyncio.run(router.close())
