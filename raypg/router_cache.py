@@ -77,14 +77,16 @@ class _Flight:
 
     Attributes:
         mark: of the coherence, when it was sent.
+        generation: of the cache, at that time.
         timeout: seconds that it may take.
-        entry: its result, once it is kept; ``None`` if it is not.
+        done: its result, if it may be given to others; else ``None``.
     """
 
-    __slots__ = ("done", "mark", "timeout")
+    __slots__ = ("done", "generation", "mark", "timeout")
 
-    def __init__(self, mark: int, timeout: float | None) -> None:
+    def __init__(self, mark: int, generation: int, timeout: float | None) -> None:
         self.mark = mark
+        self.generation = generation
         self.timeout = timeout
         self.done: asyncio.Future[Entry[_Kept] | None] = asyncio.get_running_loop().create_future()
 
@@ -204,7 +206,7 @@ class RouterCache:
         """Ask, for all who want the same if it is the first to, and keep what comes."""
         coherence = self._coherence
         assert coherence is not None
-        flight, generation, now = _Flight(mark, asked.timeout), self._generation, time.monotonic()
+        flight, now = _Flight(mark, self._generation, asked.timeout), time.monotonic()
         begun = self._everybody.reads()
         if first:
             self._flights[key] = flight
@@ -213,7 +215,7 @@ class RouterCache:
             mode = messages.BOTH if asked.mode == messages.FETCH else asked.mode
             outcome, who = await ask(mode, begun[0])
             self._everybody.saw(begun, who.token)
-            if generation == self._generation and coherence.unchanged(tables, mark):
+            if flight.generation == self._generation and coherence.unchanged(tables, mark):
                 entry = self._keep(asked, key, tables, outcome, who, now)
         finally:
             if self._flights.get(key) is flight:
@@ -225,7 +227,9 @@ class RouterCache:
     def _may_share(self, flight: _Flight, asked: Asked, tables: frozenset[str]) -> bool:
         """Whether the answer of *flight* is no older than this call, and comes no later than its caller has time."""
         in_time = asked.timeout is None or (flight.timeout is not None and flight.timeout <= asked.timeout)
-        return in_time and self._coherence is not None and self._coherence.unchanged(tables, flight.mark)
+        if not in_time or flight.generation != self._generation or self._coherence is None:
+            return False
+        return self._coherence.unchanged(tables, flight.mark)
 
     def _is_worth_it(self, asked: Asked) -> bool:
         """Whether keeping the result gains anything, as far as is known."""
