@@ -79,6 +79,8 @@ async def test_a_statement_and_its_values(client: httpx.AsyncClient, table: str)
     assert found["routing_metadata"]["target"] == "primary"
     assert found["routing_metadata"]["query_type"] == "read_simple"
     assert found["session_token"].endswith("primary")
+    more = {"session_id": "s", "max_staleness": 5, "after": found["session_token"], "timeout": 5}
+    assert (await ask(client, f"select count(*) as n from {table}", **more)).json()["data"] == [{"n": 1}]
 
 
 async def test_what_the_server_refuses_and_what_takes_too_long(client: httpx.AsyncClient, table: str) -> None:
@@ -186,6 +188,14 @@ async def test_limits_of_a_request(client: httpx.AsyncClient) -> None:
 
     answer = await client.post("/all/query", content=chunks(), headers={"Content-Type": "application/json"})
     assert answer.status_code == 413
+
+    async def slow() -> AsyncIterator[bytes]:
+        yield b'{"query": '
+        await asyncio.sleep(1)  # its body_timeout is 0.5 s
+        yield b'"select 1"}'
+
+    answer = await client.post("/all/query", content=slow(), headers={"Content-Type": "application/json"})
+    assert (answer.status_code, answer.json()["error_type"]) == (400, "TooSlow")
     answer = await client.post("/all/query", content=b'{"query": "select 1"}', headers={"Content-Type": "text/plain"})
     assert answer.status_code == 400
     assert (await client.get("/raypg/query")).status_code == 405
@@ -305,7 +315,7 @@ def test_the_file_for_serve_is_valid_and_on_loopback() -> None:
 
 
 async def test_on_an_address_that_others_reach_each_request_needs_the_token(
-    address: str, pool: WorkflowConnectionPool
+    address: str, pool: WorkflowConnectionPool, table: str, direct: asyncpg.Connection
 ) -> None:
     """The last one here: it starts Serve anew."""
     serve.shutdown()
@@ -313,6 +323,8 @@ async def test_on_an_address_that_others_reach_each_request_needs_the_token(
     serve.start(http_options={"host": "0.0.0.0", "port": port})
     serve.run(build(RouterArgs(pool=pool.name)), name="router", route_prefix="/raypg")
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
-        assert (await ask(client, "select 1 as one")).status_code == 401
+        insert = f"insert into {table} (id) values (1)"
+        assert (await ask(client, insert)).status_code == 401
+        assert await direct.fetchval(f"select count(*) from {table}") == 0
         client.headers["Authorization"] = f"Bearer {access_token.token()}"
-        assert (await ask(client, "select 1 as one")).json()["data"] == [{"one": 1}]
+        assert (await ask(client, insert)).json()["data"] == [{"rows_affected": 1}]

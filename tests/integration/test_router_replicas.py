@@ -9,13 +9,17 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import asyncpg
+import httpx
 import pytest
 import ray
 from routers import answer, goes_to
 from standby import ask, caught_up, pause, resume, standby_of
+from starlette.applications import Starlette
+from starlette.routing import Route
 from waiting import eventually
 
 from raypg import QueryRouterNode, WorkflowConnectionPool
+from raypg.deployments.query_door import Door, RouterArgs
 from raypg.embedded import EmbeddedServer
 
 
@@ -130,6 +134,30 @@ async def test_a_token_is_good_in_another_process(
         assert await read.remote(splitting, query, splitting.token("writer")) == (1, "primary", True)
     finally:
         await resume(replica)
+
+
+async def test_a_session_over_http_that_goes_to_several_doors(
+    splitting: QueryRouterNode, split: WorkflowConnectionPool, replica: EmbeddedServer, table: str
+) -> None:
+    """Each of Serve's replicas has a router of its own, and does not know what another one has written."""
+
+    async def post(door: Door, query: str, **more: Any) -> Any:
+        app = Starlette(routes=[Route("/query", door.answer, methods=["POST"])])
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+            return (await client.post("/query", json={"query": query, **more})).json()
+
+    one, other = (Door(RouterArgs(pool=split.name, num_replicas=2), True, "no token is needed") for _ in range(2))
+    count = f"select count(*) as n from {table}"
+    await pause(replica)
+    try:
+        await post(one, f"insert into {table} (id) values (1)", session_id="s")
+        assert (await post(other, count))["data"] == [{"n": 0}]
+        found = await post(other, count, session_id="s")
+        assert (found["data"], found["routing_metadata"]["target"]) == ([{"n": 1}], "primary")
+    finally:
+        await resume(replica)
+        for door in (one, other):
+            await door.close()
 
 
 async def test_the_age_that_a_router_allows_is_for_queries_that_do_not_say(
