@@ -23,7 +23,7 @@ ROWS = 12
 PERIOD = 2.0
 """Seconds from one time of writing to a table to the next."""
 
-WRITING = 0.15
+WRITING = 0.2
 """Share of the period in which it is written to."""
 
 THINKS = 0.02
@@ -62,13 +62,13 @@ class _Session:
     async def call(self) -> None:
         choice, row = self._rng.random(), min(self._rng.randint(1, ROWS), self._rng.randint(1, ROWS))
         table = self._rng.choice("ab")
-        if choice < 0.25 and _is_time_to_write(table):
+        if choice < 0.36 and _is_time_to_write(table):
             await self._change(table, row)
-        elif choice < 0.28 and _is_time_to_write(table):
+        elif choice < 0.40 and _is_time_to_write(table):
             await self._change_two(row)
-        elif choice < 0.40:
+        elif choice < 0.50:
             await self._read(SEVERAL, row, "a")
-        elif choice < 0.70:
+        elif choice < 0.75:
             await self._read(ONE, row, "a")
         else:
             await self._read(OTHER, row, "b")

@@ -27,14 +27,20 @@ class Learnt(Protocol):
 
 async def prepare(raw: asyncpg.Connection, texts: Iterable[str]) -> None:
     """Prepare *texts* in asyncpg's own cache; what cannot be is left out."""
-    until = asyncio.get_running_loop().time() + PREPARED_WITHIN
+    loop = asyncio.get_running_loop()
+    until, begun = loop.time() + PREPARED_WITHIN, False
     for sql in texts:
-        left = until - asyncio.get_running_loop().time()
+        left = until - loop.time()
         if left <= 0:
-            return
+            break
+        begun = True
         try:
             # With a timeout of its own asyncpg cancels it on the server, and the connection stays good.
             with contextlib.suppress(asyncpg.PostgresError, asyncpg.InterfaceError):
                 await _asyncpg.prepare(raw, sql, left)
         except TimeoutError:
-            return
+            break
+    if begun:
+        # asyncpg has not ended what it began (it sends no Sync): locks on all these tables would be held until somebody
+        # uses the connection.
+        await raw.execute("SELECT 1")

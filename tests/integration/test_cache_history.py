@@ -43,10 +43,10 @@ async def test_histories_of_four_processes_are_those_of_one_database(
     print(shown)
     assert check(history) == []
     # It was put to the test: all ways of answering were gone, and writes came in between.
-    assert shown["writes"] > 50
+    assert shown["writes"] > 20
     assert shown["from caches"] > 0.02
     assert shown["from replicas"] > 0.02
-    assert shown["invalidations"] > 20
+    assert shown["invalidations"] > 10
 
 
 async def test_caches_that_are_told_nothing_of_writes_are_found_out(
