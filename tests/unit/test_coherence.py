@@ -13,7 +13,7 @@ import pytest
 
 from raypg.core import coherence as core
 from raypg.core.coherence import Authority, Report
-from raypg.core.holding import CATALOGUE, LEASE, Holding
+from raypg.core.holding import CATALOGUE, LEASE, MOST_SHARED, Holding
 from raypg.core.intents import LINGER, Intent, Intents
 
 TICK = 0.51
@@ -347,16 +347,90 @@ def explore(world: World, limits: dict[str, int], most: int) -> int:
     return len(seen)
 
 
+def sharing(*tables: str) -> tuple[Authority, Holding]:
+    """An authority without workers, and a cache that shares *tables*."""
+    authority, holding = Authority(0.0, 1), Holding()
+    assert not holding.may_keep(tables, 0.0)
+    assert authority.attend("c", 0.0, 0, holding.wanted)
+    tell(authority, holding, 0.1)
+    assert holding.may_keep(tables, 0.1)
+    return authority, holding
+
+
+def tell(authority: Authority, holding: Holding, now: float) -> list[list[str] | None]:
+    """The cache attends, and hears; what it is to drop."""
+    assert authority.attend("c", now, holding.done, holding.wanted)
+    answer = authority.answer("c", now, now)
+    assert answer is not None
+    return list(holding.heard(now, *answer))
+
+
+def test_workers_ask_while_there_is_a_cache_and_a_little_longer() -> None:
+    authority = Authority(0.0, 1)
+    assert authority.era == 0
+    assert authority.intend("w", {1: "t"}, 0.0) == {}
+    assert authority.attend("c", 0.0, 0, ())
+    era = authority.era
+    assert era > 1
+    authority.leave("c")
+    authority.expire(core.IDLE - 0.1)
+    assert authority.era == era
+    authority.expire(core.IDLE + LEASE)
+    assert authority.era == 0
+    assert authority.attend("d", 20.0, 0, ())
+    assert authority.era > era
+
+
+def test_what_others_have_written_is_dropped_and_may_be_had_again() -> None:
+    authority, holding = sharing("t", "u", CATALOGUE)
+    authority.changed(["t", "x"])
+    assert tell(authority, holding, 0.2) == [["t"]]
+    assert not holding.may_keep(("t",), 0.2)
+    tell(authority, holding, 0.3)
+    assert holding.may_keep(("t", "u"), 0.3)
+    authority.changed(None)
+    assert tell(authority, holding, 0.4) == [["t", "u"]]
+    assert holding.may_keep((CATALOGUE,), 0.4)
+
+
+def test_a_holder_that_does_not_hear_what_it_is_told_loses_its_lease() -> None:
+    authority, holding = sharing("t")
+    authority.expect("w", 0.2)
+    assert authority.attend("h", 0.2, 0, (), Report("w", authority.era, 0.2, 0, {}))
+    waits = authority.intend("w", {1: "t"}, 0.3)
+    assert waits is not None
+    assert not authority.may_write(waits, 0.3)
+    now = 0.3
+    while not authority.may_write(waits, now):
+        now += 0.5
+        assert now < 0.3 + 2 * LEASE
+        if authority.attend("c", now, holding.done, ()):
+            authority.answer("c", now, now)  # lost
+
+
+def test_a_process_shares_so_many_tables_at_most() -> None:
+    holding = Holding()
+    assert not holding.may_keep([str(number) for number in range(MOST_SHARED)], 0.0)
+    assert not holding.may_keep(["one more"], 0.0)
+    assert len(holding.wanted) == MOST_SHARED
+
+
 WEIGHTS = {"tick": 0.25, "crash": 0.01, "kill": 0.01, "give": 0.1, "begin": 0.3, "over": 0.3, "ping": 2.0}
-"""How often something happens, when it may, next to all that is not named."""
+"""How often something happens, when it may, next to all that is not named: by what happens, or also to whom."""
 
 
-def walk(world: World, limits: dict[str, int], rng: random.Random, steps: int) -> Counter[str]:
+SILENT = {"poll w0": 0.02, "intend w0": 0.02, "begin w0": 1.0, "crash": 0.0, "kill": 0.0}
+"""That of a world in which a worker is hardly ever heard."""
+
+
+def walk(
+    world: World, limits: dict[str, int], rng: random.Random, steps: int, rates: dict[str, float] = WEIGHTS
+) -> Counter[str]:
     """One way through the worlds, by chance, checked at each step; how often which thing happened."""
     told: list[str] = []
     for _ in range(steps):
         moves = list(world.moves(limits))
-        weights = [WEIGHTS.get(name.split()[0], 1.0) for name, _ in moves]
+        weights = [rates.get(" ".join(name.split()[:2]), rates.get(name.split()[0], 1.0)) for name, _ in moves]
         ((name, move),) = rng.choices(moves, weights)
         told.append(name)
         move(world)
@@ -378,13 +452,18 @@ def test_in_every_order_of_a_small_world_nobody_holds_what_is_written() -> None:
 SIZES = [(1, 1, "t"), (2, 1, "t"), (1, 2, "tu"), (2, 2, "tu")]
 
 
-def walks(rng: random.Random, count: int) -> Counter[str]:
+def walks(rng: random.Random, count: int, rates: dict[str, float] = WEIGHTS) -> Counter[str]:
     """Ways through worlds of several sizes; what happened."""
-    return sum((walk(World(*SIZES[n % 4]), NO_LIMITS, rng, 500) for n in range(count)), Counter())
+    return sum((walk(World(*SIZES[n % 4]), NO_LIMITS, rng, 500, rates) for n in range(count)), Counter())
+
+
+def all_sorts(rng: random.Random, count: int) -> Counter[str]:
+    """The same, four of each sort *count* times."""
+    return sum((walks(rng, 4) + walks(rng, 4, WEIGHTS | SILENT) for _ in range(count)), Counter())
 
 
 def test_on_long_ways_through_larger_worlds_neither(rng: random.Random) -> None:
-    happened = walks(rng, 200)
+    happened = all_sorts(rng, 25)
     print(happened)
     assert all(happened[what] > 20 for what in ("held", "send", "over", "allow", "crash", "buried", "store"))
 
@@ -399,7 +478,8 @@ def _answer_and_renew(self: Authority, who: str, received: float, now: float) ->
     return _answer(self, who, received, now)
 
 
-_answer, _attend, _heard, _start = Authority.answer, Authority.attend, Holding.heard, Authority.__init__
+_answer, _attend, _grant, _start = Authority.answer, Authority.attend, Authority._grant, Authority.__init__
+_heard = Holding.heard
 
 
 def _told_nothing(
@@ -417,14 +497,10 @@ def _hasty(self: Authority, now: float, era: int, active: bool = False) -> None:
     self._from = now
 
 
-class _Joined:
-    """What makes a worker look as if it had told of its writes."""
-
-    def __get__(self, *_: object) -> bool:
-        return True
-
-    def __set__(self, *_: object) -> None:
-        pass
+def _grants_blindly(self: Authority) -> None:
+    workers, self._workers = self._workers, {}
+    _grant(self)
+    self._workers = workers
 
 
 WRONG = {
@@ -442,7 +518,7 @@ WRONG = {
         Intents, "may_write_alone", lambda self, now: now >= self.word + LEASE / 2
     ),
     "a cache does not drop what it is told to": _wrong(Holding, "heard", _deaf),
-    "tables are granted before all workers are heard": _wrong(core._Worker, "joined", _Joined()),
+    "tables are granted before all workers are heard": _wrong(Authority, "_grant", _grants_blindly),
 }
 
 
@@ -450,4 +526,4 @@ WRONG = {
 def test_a_protocol_with_a_fault_is_found_out(wrong: str, rng: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
     WRONG[wrong](monkeypatch)
     with pytest.raises(AssertionError, match="after:"):
-        walks(rng, 3_000)
+        all_sorts(rng, 300)
