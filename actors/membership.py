@@ -24,6 +24,8 @@ import ray
 from ray.actor import ActorHandle
 
 from raypg import _compat, naming
+from raypg.actors.authority import VersionAuthority
+from raypg.actors.authority_line import life_of
 from raypg.actors.member import Life, Member
 from raypg.actors.reaper import Reaper
 from raypg.actors.worker import PoolWorker, application_name
@@ -79,6 +81,7 @@ class Membership:
         self.budget: Budget[Life] = Budget(config().max_connections)
         reaper.has_room = self._has_room
         reaper.news = self.news_now
+        reaper.ended = lambda life: self.authority.gone(life_of(*life))
         self.frozen = True
         """Whether no shares are granted yet: what connections there are of before is not known."""
         self.limit: int | None = None  # connections that the server has room for
@@ -87,6 +90,7 @@ class Membership:
         self._numbers = itertools.count((life << 32) + 1)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._turn = asyncio.Lock()
+        self.authority = VersionAuthority(f"pool/{pool}/asks", life, self.news_now)
         self.news = asyncio.Event()
         """Set when there is reason for a round of pings before its time."""
         self.replacing = False
@@ -209,6 +213,8 @@ class Membership:
         if life in self.budget.accounts:
             self.budget.stop(life)
             self._background(self._reaper.bury(self.budget, life, self.name_of(life)))
+        else:
+            self.authority.gone(life_of(*life))  # they were ended when it was silent
 
     # --- draining ---
 
@@ -268,6 +274,7 @@ class Membership:
                 self._divide()
                 await asyncio.gather(*(self._ping(member) for member in whom))
                 self._judge()
+                self.authority.look(all(member.node for member in self.members.values()))
                 self._divide()
                 whom = [m for m in self.members.values() if m.life and self._is_news(m.life)]
                 if not whom:
@@ -304,11 +311,13 @@ class Membership:
             least = sizing.share(self._config().min_connections, self.share(member), whole)
         lost = member.state == "lost"
         member.unanswered += 1
-        member.asked(time.monotonic())
+        sent = time.monotonic()
+        member.asked(sent)
         try:
             state = await member.handle.ping.remote(
-                number, member.incarnation, grant, member.clock, least, gone, len(self.members), self.epoch, lost
-            )
+                number, member.incarnation, grant, member.clock, least, gone, len(self.members), self.epoch,
+                lost, self.authority.era,
+            )  # fmt: skip
         except _compat.ActorEnded:
             if self.members.get(member.index) is member:
                 self._forget(member)
@@ -319,13 +328,14 @@ class Membership:
         finally:
             member.unanswered -= 1
         if self.members.get(member.index) is member:
-            self._heard(member, life, number, state)
+            self._heard(member, life, number, state, sent)
 
-    def _heard(self, member: Member, asked: Life | None, number: int, state: dict[str, Any]) -> None:
+    def _heard(self, member: Member, asked: Life | None, number: int, state: dict[str, Any], sent: float) -> None:
         if member.incarnation != state["incarnation"]:
             if member.clock is not None and asked != member.life:
                 return  # an answer of a life that has ended since
             self._begun(member, state)
+            self.authority.expect(life_of(*member.life or (0, "")), sent)
         assert member.life is not None
         member.answered_at = time.monotonic()
         member.clock = max(state["clock"], member.clock or 0.0)
@@ -339,6 +349,7 @@ class Membership:
             member.state = "draining" if member.draining else "serving"
             if account is None:  # its share was given to others; what it believes to have is out of date
                 self.budget.join(member.life, 0, state["used"])
+            self.authority.expect(life_of(*member.life), sent)
             if member.draining:
                 self.budget.stop(member.life)
             else:
@@ -405,6 +416,7 @@ class Membership:
 
     def close(self) -> None:
         """End what goes on in the background."""
+        self.authority.close()
         for task in tuple(self._tasks):
             task.cancel()
 

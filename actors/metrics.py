@@ -3,7 +3,7 @@
 Its messages:
 
 - ``join``, ``report``, ``leave``: a worker says that it is there, what has happened since it last said so, that it
-  ends.
+  ends. ``cache_told``: so does the cache of a router, whose end is silence.
 - ``snapshot``, ``history``, ``histories``, ``newest``: what is known. Workers are asked for what happened since their
   last report.
 - ``alerts``, ``add_alert``, ``delete_alert``: the rules that are watched each second, and what has become of them.
@@ -128,6 +128,12 @@ class MetricsActor(ServingAll):
             return None
         known.heard(worker)
         return number, known.durable.get((worker, incarnation), 0)
+
+    async def cache_told(self, pool: str, who: str, totals: dict[str, int]) -> None:
+        """The cache of a router tells its totals; see :meth:`PoolMetrics.told_by_cache`."""
+        known = self.pools.get(pool)
+        if known is not None:
+            known.metrics.told_by_cache(who, totals, self._now())
 
     async def leave(self, pool: str, worker: int, incarnation: str, deltas: list[Delta]) -> None:
         """A worker ends, and will not come back: these are its last figures."""

@@ -171,6 +171,22 @@ class PoolActor:
             ],
         }
 
+    async def attend(self, who: str, done: int, wants: list[str], report: tuple[Any, ...] | None = None) -> Any:
+        """A cache, or a worker, is there; see :mod:`raypg.actors.authority`, also for the next three."""
+        return await self._workers.authority.attend(who, done, wants, report)
+
+    async def want(self, who: str, tables: list[str] | None) -> None:
+        """A cache wants to keep results of *tables*; ``None``: it keeps nothing any more."""
+        self._workers.authority.want(who, tables)
+
+    async def changed(self, tables: list[str] | None) -> None:
+        """Somebody has written past the pool: to *tables*, or to any."""
+        self._workers.authority.changed(tables)
+
+    async def intend(self, life: str, intents: dict[int, str]) -> bool:
+        """A worker is to write; answers when it may."""
+        return await self._workers.authority.intend(life, intents)
+
     async def activity(self) -> dict[str, Any]:
         """Who waits for whom on the server, or that it does not answer; see :meth:`Looking.activity`."""
         return await self._looking.activity()
@@ -424,9 +440,7 @@ class PoolActor:
             connector.config = config
 
     def _public_config(self) -> dict[str, Any]:
-        config = self._config.to_dict()
-        config.pop("password", None)
-        return config
+        return {key: value for key, value in self._config.to_dict().items() if key != "password"}
 
     def _membership(self) -> dict[str, Any]:
         return {

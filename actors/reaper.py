@@ -68,6 +68,8 @@ class Reaper:
         """Whether a connection may be opened that is in no account."""
         self.news: Callable[[], None] = lambda: None
         """Called when shares may move."""
+        self.ended: Callable[[Any], None] = lambda life: None
+        """Called when all connections of a life are gone."""
         self._turn = asyncio.Lock()
         self._reaping: dict[Hashable, asyncio.Task[None]] = {}
         self._authentication_timeout = AUTHENTICATION_TIMEOUT
@@ -201,6 +203,7 @@ class Reaper:
     async def bury(self, budget: Budget[Any], life: Hashable, name: str) -> None:
         """That life is over for certain: its share is free when its connections are gone."""
         ended = await self._end(name, lambda: True, dead=True)
+        self.ended(life)
         known = budget.accounts.pop(life, None)
         if known is not None and (ended or known.charge):
             logger.info("pool %s: %s is gone, with %d connections that had to be ended", self._pool, name, ended)
@@ -225,6 +228,7 @@ class Reaper:
         ended = await self._end(name, still_lost)
         if not still_lost() or life not in budget.accounts:
             return
+        self.ended(life)
         if had and not ended:
             budget.leave(life)
         else:

@@ -16,6 +16,7 @@ import ray
 from ray.exceptions import OwnerDiedError
 
 from raypg import messages
+from raypg.actors.authority_line import AuthorityLine
 from raypg.actors.breaker_line import BreakerLine
 from raypg.actors.metrics_line import MetricsLine
 from raypg.config import PoolConfig
@@ -76,6 +77,7 @@ class PoolWorker:
             self._engine.replicas = Replicas(settings, self._engine, self._connector, name)
         self._breaker = BreakerLine(pool, index, self._incarnation, self._engine.guard)
         self._metrics = MetricsLine(pool, index, self._incarnation, self._engine)
+        self._authority = AuthorityLine(pool, index, self._incarnation, self._engine)
         self._node: str = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
         self._intake: Any = None
         self._newest = 0  # number of the newest ping
@@ -101,6 +103,7 @@ class PoolWorker:
         workers: int,
         epoch: int,
         lost: bool = False,
+        era: int = 0,
     ) -> dict[str, Any]:
         """Take a share of the budget, and say how things stand.
 
@@ -116,12 +119,14 @@ class PoolWorker:
             workers: how many there are.
             epoch: of the membership.
             lost: we were not heard for so long that everybody was told to go elsewhere: nobody knows of our leases.
+            era: in which the version authority must be asked before a write; 0 if it need not.
         """
         if lost:
             for lease in self._engine.leases:
                 self._engine.leases.end(lease.token, "its worker could not be heard for some seconds")
         self._breaker.keep(workers)
         self._metrics.open()
+        self._authority.keep(era, number > self._newest)  # before there is a share: nothing runs without one
         engine, servers = self._engine, self._engine.servers
         for server, each in enumerate(servers):
             each.connections.confirm_gone({pid for place, pid in gone if place == server})
@@ -165,6 +170,7 @@ class PoolWorker:
     async def close(self, reason: str) -> None:
         """Refuse new work, end leases, close connections."""
         self._breaker.close()
+        self._authority.close()
         await self._engine.close(reason)
         await self._metrics.leave()
 

@@ -7,23 +7,14 @@ for 0.1 s now and then.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
 import os
-import sys
 import time
-from collections.abc import AsyncIterator
-from pathlib import Path
 
-import ray
 import uvloop
-from measure import compare, rate, ratio, report
+from measure import compare, rate, ratio, report, with_replicas
+from standby import disturbed
 
 from raypg import QueryRouterNode, Session, WorkflowConnectionPool
-from raypg.embedded import EmbeddedServer
-
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
-from standby import delay, pause, resume, standby_of
 
 PAIRS = int(os.environ.get("RAYPG_BENCH_PAIRS", "100000"))
 SESSIONS = 200
@@ -31,28 +22,6 @@ ROWS = 10_000
 CLIENTS = 500
 QUERY = "SELECT id, balance FROM accounts WHERE id = $1"
 UPDATE = "UPDATE accounts SET balance = $2 WHERE id = $1"
-
-
-@contextlib.asynccontextmanager
-async def disturbed(late: EmbeddedServer, paused: EmbeddedServer) -> AsyncIterator[None]:
-    """One standby is late, the other one paused again and again."""
-    await delay(late, 20)
-
-    async def disturb() -> None:
-        while True:
-            await pause(paused)
-            await asyncio.sleep(0.1)
-            await resume(paused)
-            await asyncio.sleep(0.9)
-
-    disturbing = asyncio.create_task(disturb())
-    try:
-        yield
-    finally:
-        disturbing.cancel()
-        await asyncio.gather(disturbing, return_exceptions=True)
-        await resume(paused)
-        await delay(late, 0)
 
 
 async def pairs(pool: WorkflowConnectionPool) -> tuple[float, int, dict[str, int]]:
@@ -75,66 +44,52 @@ async def pairs(pool: WorkflowConnectionPool) -> tuple[float, int, dict[str, int
 
 
 async def main() -> None:
-    # Commits that reach the disk, as outside of tests.
-    settings = {"max_connections": "100", "fsync": "on"}
-    with (
-        EmbeddedServer(settings=settings) as primary,
-        standby_of(primary, settings) as one,
-        standby_of(primary, settings) as other,
-    ):
-        ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
-        pool = WorkflowConnectionPool(
-            name="bench", max_connections=13, replicas=[one.dsn, other.dsn], **primary.parameters
+    async with with_replicas() as (pool, _, one, other):
+        await pool.execute("CREATE TABLE accounts (id int PRIMARY KEY, balance int)")
+        await pool.execute("INSERT INTO accounts SELECT g, g FROM generate_series(1, $1::int) g", ROWS)
+        await asyncio.sleep(1)
+
+        async def plain(number: int) -> None:
+            await pool.fetchrow(QUERY, number % ROWS + 1)
+
+        async def replica(number: int) -> None:
+            await pool.fetchrow(QUERY, number % ROWS + 1, read_from="replica")
+
+        mine = Session()
+
+        async def session(number: int) -> None:
+            await pool.fetchrow(QUERY, number % ROWS + 1, read_from="replica", after=mine)
+
+        router = QueryRouterNode("reads", pool)
+
+        async def routed(number: int) -> None:
+            await router.fetchrow(QUERY, number % ROWS + 1)
+
+        reads = await compare(
+            {
+                "primary": lambda: rate(plain, 10_000, CLIENTS),
+                "replicas": lambda: rate(replica, 10_000, CLIENTS),
+                "replicas, one session": lambda: rate(session, 10_000, CLIENTS),
+                "a router": lambda: rate(routed, 10_000, CLIENTS),
+            }
         )
-        try:
-            await pool.execute("CREATE TABLE accounts (id int PRIMARY KEY, balance int)")
-            await pool.execute("INSERT INTO accounts SELECT g, g FROM generate_series(1, $1::int) g", ROWS)
-            await asyncio.sleep(1)
-
-            async def plain(number: int) -> None:
-                await pool.fetchrow(QUERY, number % ROWS + 1)
-
-            async def replica(number: int) -> None:
-                await pool.fetchrow(QUERY, number % ROWS + 1, read_from="replica")
-
-            mine = Session()
-
-            async def session(number: int) -> None:
-                await pool.fetchrow(QUERY, number % ROWS + 1, read_from="replica", after=mine)
-
-            router = QueryRouterNode("reads", pool)
-
-            async def routed(number: int) -> None:
-                await router.fetchrow(QUERY, number % ROWS + 1)
-
-            reads = await compare(
-                {
-                    "primary": lambda: rate(plain, 10_000, CLIENTS),
-                    "replicas": lambda: rate(replica, 10_000, CLIENTS),
-                    "replicas, one session": lambda: rate(session, 10_000, CLIENTS),
-                    "a router": lambda: rate(routed, 10_000, CLIENTS),
-                }
-            )
-            report(
-                f"{CLIENTS} coroutines, point reads with two replicas on the same machine",
-                "reads/s",
-                reads,
-                [
-                    *(f"{name} ÷ primary: {ratio(reads, name, 'primary'):.2f}" for name in list(reads)[1:]),
-                    f"a router ÷ replicas, one session: {ratio(reads, 'a router', 'replicas, one session'):.2f}",
-                ],
-            )
-            async with disturbed(one, other):
-                speed, stale, targets = await pairs(pool)
-            report(
-                f"{PAIRS:,} pairs of a write and a read of {SESSIONS} sessions, a late and a paused replica",
-                "pairs/s",
-                {"pairs": [speed]},
-                [f"stale reads: {stale}", f"reads on replicas: {targets.get('replica', 0) / PAIRS:.1%}"],
-            )
-        finally:
-            await pool.close()
-            ray.shutdown()
+        report(
+            f"{CLIENTS} coroutines, point reads with two replicas on the same machine",
+            "reads/s",
+            reads,
+            [
+                *(f"{name} ÷ primary: {ratio(reads, name, 'primary'):.2f}" for name in list(reads)[1:]),
+                f"a router ÷ replicas, one session: {ratio(reads, 'a router', 'replicas, one session'):.2f}",
+            ],
+        )
+        async with disturbed(one, other):
+            speed, stale, targets = await pairs(pool)
+        report(
+            f"{PAIRS:,} pairs of a write and a read of {SESSIONS} sessions, a late and a paused replica",
+            "pairs/s",
+            {"pairs": [speed]},
+            [f"stale reads: {stale}", f"reads on replicas: {targets.get('replica', 0) / PAIRS:.1%}"],
+        )
 
 
 if __name__ == "__main__":

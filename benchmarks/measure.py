@@ -25,6 +25,9 @@ import uvloop
 from raypg import WorkflowConnectionPool
 from raypg.embedded import EmbeddedServer
 
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+from standby import standby_of
+
 RESULTS = Path(__file__).with_name("results.md")
 ROUNDS = int(os.environ.get("RAYPG_BENCH_ROUNDS", "7"))
 
@@ -57,6 +60,30 @@ async def setting(connections: int = 8) -> AsyncIterator[Setting]:
             )
             await pool.process({"operation": "initialize"})
             yield Setting(server, pool, connections)
+            await pool.close()
+        finally:
+            ray.shutdown()
+
+
+@asynccontextmanager
+async def with_replicas() -> AsyncIterator[
+    tuple[WorkflowConnectionPool, EmbeddedServer, EmbeddedServer, EmbeddedServer]
+]:
+    """A Ray cluster, and a pool with two standbys: (pool, primary, standby, standby). Commits reach the disk, as
+    outside of tests."""
+    settings = {"max_connections": "100", "fsync": "on"}
+    with (
+        EmbeddedServer(settings=settings) as primary,
+        standby_of(primary, settings) as one,
+        standby_of(primary, settings) as other,
+    ):
+        ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+        try:
+            pool = WorkflowConnectionPool(
+                name="bench", max_connections=13, replicas=[one.dsn, other.dsn], **primary.parameters
+            )
+            await pool.process({"operation": "initialize"})
+            yield pool, primary, one, other
             await pool.close()
         finally:
             ray.shutdown()

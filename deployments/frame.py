@@ -57,6 +57,7 @@ def describe(known: Answers, now: float) -> dict[str, Any]:
         "verdict": verdict(found),
         **_connections(known),
         **_rates(known),
+        "cache": _cache(known.snapshot),
         "errors": _errors(known.snapshot),
         "now": None if known.newest is None else {"t": known.newest[0], **known.newest[1]},
         "breaker": _breaker(known.breaker),
@@ -118,6 +119,23 @@ def _rates(known: Answers) -> dict[str, Any]:
         "rows_per_second": None if known.newest is None else known.newest[1]["rows"],
         "execution_ms": _times(recent.get("execution")),
         "wait_ms": _times(recent.get("wait")),
+    }
+
+
+def _cache(snapshot: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What the caches of routers do, if there are any or were in the last minute."""
+    if snapshot is None:
+        return None
+    window, caches = snapshot["window"], snapshot["caches"]
+    asked = window["cache_hits"] + window["cache_misses"]
+    if not asked and not caches["caches"]:
+        return None
+    return {
+        "hit_rate": window["cache_hits"] / asked if asked else None,
+        "invalidations": window["cache_invalidations"],
+        "entries": caches["cache_entries"],
+        "bytes": caches["cache_bytes"],
+        "caches": caches["caches"],
     }
 
 

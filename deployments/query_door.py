@@ -14,7 +14,6 @@ from starlette.responses import JSONResponse, Response
 
 from raypg import _compat, access_token
 from raypg.core.classifier import Classification
-from raypg.core.seen import WROTE
 from raypg.deployments.security import FORWARDED, is_addressed_here
 from raypg.errors import (
     CircuitBreakerError,
@@ -63,6 +62,10 @@ class RouterArgs(BaseModel):
     query_timeout: float = Field(30.0, gt=0, description="most seconds for a statement, waiting included")
     max_staleness: float | None = Field(None, ge=0, description="seconds that replicas' data may be old; null: any")
     session_timeout: float = Field(60.0, gt=0, description="seconds after which an idle transaction is rolled back")
+    cache_size: int = Field(
+        0, ge=0, description="results that each replica keeps; a write by any of them ends them in all"
+    )
+    cache_ttl: float = Field(5.0, gt=0, description="seconds after which a kept result is asked for again")
 
     @model_validator(mode="after")
     def _transactions_live_in_one_replica(self) -> Self:
@@ -110,7 +113,12 @@ class Door:
     def __init__(self, args: RouterArgs, is_open: bool, token: str) -> None:
         self._args = args
         self._router = QueryRouterNode(
-            "http", args.pool, max_staleness=args.max_staleness, session_timeout=args.session_timeout
+            "http",
+            args.pool,
+            cache_size=args.cache_size,
+            max_staleness=args.max_staleness,
+            session_timeout=args.session_timeout,
+            cache_ttl=args.cache_ttl,
         )
         self._is_alone = args.num_replicas == 1
         self._is_open = is_open
@@ -226,7 +234,8 @@ class Door:
             "after": asked.after,
         }
         if asked.session_id is not None and not self._is_alone and asked.after is None:
-            given["after"] = str(WROTE)  # another replica may have written for this session
+            # Another replica may have written for this session: through raypg, so that what is kept here knows of it.
+            self._router._sessions.find(asked.session_id).seen.wrote()
         if asked.max_staleness is not None:
             given["max_staleness"] = asked.max_staleness
         answer = await self._router.process(given)

@@ -41,6 +41,7 @@ class CatalogueCopy:
         self._wanted = 1  # number of the change of which verdicts must know
         self._had = 0  # and of the last one that they do know of
         self._looked_at = 0.0
+        self._reads = 0
         self._looking: asyncio.Task[None] | None = None
 
     async def classify(self, pool: WorkflowConnectionPool, sql: str) -> Classification:
@@ -70,6 +71,19 @@ class CatalogueCopy:
         """The catalogue has changed, or may have: the next verdict waits for it to be read."""
         self._wanted += 1
 
+    async def reread(self, pool: WorkflowConnectionPool) -> bool:
+        """Look at the catalogue as it is now, not as it was when somebody began to look before; whether that could be
+        done.
+
+        Raises:
+            UnavailableError: the database cannot be asked.
+        """
+        if self._looking is not None and not self._looking.done():
+            await asyncio.wait({self._looking})
+        before = self._reads
+        await asyncio.shield(self._look(pool))
+        return self._reads > before
+
     def _look(self, pool: WorkflowConnectionPool) -> asyncio.Task[None]:
         loop = asyncio.get_running_loop()
         if self._looking is None or self._looking.done() or self._looking.get_loop() is not loop:
@@ -87,6 +101,7 @@ class CatalogueCopy:
             if digest != self._digest:
                 self.classifier.update(await facts_reader.load(pool.fetch))
                 self._digest = digest
+            self._reads += 1
         except asyncpg.PostgresError as error:
             # Without it nothing is proven, and all goes to the primary.
             logger.warning(

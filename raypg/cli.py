@@ -1,4 +1,4 @@
-"""The command ``raypg``: demo, up, status, restart, scale, down, load, dashboard, token, metrics, ledger. What a
+"""The command ``raypg``: demo, up, status, restart, scale, down, load, dashboard, token, metrics, ledger, cache. What a
 command needs is imported when it runs."""
 
 from __future__ import annotations
@@ -230,6 +230,29 @@ def prune_ledger(
     from raypg import cli_ledger
 
     cli_ledger.prune(name, pipeline, older_than, before, address)
+
+
+cache = typer.Typer(help="What routers keep of what they have read.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(cache, name="cache")
+Tables = Annotated[list[str], typer.Argument(metavar="TABLE…", help="Tables, with their schemas: public.users")]
+PoolName = Annotated[str | None, typer.Option(help="Pool whose database has them; may be left out if only one runs.")]
+
+
+@cache.command("watch")
+def watch_tables(tables: Tables, pool: PoolName = None, address: Address = "auto") -> None:
+    """Let caches know at once of writes to these tables that do not go through the pool: a trigger on each of them
+    notifies, and one connection of the pool listens."""
+    from raypg import cli_cache
+
+    cli_cache.watch(tables, pool, address, on=True)
+
+
+@cache.command("unwatch")
+def unwatch_tables(tables: Tables, pool: PoolName = None, address: Address = "auto") -> None:
+    """Do so no longer: the triggers are dropped."""
+    from raypg import cli_cache
+
+    cli_cache.watch(tables, pool, address, on=False)
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
+from raypg.core.figures_by_name import FIGURES
 from raypg.core.pool_metrics import BOUNDS, utilization
 from raypg.core.sqlstate import CATEGORIES
 
@@ -33,6 +34,10 @@ _COUNTERS = {
     "connection_pool_query_retries": ("retries", "Reads that were sent again after their connection was lost."),
     "connection_pool_queries_together": ("together", "Reads that shared a write to the server with others."),
     "connection_pool_replica_reads": ("replica_reads", "Statements that a replica answered."),
+    "connection_pool_cache_hits": ("cache_hits", "Reads that the cache of a router answered."),
+    "connection_pool_cache_misses": ("cache_misses", "Reads that it might have answered, and that were asked."),
+    "connection_pool_cache_invalidations": ("cache_invalidations", "Results that were dropped because of a write."),
+    "connection_pool_cache_evictions": ("cache_evictions", "Results that made room for others."),
     "connection_pool_rows_fetched": ("rows", "Rows that statements returned."),
     "connection_pool_rows_written": ("written", "Rows that statements inserted, updated, deleted or copied."),
     "connection_pool_connections_acquired": ("acquired", "Times that a connection was handed to a caller."),
@@ -130,6 +135,16 @@ def _guide(snapshots: Snapshots) -> Iterator[Metric]:
         "Seconds that a replica is behind; 0 if it has all that the primary had when it was asked.",
         labels=("pool", "replica"),
     )
+    hits = GaugeMetricFamily(
+        "connection_pool_cache_hit_rate",
+        "Share of the reads of the last minute that routers might have had in their cache, and had.",
+        labels=_POOL,
+    )
+    caches = {
+        "caches": GaugeMetricFamily("connection_pool_caches", "Routers with a cache.", labels=_POOL),
+        "cache_entries": GaugeMetricFamily("connection_pool_cache_entries", "Results they hold.", labels=_POOL),
+        "cache_bytes": GaugeMetricFamily("connection_pool_cache_bytes", "Bytes that these take.", labels=_POOL),
+    }
     labels = ("pool", "fingerprint", "type")
     calls = CounterMetricFamily(
         "connection_pool_statement_calls", "Calls of the statements that take most time.", labels=labels
@@ -163,13 +178,16 @@ def _guide(snapshots: Snapshots) -> Iterator[Metric]:
             up.add_metric((pool, str(worker)), levels["up"])
         for address, seconds_behind in known["replicas"].items():
             lag.add_metric((pool, address), seconds_behind)
+        hits.add_metric((pool,), FIGURES["cache_hit_rate"].of(known))
+        for key, level in caches.items():
+            level.add_metric((pool,), known["caches"][key])
         for statement in known["statements"]:
             values = (pool, statement["fingerprint"], statement["command"])
             calls.add_metric(values, statement["count"])
             seconds.add_metric(values, statement["seconds"])
             failures.add_metric(values, statement["errors"])
     yield from (info, queries, errors, rate, throughput, used, connections, most, waiting, checks, breaker, up)
-    yield from (lag, calls, seconds, failures)
+    yield from (lag, hits, *caches.values(), calls, seconds, failures)
     for name, (key, text) in _COUNTERS.items():
         counter = CounterMetricFamily(name, text, labels=_POOL)
         for pool, known in snapshots.items():

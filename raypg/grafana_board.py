@@ -112,6 +112,15 @@ _PANELS = (
         ((_rate("connection_pool_replica_reads_total"), "{{pool}}"),),
     ),
     _Panel(
+        "Caches of routers, per second",
+        "ops",
+        (
+            (_rate("connection_pool_cache_hits_total"), "{{pool}} hits"),
+            (_rate("connection_pool_cache_misses_total"), "{{pool}} asked"),
+            (_rate("connection_pool_cache_invalidations_total"), "{{pool}} ended by writes"),
+        ),
+    ),
+    _Panel(
         "Alerts that fire",
         "none",
         ((f"raypg_alert_firing{_POOLS} == 1", "{{pool}} {{alertname}} ({{severity}})"),),

@@ -37,9 +37,12 @@ Arguments: TypeAlias = tuple[Any, ...]
 Settings: TypeAlias = "tuple[tuple[str, str], ...] | None"
 """PostgreSQL settings for one statement, as (name, value), sorted by name."""
 
-Where: TypeAlias = "tuple[float | None, tuple[int, int, tuple[str, ...]] | None]"
-"""That a replica may answer: (most seconds that its data may be old, or None; a :class:`raypg.core.seen.Token` that it
-must show, as a plain tuple, or None)."""
+Seen: TypeAlias = "tuple[int, int, tuple[str, ...]]"
+"""A :class:`raypg.core.seen.Token` as a plain tuple."""
+
+Where: TypeAlias = "tuple[float | None, Seen | None] | tuple[float | None, Seen | None, tuple[str, ...]]"
+"""That a replica may answer: (most seconds that its data may be old, or None; what it must show, or None; addresses of
+replicas that were found slow at this statement, asked only if no other will do)."""
 
 Note: TypeAlias = "tuple[str, bool, tuple[int, int, tuple[str, ...]]]"
 """How a read that a replica may answer was answered: (the replica's address, or "" for the primary; whether a replica

@@ -25,13 +25,13 @@ class Served(NamedTuple):
     """Who answered a read.
 
     Attributes:
-        target: whether it was a replica.
+        target: whether it was a replica; a router's cache asks nobody.
         replica: its address; ``None`` for the primary.
         refused: a replica would not run it, because it writes or needs the primary; it ran on the primary.
         token: what has been seen now, for the next read of the same session.
     """
 
-    target: Literal["primary", "replica"]
+    target: Literal["primary", "replica", "cache"]
     replica: str | None
     refused: bool
     token: Token

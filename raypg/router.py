@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Awaitable, Mapping
+import weakref
+from collections.abc import Awaitable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
@@ -13,18 +15,20 @@ from raypg.answers import answer_of, arguments_of, failure_of, is_told
 from raypg.catalogue_copy import CatalogueCopy
 from raypg.checks import check_statement, check_timeout, checked_settings
 from raypg.core.classifier import Classification
+from raypg.core.patterns import Patterns
 from raypg.core.seen import Token
 from raypg.errors import ConfigError
 from raypg.pool import WorkflowConnectionPool, check_pool, get_pool
 from raypg.reading import Served, where_of
+from raypg.router_cache import CACHED, Asked, RouterCache
 from raypg.router_metrics import RouterMetrics
+from raypg.router_place import ON_PRIMARY, Place, is_change
 from raypg.router_request import check_request
-from raypg.router_sessions import RouterSession, Sessions
+from raypg.router_sessions import Sessions
 from raypg.router_statements import RouterStatements
 
 if TYPE_CHECKING:
-    from raypg.dispatch import Dispatcher
-    from raypg.lease import LeasedConnection
+    pass
 
 __all__ = ["QueryRouterNode"]
 
@@ -50,12 +54,16 @@ class QueryRouterNode(RouterStatements):
         connection_pool: name of a running pool, or a handle.
         enable_read_write_split: let replicas answer reads. Without it, or without ``replicas`` in the pool, all runs on
             the primary.
-        cache_size: results to remember. Checked and kept; there is no cache yet.
-        pattern_learning: likewise.
+        cache_size: results to keep in this process, see :mod:`raypg.router_cache` for what that promises; 0 = none.
+        pattern_learning: learn how long statements take where, and whether keeping their results gains anything, and
+            decide by that which replica is asked and what is kept; see :mod:`raypg.core.patterns`.
         max_staleness: seconds that a replica's data may be older than the primary's, for queries that do not say;
             ``None`` = any.
         session_timeout: seconds after which a transaction of which nothing is asked is rolled back.
         max_sessions: ids that are remembered.
+        cache_ttl: seconds after which a kept result is asked for again. Writes through raypg end it at once; this
+            bounds how long those are not seen who write past it.
+        cache_bytes: that all kept results may take; one of them an eighth of it at most.
 
     Raises:
         ConfigError: a value is wrong; names the nearest valid one.
@@ -72,6 +80,8 @@ class QueryRouterNode(RouterStatements):
         max_staleness: float | None = None,
         session_timeout: float = 60.0,
         max_sessions: int = 10_000,
+        cache_ttl: float = 5.0,
+        cache_bytes: int = 64 * 1024 * 1024,
     ) -> None:
         if not isinstance(name, str) or not name:
             raise ConfigError(f"name={name!r}: must be a string that is not empty")
@@ -82,25 +92,33 @@ class QueryRouterNode(RouterStatements):
         ):
             if not isinstance(switch, bool):
                 raise ConfigError(f"{key}={switch!r}: must be True or False")
-        for key, count, least in (("cache_size", cache_size, 0), ("max_sessions", max_sessions, 1)):
+        counts = (("cache_size", cache_size, 0), ("cache_bytes", cache_bytes, 1), ("max_sessions", max_sessions, 1))
+        for key, count, least in counts:
             if isinstance(count, bool) or not isinstance(count, int) or count < least:
                 raise ConfigError(f"{key}={count!r}: must be a whole number, at least {least}")
-        idle = session_timeout
-        if isinstance(idle, bool) or not isinstance(idle, int | float) or not idle > 0:
-            raise ConfigError(f"session_timeout={idle!r}: must be a positive number of seconds")
+        for key, seconds in (("session_timeout", session_timeout), ("cache_ttl", cache_ttl)):
+            if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds > 0:
+                raise ConfigError(f"{key}={seconds!r}: must be a positive number of seconds")
         where_of("replica", max_staleness, None)
         self.name = name
         self.enable_read_write_split = enable_read_write_split
         self.cache_size = cache_size
         self.pattern_learning = pattern_learning
         self.max_staleness = max_staleness
-        self.session_timeout = float(idle)
+        self.session_timeout = float(session_timeout)
         self.max_sessions = max_sessions
+        self.cache_ttl = float(cache_ttl)
+        self.cache_bytes = cache_bytes
         self._given = connection_pool
         self._pool: WorkflowConnectionPool | None = None
         self._catalogue = CatalogueCopy()
         self._sessions = Sessions(max_sessions)
         self._metrics = RouterMetrics()
+        self._patterns = Patterns() if pattern_learning else None
+        self._cache: RouterCache | None = None
+        if cache_size:
+            reread = functools.partial(_reread, weakref.ref(self))
+            self._cache = RouterCache(cache_size, cache_bytes, self.cache_ttl, reread, self._patterns)
 
     def __repr__(self) -> str:
         pool = self._given if isinstance(self._given, str) else self._given.name
@@ -109,7 +127,7 @@ class QueryRouterNode(RouterStatements):
     def __reduce__(self) -> tuple[Any, ...]:
         # Another process gets a router like this one, with sessions of its own; token() takes along what was seen.
         settings = ("enable_read_write_split", "cache_size", "pattern_learning", "max_staleness", "session_timeout")
-        kept = {key: getattr(self, key) for key in (*settings, "max_sessions")}
+        kept = {key: getattr(self, key) for key in (*settings, "max_sessions", "cache_ttl", "cache_bytes")}
         return _make, (self.name, self._given, kept)
 
     async def process(self, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,9 +142,10 @@ class QueryRouterNode(RouterStatements):
 
         Returns:
             As ``execute`` of the pool, see :func:`raypg.answers.answer_to`, with ``routing_metadata``: ``target``
-            (``primary`` or ``replica``), ``replica`` (its address, or None), ``query_type``, ``complexity_score`` (0 to
-            1), ``routing_confidence`` (1.0: proven; 0.5: not known, so sent to the primary), ``reason`` (why it is no
-            read for a replica; empty if it is), ``cache_hit``, ``routing_time_ms``, ``session_id``.
+            (``primary``, ``replica`` or ``cache``), ``replica`` (its address, or None), ``query_type``,
+            ``complexity_score`` (0 to 1), ``routing_confidence`` (1.0: proven; 0.5: not known, so sent to the primary),
+            ``reason`` (why it is no read for a replica; empty if it is), ``cache_hit``, ``routing_time_ms``,
+            ``session_id``.
 
         Raises:
             ConfigError: a key is unknown or its value is wrong.
@@ -157,7 +176,7 @@ class QueryRouterNode(RouterStatements):
             "complexity_score": verdict.complexity,
             "routing_confidence": 0.5 if verdict.kind == "UNKNOWN" else 1.0,
             "reason": verdict.reason,
-            "cache_hit": False,
+            "cache_hit": who is CACHED,
             "routing_time_ms": place.seconds * 1000,
             "session_id": session.id or None,
             "connection_id": None if session.lease is None else session.lease.connection_id,
@@ -166,10 +185,13 @@ class QueryRouterNode(RouterStatements):
 
     async def get_metrics(self) -> dict[str, Any]:
         """What this router has done: ``router_metrics`` (among them ``by_query_type``, ``by_target``, and
-        ``replica_refusals``: reads that a replica would not run), ``cache_stats``, ``sessions``,
-        ``active_transactions``, ``routing_history``."""
+        ``replica_refusals``: reads that a replica would not run), ``cache_stats`` (see :meth:`RouterCache.describe`),
+        ``sessions``, ``active_transactions``, ``routing_history``; with ``pattern_learning`` also
+        ``pattern_insights``, see :meth:`raypg.core.patterns.Patterns.insights`."""
+        learnt = {} if self._patterns is None else {"pattern_insights": self._patterns.insights(time.monotonic())}
         return {
-            **self._metrics.describe(),
+            **self._metrics.describe({} if self._cache is None else self._cache.describe()),
+            **learnt,
             "sessions": len(self._sessions),
             "active_transactions": self._sessions.in_transaction,
         }
@@ -191,8 +213,33 @@ class QueryRouterNode(RouterStatements):
         """
         return str(self._sessions.find(session_id).seen.token)
 
+    async def invalidate_cache(self, tables: str | Iterable[str] | None = None) -> int:
+        """Forget what this router keeps: for who knows that something has been written past raypg.
+
+        Args:
+            tables: names of tables or views, with or without schema, as in SQL; ``None`` = everything.
+
+        Returns:
+            How many results those were.
+
+        Raises:
+            ConfigError: there is no such table.
+            UnavailableError: the catalogue is not known yet, and the database cannot be asked.
+        """
+        bases: set[str] | None = None
+        if tables is not None:
+            bases = set()
+            for name in [tables] if isinstance(tables, str) else tables:
+                verdict = await self.classify(f"TABLE {name}")
+                if not verdict.reads:
+                    raise ConfigError(f"invalidate_cache: {name!r} is no table: {verdict.reason}")
+                bases.update(verdict.reads)
+        return 0 if self._cache is None else self._cache.invalidate(None if bases is None else frozenset(bases))
+
     async def close(self) -> None:
-        """Roll back the open transactions, and forget all sessions. The pool goes on."""
+        """Roll back the open transactions, and forget all sessions and results. The pool goes on."""
+        if self._cache is not None:
+            await self._cache.close()
         await self._sessions.close()
 
     async def __aenter__(self) -> QueryRouterNode:
@@ -239,7 +286,7 @@ class QueryRouterNode(RouterStatements):
                 self._metrics.raised(error)
             raise
 
-    async def _place(self, query: str, session_id: object, after: Any, settings: Any) -> _Place:
+    async def _place(self, query: str, session_id: object, after: Any, settings: Any) -> Place:
         """Decide where a statement is to run.
 
         Raises:
@@ -250,7 +297,7 @@ class QueryRouterNode(RouterStatements):
         sessions = self._sessions
         session = sessions.shared if session_id is None else sessions.find(session_id)
         if after is not None:
-            session.seen.saw(session.seen.reads(), session.seen.token.joined(Token.parse(after)))
+            session.has_been_told(Token.parse(after), time.monotonic())
         pool = self._pool or self._handle()
         dispatcher = pool._known
         if dispatcher is None or not dispatcher.is_here():
@@ -261,31 +308,80 @@ class QueryRouterNode(RouterStatements):
         lease = None if session_id is None else await session.holds()
         checked = None
         if settings:
-            if lease is not None or _is_change(verdict):
+            if lease is not None or is_change(verdict):
                 raise ConfigError("settings are for a statement outside of a transaction: inside, use SET LOCAL")
             checked = checked_settings(settings)
-        return _Place(dispatcher, session, verdict, lease, checked, time.monotonic() - started)
+        return Place(dispatcher, session, verdict, lease, checked, time.monotonic() - started)
 
     def _send(
-        self, mode: int, query: str, arguments: Any, timeout: float | None, max_staleness: float | None, place: _Place
+        self, mode: int, query: str, arguments: Any, timeout: float | None, max_staleness: float | None, place: Place
     ) -> Awaitable[tuple[Any, Any]]:
-        """Run a statement there, and note who has answered, whatever came of it."""
+        """Run a statement there, or give what is kept, and note who has answered, whatever came of it."""
+        verdict = place.verdict
+        if self._cache is not None and verdict.deterministic and verdict.reads and place.lease is None:
+            asked = Asked(mode, query, arguments, place.settings, timeout, max_staleness, verdict, place.session)
+            return self._by_the_cache(self._cache, asked, place)
+        if self._patterns is not None:
+            return self._watched(self._patterns, mode, query, arguments, timeout, max_staleness, place)
+        return self._on_a_server(mode, query, arguments, timeout, max_staleness, place)
+
+    def _on_a_server(
+        self, mode: int, query: str, arguments: Any, timeout: float | None, max_staleness: float | None, place: Place
+    ) -> Awaitable[tuple[Any, Any]]:
         dispatcher = place.dispatcher
         if place.verdict.kind != "READ" or place.lease is not None:
             return self._on_the_primary(mode, query, arguments, timeout, place)
         if not dispatcher.config.replicas:  # what it sees, all see
-            self._metrics.note(place.verdict, _PRIMARY, place.seconds)
+            self._metrics.note(place.verdict, ON_PRIMARY, place.seconds)
             return dispatcher.run(mode, query, arguments, timeout, place.settings)
         if not self.enable_read_write_split:
             return self._on_the_primary(mode, query, arguments, timeout, place)
         return self._on_a_replica(mode, query, arguments, timeout, max_staleness, place)
 
+    async def _by_the_cache(self, cache: RouterCache, asked: Asked, place: Place) -> tuple[Any, Any]:
+        found = cache.find(place.dispatcher, asked)
+        who = CACHED
+        if found is None:
+
+            async def ask(mode: int, must_see: Token) -> tuple[tuple[Any, Any], Served]:
+                place.must_see = must_see
+                what = mode, asked.query, asked.arguments, asked.timeout, asked.max_staleness, place
+                if self._patterns is not None:
+                    return await self._watched(self._patterns, *what), place.who
+                return await self._on_a_server(*what), place.who
+
+            found, who = await cache.read(place.dispatcher, asked, ask)
+        if who is CACHED:
+            place.who = CACHED
+            self._metrics.note(place.verdict, CACHED, place.seconds)
+        return found
+
+    async def _watched(
+        self,
+        patterns: Patterns,
+        mode: int,
+        query: str,
+        arguments: Any,
+        timeout: float | None,
+        max_staleness: float | None,
+        place: Place,
+    ) -> tuple[Any, Any]:
+        started = time.monotonic()
+        place.avoid = patterns.slow_ones(query, started)
+        outcome = await self._on_a_server(mode, query, arguments, timeout, max_staleness, place)
+        now = time.monotonic()
+        rows = outcome[0][0] if mode == messages.BOTH else outcome[0]
+        count = len(rows) if isinstance(rows, list) else 0
+        patterns.of(query, now).asked(place.who.replica or "primary", now - started, count, now)
+        return outcome
+
     async def _on_a_replica(
-        self, mode: int, query: str, arguments: Any, timeout: float | None, max_staleness: float | None, place: _Place
+        self, mode: int, query: str, arguments: Any, timeout: float | None, max_staleness: float | None, place: Place
     ) -> tuple[Any, Any]:
         session, dispatcher = place.session, place.dispatcher
         begun = session.seen.reads()
-        where = max_staleness, begun[0].plain
+        sent = begun[0].joined(place.must_see)
+        where: messages.Where = (max_staleness, sent.plain, place.avoid) if place.avoid else (max_staleness, sent.plain)
         try:
             payload, names, who = await dispatcher.read(
                 mode, query, arguments, timeout, place.settings, where, place.answered_by
@@ -296,7 +392,7 @@ class QueryRouterNode(RouterStatements):
         except _MISSING:
             if place.who.target == "primary":
                 raise
-            place.who = _PRIMARY
+            place.who = ON_PRIMARY
             try:
                 return await dispatcher.run(mode, query, arguments, timeout, place.settings)
             finally:
@@ -308,18 +404,18 @@ class QueryRouterNode(RouterStatements):
                 self._catalogue.classifier.learn(query, "a replica has refused it: it writes")
 
     async def _on_the_primary(
-        self, mode: int, query: str, arguments: Any, timeout: float | None, place: _Place
+        self, mode: int, query: str, arguments: Any, timeout: float | None, place: Place
     ) -> tuple[Any, Any]:
         session, verdict, idle = place.session, place.verdict, self.session_timeout
         try:
-            if _is_change(verdict):
+            if is_change(verdict):
                 users_name = self._handle()._users_name
                 return await session.change(mode, place.dispatcher, verdict, query, users_name, idle)
             if place.lease is not None:
                 return await session.run(mode, place.lease, query, arguments, timeout, idle)
             return await place.dispatcher.run(mode, query, arguments, timeout, place.settings)
         finally:
-            self._metrics.note(verdict, _PRIMARY, place.seconds)
+            self._metrics.note(verdict, ON_PRIMARY, place.seconds)
             self._sessions.wrote(session)
             if verdict.kind == "DDL":
                 session.has_ddl = True
@@ -328,40 +424,10 @@ class QueryRouterNode(RouterStatements):
                 self._catalogue.changed()
 
 
-class _Place:
-    """Where a statement is to run, and why; then who has answered it."""
-
-    __slots__ = ("dispatcher", "lease", "seconds", "session", "settings", "verdict", "who")
-
-    def __init__(
-        self,
-        dispatcher: Dispatcher,
-        session: RouterSession,
-        verdict: Classification,
-        lease: LeasedConnection | None,
-        settings: messages.Settings,
-        seconds: float,
-    ) -> None:
-        self.dispatcher = dispatcher
-        self.session = session
-        self.verdict = verdict
-        self.lease = lease
-        self.settings = settings
-        self.seconds = seconds
-        self.who = _PRIMARY
-
-    def answered_by(self, who: Served) -> None:
-        """It was *who*."""
-        self.who = who
-
-
-def _is_change(verdict: Classification) -> bool:
-    """Whether it begins, ends or divides a transaction."""
-    return verdict.kind == "TRANSACTION" and verdict.statements == 1 and verdict.command not in _PREPARED
-
-
-_PREPARED = ("COMMIT PREPARED", "ROLLBACK PREPARED")
-_PRIMARY = Served("primary", None, False, Token())
+async def _reread(router: weakref.ref[QueryRouterNode]) -> bool:
+    """Read the catalogue anew, while its router is there."""
+    known = router()
+    return known is not None and await known._catalogue.reread(known._handle())
 
 
 def _make(name: str, pool: Any, settings: dict[str, Any]) -> QueryRouterNode:

@@ -43,8 +43,12 @@ class RouterMetrics:
         if isinstance(error, RaypgError | TypeError | ValueError):
             self.errors += 1
 
-    def describe(self) -> dict[str, Any]:
-        """``{router_metrics, cache_stats, routing_history}``."""
+    def describe(self, cache: dict[str, Any]) -> dict[str, Any]:
+        """``{router_metrics, cache_stats, routing_history}``.
+
+        Args:
+            cache: what the router's cache says of itself; empty if there is none.
+        """
         routed = sum(self._by_target.values())
         recent = [
             {"query_type": verdict.query_type, "target": who.target, "replica": who.replica, "reason": verdict.reason}
@@ -53,20 +57,23 @@ class RouterMetrics:
         return {
             "router_metrics": {
                 "queries_routed": routed,
-                "cache_hits": 0,
-                "cache_misses": 0,
+                "cache_hits": cache.get("hits", 0),
+                "cache_misses": cache.get("misses", 0),
                 "routing_errors": self.errors,
                 "avg_routing_time_ms": self._seconds * 1000 / routed if routed else float("nan"),
                 "by_query_type": dict(self._by_type),
                 "by_target": dict(self._by_target),
                 "replica_refusals": self.refusals,
             },
-            "cache_stats": {
-                "total_entries": 0,
-                "total_usage": 0,
-                "hit_rate": 0.0,
-                "avg_usage_per_entry": 0.0,
-                "cache_size_bytes": 0,
-            },
+            "cache_stats": cache or dict(_NO_CACHE),
             "routing_history": {"total_decisions": routed, "recent_decisions": recent},
         }
+
+
+_NO_CACHE = {
+    "total_entries": 0,
+    "total_usage": 0,
+    "hit_rate": None,
+    "avg_usage_per_entry": None,
+    "cache_size_bytes": 0,
+}

@@ -34,15 +34,17 @@ class RouterSession:
         seen: what it has seen.
         lease: the connection of its open transaction.
         has_ddl: DDL was run in that transaction.
+        floor: when it was told last what others have seen, so that what was read before may be older than that.
     """
 
-    __slots__ = ("_busy", "_lost", "_timer", "has_ddl", "id", "lease", "lock", "seen")
+    __slots__ = ("_busy", "_lost", "_timer", "floor", "has_ddl", "id", "lease", "lock", "seen")
 
     def __init__(self, name: str, seen: Token) -> None:
         self.id = name
         self.seen = Session(seen)
         self.lease: LeasedConnection | None = None
         self.has_ddl = False
+        self.floor = 0.0
         self.lock = asyncio.Lock()
         self._busy = 0
         self._lost = ""
@@ -52,6 +54,14 @@ class RouterSession:
     def is_idle(self) -> bool:
         """Whether it may be forgotten: there is no transaction, and nothing to be told of one."""
         return self.lease is None and not (self._busy or self._lost or self.lock.locked())
+
+    def has_been_told(self, token: Token, now: float) -> None:
+        """Another process has seen so much; now this session is to see no less. Only a place in the log says by itself
+        when that was: of all else it may have been just now."""
+        seen = self.seen
+        if token.seen or not token.lsn or token.timeline != seen.token.timeline or token.lsn > seen.token.lsn:
+            self.floor = now
+        seen.saw(seen.reads(), seen.token.joined(token))
 
     async def holds(self) -> LeasedConnection | None:
         """The connection of its open transaction, when what begins or ends one is through.

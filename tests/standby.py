@@ -5,7 +5,9 @@ Asynchronous functions take what :meth:`EmbeddedServer.parameters` gives, and ma
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import asyncpg
@@ -92,3 +94,25 @@ async def promote(standby: EmbeddedServer) -> None:
     """Make *standby* a primary of its own, and wait until it is one."""
     await ask(standby, "select pg_promote(true, 30)")
     await eventually(lambda: ask(standby, "select not pg_is_in_recovery()"))
+
+
+@contextlib.asynccontextmanager
+async def disturbed(late: EmbeddedServer, paused: EmbeddedServer) -> AsyncIterator[None]:
+    """One standby replays each commit 20 ms late, the other one is paused for 0.1 s each second."""
+    await delay(late, 20)
+
+    async def disturb() -> None:
+        while True:
+            await pause(paused)
+            await asyncio.sleep(0.1)
+            await resume(paused)
+            await asyncio.sleep(0.9)
+
+    disturbing = asyncio.create_task(disturb())
+    try:
+        yield
+    finally:
+        disturbing.cancel()
+        await asyncio.gather(disturbing, return_exceptions=True)
+        await resume(paused)
+        await delay(late, 0)

@@ -61,6 +61,16 @@ const CHARTS = [
     ],
     format: format.short,
   },
+  {
+    id: "cache",
+    title: "Caches of routers, per second",
+    lines: [
+      { series: "cache_hits", name: "hits", color: "--chart-2" },
+      { series: "cache_misses", name: "asked", color: "--chart-1" },
+      { series: "cache_invalidations", name: "results ended by writes", color: "--chart-5" },
+    ],
+    format: format.short,
+  },
 ];
 
 const COLORS = ["--chart-5", "--chart-3", "--chart-4", "--chart-2", "--chart-1", "--chart-6"];

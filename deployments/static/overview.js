@@ -165,12 +165,19 @@ const TILES = [
     value: (pool) => format.short(pool.rows_per_second),
     sub: () => "per second",
   },
+  {
+    title: "Cache hits",
+    hint: "share of the reads of the last minute that routers might have had in their cache, and had",
+    shown: (pool) => Boolean(pool.cache),
+    value: (pool) => format.percent(pool.cache.hit_rate),
+    sub: (pool) => `${format.short(pool.cache.entries)} results kept\n${format.short(pool.cache.invalidations)} ended by writes`,
+  },
 ];
 
 export function showTiles(pool) {
   keyed(
     byId("tiles"),
-    TILES,
+    TILES.filter((tile) => tile.shown?.(pool) ?? true),
     (tile) => tile.title,
     (tile) =>
       el(

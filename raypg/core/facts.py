@@ -6,7 +6,7 @@ anything of a name is not harmless, the name is not.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
@@ -37,11 +37,12 @@ class Relation(NamedTuple):
 
 
 class Function(NamedTuple):
-    """Attributes: trouble; steady: the same answer as long as the data are the same."""
+    """Attributes: trouble; steady: the same answer as long as the data are the same; bases: the tables it reads."""
 
     schema: str
     trouble: Trouble | None
     steady: bool
+    bases: tuple[Name, ...] = ()
 
 
 class Judgement(NamedTuple):
@@ -61,6 +62,10 @@ class Facts:
         relations, functions: by bare name; all but the system's for functions.
         builtin: names of functions of ``pg_catalog``: whether each is immutable in all its forms.
         operators, types: by bare name, those that are not harmless.
+        unsteady: names of operators and types behind which are functions that are not steady, or read tables; an empty
+            one among them: any statement may come by such a function.
+        families: of tables that are partitions, inherit, or are inherited from: the head of their family, which stands
+            for all of them wherever it is said which tables a read came from.
         distrust: why nothing can be proven; empty as a rule.
     """
 
@@ -69,13 +74,13 @@ class Facts:
     builtin: Mapping[str, bool] = field(default_factory=dict)
     operators: dict[str, Trouble] = field(default_factory=dict)
     types: dict[str, Trouble] = field(default_factory=dict)
+    unsteady: frozenset[str] = frozenset()
+    families: dict[Name, Name] = field(default_factory=dict)
     distrust: str = ""
 
     def call(self, schema: str, name: str) -> tuple[Trouble | None, bool]:
         """Whether a call of *name* is harmless, and steady."""
-        known = self.functions.get(name, ())
-        if schema:
-            known = tuple(function for function in known if function.schema == schema)
+        known = self.function(schema, name)
         steady = True
         for function in known:
             if function.trouble:
@@ -90,6 +95,16 @@ class Facts:
             return None, steady
         shown = f"{schema}.{name}" if schema else name
         return Trouble("UNKNOWN", f"function {shown} {NOT_KNOWN}"), False
+
+    def function(self, schema: str, name: str) -> tuple[Function, ...]:
+        """All functions but the system's that this may be."""
+        known = self.functions.get(name, ())
+        return tuple(function for function in known if function.schema == schema) if schema else known
+
+    def read_by(self, schema: str, name: str) -> Iterator[Name]:
+        """The tables that a call of *name* reads."""
+        for function in self.function(schema, name):
+            yield from function.bases
 
     def relation(self, schema: str, name: str) -> tuple[Relation, ...]:
         """All relations that this may be."""
@@ -119,12 +134,13 @@ def judge(text: Mentions, facts: Facts) -> Judgement:
     if facts.distrust:
         return Judgement("UNKNOWN", facts.distrust)
     steady = text.steady
+    bases: dict[Name, None] = {}
     for schema, name in sorted(text.functions):  # the same reason every time
         trouble, constant = facts.call(schema, name)
         if trouble:
             return Judgement(trouble.kind, trouble.reason)
         steady = steady and constant
-    bases: dict[Name, None] = {}
+        bases |= dict.fromkeys(facts.read_by(schema, name))
     for schema, name in text.relations:
         found = facts.relation(schema, name)
         if not found and (schema or name not in text.ctes):
@@ -134,14 +150,18 @@ def judge(text: Mentions, facts: Facts) -> Judgement:
                 return Judgement(relation.trouble.kind, f"{name}: {relation.trouble.reason}")
             steady = steady and relation.steady
             bases |= dict.fromkeys(relation.bases)
-    called = {name for _, name in text.functions} if facts.types else set()  # domain(a) is a cast
+    called = {name for _, name in text.functions} if facts.types or facts.unsteady else set()  # domain(a) is a cast
     for tainted, names in ((facts.operators, text.operators), (facts.types, text.types | called)):
         if tainted and (common := names & tainted.keys()):
             return Judgement(*tainted[min(common)])
+    if facts.unsteady and ("" in facts.unsteady or facts.unsteady & (text.operators | text.types | called)):
+        steady = False
     for name in sorted(text.attributes & functions.FORBIDDEN):
         return Judgement("WRITE", f"a field {name} may be a call of the function")
     for name in sorted(text.attributes):
         for function in facts.functions.get(name, ()):
             if function.trouble:  # a.name may be name(a)
                 return Judgement(function.trouble.kind, function.trouble.reason)
+            steady = steady and function.steady
+            bases |= dict.fromkeys(function.bases)
     return Judgement("READ", "", tuple(bases), steady)

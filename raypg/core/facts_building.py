@@ -45,7 +45,7 @@ _BLOCK_WORDS: Final = words("""
 class _Item:
     """Something whose trouble is to be found: its name, what it mentions, and what it uses beside."""
 
-    __slots__ = ("calls", "fixed", "judgement", "name", "schema", "steady", "texts", "types", "words")
+    __slots__ = ("calls", "fixed", "judgement", "name", "own", "schema", "steady", "texts", "types", "words")
 
     def __init__(self, schema: str, name: str, fixed: Trouble | None = None, steady: bool = True) -> None:
         self.schema = schema
@@ -55,6 +55,7 @@ class _Item:
         self.texts: list[Mentions] = []
         self.calls: list[Name] = []
         self.words = ""
+        self.own: tuple[Name, ...] = ()
         self.types: Sequence[str] = ()
         self.judgement = Judgement(fixed.kind, fixed.reason) if fixed else Judgement("READ", "", (), steady)
 
@@ -72,7 +73,7 @@ class _Item:
 
     def _judged(self, facts: Facts) -> Judgement:
         steady = self.steady
-        bases: dict[Name, None] = {}
+        bases = dict.fromkeys(self.own)
         for name in self.types:
             if name in facts.types:
                 return Judgement(*facts.types[name])
@@ -81,6 +82,7 @@ class _Item:
             if trouble:
                 return Judgement(*trouble)
             steady = steady and constant
+            bases |= dict.fromkeys(facts.read_by(schema, called))
         for text in self.texts:
             found = judge(text, facts)
             if found.kind != "READ":
@@ -91,6 +93,7 @@ class _Item:
             trouble = _trouble_in_words(self.words, facts)
             if trouble:
                 return Judgement(*trouble)
+            steady = steady and not _names_relation(self.words, facts)
         return Judgement("READ", "", tuple(bases), steady)
 
 
@@ -99,7 +102,7 @@ def build(rows: Mapping[str, Iterable[Mapping[str, Any]]], tainted: Mapping[str,
 
     Args:
         rows: ``settings``, ``builtin``, ``relations``, ``functions``, ``operators``, ``casts``, ``domains``,
-            ``classes``; see :mod:`raypg.server.facts_reader`.
+            ``classes``, ``inherits``; see :mod:`raypg.server.facts_reader`.
         tainted: of earlier rounds, for each type that is not harmless, what it is part of: ``(types, relations)`` by
             name. :func:`seeds` says for which types it is wanted.
     """
@@ -108,7 +111,8 @@ def build(rows: Mapping[str, Iterable[Mapping[str, Any]]], tainted: Mapping[str,
         if row["strings"] != "on":
             # Then a backslash may hide the end of a string from us: 'a\\', nextval('s') --'
             facts.distrust = "standard_conforming_strings is off, so texts mean something else to the server"
-    relations = [_relation_item(row) for row in rows["relations"]]
+    facts.families = _families(rows.get("inherits", ()))
+    relations = [_relation_item(row, facts.families) for row in rows["relations"]]
     called = [_function_item(row) for row in rows["functions"]]
     operators, types = _operator_items(rows), _type_items(rows)
     items = [*called, *operators, *types, *relations]
@@ -159,8 +163,10 @@ def _publish(
         more_types, more_relations = tainted.get(kind.name, ((), ()))
         facts.types |= dict.fromkeys(more_types, kind.trouble)
         spoilt |= dict.fromkeys(more_relations, kind.trouble)
+    behind = [item for item in (*operators, *types) if not item.judgement.steady or item.judgement.bases]
+    facts.unsteady = frozenset("" if item.schema else item.name for item in behind)
     facts.functions = {
-        name: tuple(Function(item.schema, item.trouble, item.judgement.steady) for item in items)
+        name: tuple(Function(item.schema, item.trouble, item.judgement.steady, item.judgement.bases) for item in items)
         for name, items in called.items()
     }
     facts.relations = {
@@ -186,7 +192,21 @@ _PERSISTENCE: Final = {
 }
 
 
-def _relation_item(row: Mapping[str, Any]) -> _Item:
+def _families(rows: Iterable[Mapping[str, Any]]) -> dict[Name, Name]:
+    """The head of the family of each table that has one: of those without a parent the first by name."""
+    joined: dict[Name, set[Name]] = {}
+    children: set[Name] = set()
+    for row in rows:
+        child, parent = (row["schema"], row["name"]), (row["parent_schema"], row["parent"])
+        children.add(child)
+        family = joined.get(child, {child}) | joined.get(parent, {parent})
+        for member in family:
+            joined[member] = family
+    heads = {id(family): min(family - children or family) for family in joined.values()}
+    return {member: heads[id(family)] for member, family in joined.items()}
+
+
+def _relation_item(row: Mapping[str, Any], families: Mapping[Name, Name]) -> _Item:
     name: str = row["name"]
     trouble = _KINDS.get(row["kind"]) or _PERSISTENCE.get(row["persistence"])
     if row["parts"]:
@@ -195,9 +215,11 @@ def _relation_item(row: Mapping[str, Any]) -> _Item:
         name in functions.LOCAL_RELATIONS or name.startswith(("pg_stat_", "pg_statio_"))
     ):
         trouble = Trouble("SESSION", "it is about one session or one server")
-    item = _Item(row["schema"], name, trouble)
+    item = _Item(row["schema"], name, trouble, steady=row["policies"] is None)  # policies depend on who asks
     if row["definition"]:
         item.texts.append(mentions(row["definition"]))
+    else:
+        item.own = (families.get((row["schema"], name), (row["schema"], name)),)
     item.texts += [mentions(f"SELECT {policy}") for policy in row["policies"] or ()]
     return item
 
@@ -280,6 +302,11 @@ def _type_items(rows: Mapping[str, Iterable[Mapping[str, Any]]]) -> list[_Item]:
         item.calls = [(row["schema"], row["function"])]
         found.append(item)
     return found
+
+
+def _names_relation(source: str, facts: Facts) -> bool:
+    """Whether a body in ``plpgsql`` may read a table, whatever it is declared to be."""
+    return any(word.lower() in facts.relations for word in _WORD.findall(mask(source)))
 
 
 def _trouble_in_words(source: str, facts: Facts) -> Trouble | None:

@@ -108,6 +108,15 @@ def _slowest_replica(known: Snapshot) -> float:
     return max(lags, default=math.nan)
 
 
+def _cache_hits(known: Snapshot) -> float:
+    counts = known["window"]
+    return _share(counts["cache_hits"], counts["cache_hits"] + counts["cache_misses"], math.nan)
+
+
+def _caches(name: str) -> Callable[[Snapshot], float]:
+    return lambda known: known["caches"][name]
+
+
 # --- what they are ---------------------------------------------------------------------------------------------------
 
 _NOW = {
@@ -138,6 +147,9 @@ _NOW = {
         lambda known: known["as_of"] - known["heard_at"],
     ),
     "replica_lag_seconds": ("Seconds that the slowest replica is behind", _slowest_replica),
+    "caches": ("Routers with a cache that were heard of in the last seconds", _caches("caches")),
+    "cache_entries": ("Results that they hold", _caches("cache_entries")),
+    "cache_bytes": ("Bytes that these take", _caches("cache_bytes")),
 }
 _LAST_MINUTE = {
     "queries_per_second": ("Statements per second, over ten seconds", _window("queries_per_second")),
@@ -150,6 +162,10 @@ _LAST_MINUTE = {
     "avg_acquisition_time_ms": ("Mean wait for a connection in the last minute, in ms", _recent("wait", "mean")),
     "query_time_samples": ("Statements in the last minute whose time is known", _recent("execution", "count")),
     "queries_at_once": ("Statements that ran at the same time in the last minute, on average", _window("busy")),
+    "cache_hit_rate": (
+        "Share of the reads of the last minute that routers might have had in their cache, and had (0 to 1)",
+        _cache_hits,
+    ),
     "window_seconds": ("Seconds of the last minute: 60", lambda known: known["window_seconds"]),
 }
 _LAST_MINUTE |= {
@@ -164,6 +180,10 @@ COUNTED: Final = {
     "rows_fetched": ("rows that statements returned", "rows"),
     "replica_reads": ("statements that a replica answered", "replica_reads"),
     "rows_written": ("rows that statements inserted, updated, deleted or copied", "written"),
+    "cache_hits_total": ("reads that the cache of a router answered", "cache_hits"),
+    "cache_misses_total": ("reads that it might have answered, and that were asked", "cache_misses"),
+    "cache_invalidations_total": ("results that were dropped because of a write", "cache_invalidations"),
+    "cache_evictions_total": ("results that made room for others", "cache_evictions"),
     "calls_refused": ("calls that never ran", "refused"),
     "calls_rejected": ("calls that the circuit breaker refused", "rejected"),
     "pool_exhaustion_events": ("calls for which no connection became free in time", "exhausted"),
@@ -219,6 +239,7 @@ _SINCE_IT_BEGAN = {
     "performance.query_samples": ("statements whose time is known", _lifetime("execution", "count")),
 }
 
+_OF_CACHES = ("hits", "misses", "invalidations", "evictions")
 _ALSO = {
     # The names of `stats`, of `detailed_metrics` and of the exposition for the same figures.
     "connections.created": "connections_created",
@@ -249,6 +270,11 @@ _ALSO = {
     "connection_pool_query_retries_total": "query_retries",
     "connection_pool_queries_together_total": "queries_together",
     "connection_pool_replica_reads_total": "replica_reads",
+    "connection_pool_caches": "caches",
+    "connection_pool_cache_entries": "cache_entries",
+    "connection_pool_cache_bytes": "cache_bytes",
+    "connection_pool_cache_hit_rate": "cache_hit_rate",
+    **{f"connection_pool_cache_{what}_total": f"cache_{what}_total" for what in _OF_CACHES},
     "connection_pool_rows_fetched_total": "rows_fetched",
     "connection_pool_rows_written_total": "rows_written",
     "connection_pool_connections_acquired_total": "connections_acquired",

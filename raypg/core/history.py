@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Mapping
 from typing import Any, Final
 
+from raypg.core.cache_figures import CACHE_COUNTERS
 from raypg.core.sketch import Sketch
 from raypg.core.sqlstate import CATEGORIES
 
@@ -25,6 +26,7 @@ COUNTS: Final = (
     "acquired",
     "rows",  # that statements have written
     "rows_fetched",
+    *CACHE_COUNTERS[:3],
     *(f"errors_{category}" for category in CATEGORIES),
 )
 """Series that add up within a slot."""

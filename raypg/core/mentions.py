@@ -114,7 +114,7 @@ def statement(node: dict[str, Any]) -> Mentions:
     if tag in _WRITES:
         if tag == "TruncateStmt":
             walk.written = {_name(relation["RangeVar"]): None for relation in body["relations"]}
-        elif tag == "CopyStmt" and not body.get("is_from"):
+        elif tag == "CopyStmt" and not body.get("is_from") and "query" not in body:
             walk.relations |= walk.written
             walk.written = {}
         return walk.told("WRITE", command, f"{command} writes", bulk=_is_bulk(tag, body))

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, NotRequired, TypedDict
 
+from raypg.core.cache_figures import CACHE_COUNTERS, CacheFigures
 from raypg.core.history import History
 from raypg.core.lazy import Lazy
 from raypg.core.sketch import Sketch
@@ -40,6 +41,7 @@ COUNTERS: Final = (
     "rows",  # that statements returned
     "written",  # rows that statements inserted, updated, deleted or copied
     "replica_reads",  # statements that a replica answered
+    *CACHE_COUNTERS,
 )
 TIMES: Final = ("execution", "wait", "connect", "use", "fetch", "health_check")
 """What is timed, in seconds; ``execution`` comes by statement, see :class:`Group`."""
@@ -174,6 +176,8 @@ class PoolMetrics:
         self._errors: Counter[tuple[str, str]] = Counter()
         self._recent: deque[dict[str, Any]] = deque(maxlen=10)
         self._window = _Window()
+        self._caches = CacheFigures()
+        self._cached: Counter[str] = Counter()  # what caches told since a worker told last
         self._adjusted: dict[str, Any] | None = None
 
     # --- from workers ---
@@ -203,6 +207,12 @@ class PoolMetrics:
                 known.gauges, known.replicas = delta["gauges"], delta.get("replicas", {})
                 self._add(delta, now)
         return known.known[incarnation]
+
+    def told_by_cache(self, who: str, totals: Mapping[str, int], now: float) -> None:
+        """The cache of a router tells its totals; see :class:`CacheFigures`."""
+        counts = self._caches.told(who, totals, now)
+        for counted in (self._counters, self._window.part(now).counts, self._cached):
+            counted.update(counts)
 
     def leave(self, worker: int) -> None:
         """This worker has ended, and is missed by nobody: what it has counted stays."""
@@ -269,7 +279,9 @@ class PoolMetrics:
             "rows": counts.get("written", 0),
             "rows_fetched": counts.get("rows", 0),
             **_by_category(delta["errors"]),
+            **self._cached,
         }
+        self._cached.clear()
         times = {"execution": [(group.buckets, group.seconds) for group in groups]}
         if "wait" in delta["times"]:
             times["wait"] = [delta["times"]["wait"]]
@@ -334,6 +346,7 @@ class PoolMetrics:
                 "workers": lambda: self._workers_now(now),
                 "gauges": lambda: self._gauges(now),
                 "replicas": lambda: self._replicas(now),
+                "caches": lambda: self._caches.levels(now),
                 "counters": lambda: {name: self._counters[name] for name in COUNTERS},
                 "window": lambda: self._last_minute(now),
                 "recent": lambda: Lazy({name: partial(self._recently, name, now) for name in TIMES}),

@@ -40,6 +40,11 @@ def cached_statement(raw: asyncpg.Connection, sql: str) -> Any:
     return raw._stmt_cache.get((sql, raw._protocol.get_record_class(), False))
 
 
+async def prepare(raw: asyncpg.Connection, sql: str, timeout: float) -> None:
+    """Have *sql* in asyncpg's cache, as if it had run once; the public ``prepare`` leaves it out of there."""
+    await raw._get_statement(sql, timeout)
+
+
 def file_descriptor(raw: asyncpg.Connection) -> int:
     """The socket of *raw*, to be polled before a statement is sent."""
     descriptor: int = raw._transport.get_extra_info("socket").fileno()

@@ -16,7 +16,7 @@ import asyncpg
 from raypg import messages
 from raypg.core.planner import MOST_CHANGES, Plan
 from raypg.core.sql import Verdict, classify
-from raypg.errors import StatementNotRunError
+from raypg.errors import StatementNotRunError, UnavailableError
 from raypg.portable import PortableError, pack_error
 from raypg.server import planning, wire
 from raypg.server.connection import ServerConnection
@@ -153,6 +153,8 @@ class ChunkRequest(Request[None]):
         connection.dirty = True
         lost = False
         try:
+            if engine.writes.watched:
+                await self._announce(engine, connection)
             if self._how.optimize and len(self._runs) > 1 and not self._done:
                 await self._optimize(engine, connection)
             while self._left and not lost:
@@ -164,6 +166,11 @@ class ChunkRequest(Request[None]):
                     lost = not await self._best_effort(engine, connection)
         except ConnectionLost:
             lost = True
+        except UnavailableError as error:
+            self._fail_rest(pack_error(error))
+        finally:
+            if connection.held is not None and not lost:
+                connection.held.settle(connection)
         if lost:
             engine.connections.drop(connection)
             if self._left:
@@ -173,6 +180,13 @@ class ChunkRequest(Request[None]):
         if not self.future.done():
             self.future.set_result(None)
         return None if lost else connection
+
+    async def _announce(self, engine: Engine, connection: ServerConnection) -> None:
+        """Have nobody hold results of what these statements write to."""
+        texts = {run.sql for run in self._runs}
+        await engine.writes.begin(
+            connection, [sql for sql in texts if classify(sql).relations or not classify(sql).retryable]
+        )
 
     async def _optimize(self, engine: Engine, connection: ServerConnection) -> None:
         """Let reads run before writes that they have nothing to do with."""
@@ -264,6 +278,8 @@ class ChunkRequest(Request[None]):
         """Run all, stop at the first failure. A lost connection has rolled back everything."""
         connection.dirty = True
         try:
+            if engine.writes.watched:
+                await self._announce(engine, connection)
             while self._left:
                 if not await self._group_in_transaction(engine, connection):
                     return
@@ -273,6 +289,8 @@ class ChunkRequest(Request[None]):
             self._fail_rest(
                 pack_error(StatementNotRunError(f"the server ended the connection ({how}) and rolled all of it back"))
             )
+        except UnavailableError as error:
+            self._fail_rest(pack_error(error))
 
     async def _group_in_transaction(self, engine: Engine, connection: ServerConnection) -> bool:
         run = self._runs[-1]

@@ -17,7 +17,7 @@ import asyncpg
 from raypg.config import PoolConfig
 from raypg.core.sqlstate import error_category
 from raypg.errors import ConnectError
-from raypg.server import _asyncpg, codecs, pooler
+from raypg.server import _asyncpg, codecs, pooler, preparing
 from raypg.server.connection import ServerConnection
 from raypg.server.pooler import Mode
 from raypg.server.text_arrays import SafeConnection
@@ -41,6 +41,7 @@ class Connector:
 
     Attributes:
         on_open: asks each new connection what its server is; raises ConnectError if that will not do.
+        learnt: knows what a new connection is to prepare before it is used.
         pooler: what is in front of the server; None = not known yet (``pooler="auto"``, nothing opened so far).
     """
 
@@ -48,6 +49,7 @@ class Connector:
         self.config = config
         self.replica = replica
         self.on_open: Callable[[asyncpg.Connection], Awaitable[None]] | None = None
+        self.learnt: preparing.Learnt | None = None
         self.base_name = application_name
         self.pooler: Mode | None = None if config.pooler == "auto" else config.pooler
         self._numbers = itertools.count(1)
@@ -87,6 +89,8 @@ class Connector:
                 await codecs.install(raw, config.codecs)
                 if self.on_open is not None:
                     await self.on_open(raw)
+                if config.pre_warm and self.learnt is not None and not pooled:
+                    await preparing.prepare(raw, self.learnt.familiar()[: config.statement_cache_size])
         except BaseException as error:  # a probe that took too long is cancelled
             raw.terminate()
             if isinstance(error, Exception) and not isinstance(error, ConnectError):

@@ -23,6 +23,7 @@ from raypg.core.sql_text import quoted
 from raypg.server import _asyncpg, pooler, witness
 from raypg.server.begin import begin_with
 from raypg.server.guard import Guard
+from raypg.server.held import Held
 from raypg.server.outcomes import ConnectionLost, last_words, outcome_of, timed_out
 from raypg.server.pipelining import Pipeline, Prepared, Told
 
@@ -77,7 +78,7 @@ class ServerConnection:
 
     ``held_up``: seconds in which what runs has waited for its own caller, who reads slowly.
 
-    ``guard``: whom to tell how statements end; ``None`` while it is opened.
+    ``guard``: whom to tell how statements end; ``None`` while it is opened. ``held``: what is being written to.
     """
 
     __slots__ = (
@@ -93,6 +94,7 @@ class ServerConnection:
         "expires_at",
         "guard",
         "health",
+        "held",
         "held_up",
         "last_used",
         "lease",
@@ -126,6 +128,7 @@ class ServerConnection:
         self.expires_at = math.inf if lifetime is None else now + jittered(lifetime, LIFETIME_JITTER, random.random())
         self.health = health.FULL
         self.guard: Guard | None = None
+        self.held: Held | None = None
         self.held_up = 0.0
         self.used = self.uses = 0
         self.dirty = False
@@ -415,6 +418,8 @@ class ServerConnection:
                 raise ConnectionLost(None) from error
             raise
         self.dirty = False
+        if self.held is not None:
+            self.held.settle(self)
 
     async def ping(self, timeout: float) -> bool:
         """Whether the server answers within *timeout* seconds."""

@@ -6,12 +6,16 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine, Iterator
+from typing import TYPE_CHECKING
 
 from raypg.config import PoolConfig
 from raypg.errors import ConnectError
 from raypg.server.connect import Connector
 from raypg.server.connection import ServerConnection
 from raypg.server.guard import Guard
+
+if TYPE_CHECKING:
+    from raypg.server.held import Held
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +53,7 @@ class ConnectionSet:
         self._opening = 0
         self._retiring = 0
         self._unconfirmed: dict[int, float] = {}
+        self._held: dict[int, list[Held]] = {}  # what they may still be writing to
         self._closers: set[asyncio.Task[None]] = set()
         self.budget = 0
         self.valid_until = 0.0
@@ -172,9 +177,18 @@ class ConnectionSet:
         self.recycled += 1
         if not connection.raw.is_closed():
             connection.abandon()
-        if connection.abandoned:
-            self._unconfirmed[connection.pid] = connection.last_used
+        self._ended(connection, not connection.abandoned)
         self._on_free()
+
+    def _ended(self, connection: ServerConnection, confirmed: bool) -> None:
+        """A connection is closed; *confirmed*: its backend is gone, and whatever it did."""
+        held, connection.held = connection.held, None
+        if not confirmed:
+            self._unconfirmed[connection.pid] = connection.last_used
+            if held is not None:
+                self._held.setdefault(connection.pid, []).append(held)
+        elif held is not None:
+            held.end()
 
     def retire(self, connection: ServerConnection) -> None:
         """Close a connection in the background; its slot is free when the server has confirmed."""
@@ -190,14 +204,25 @@ class ConnectionSet:
             self._retiring -= 1
         self._all.discard(connection)
         self.recycled += 1
-        if not confirmed:
-            self._unconfirmed[connection.pid] = connection.last_used
+        self._ended(connection, confirmed)
         self._on_free()
 
     def confirm_gone(self, pids: set[int]) -> None:
         """The server no longer shows these backends: their slots are free."""
-        if any(self._unconfirmed.pop(pid, None) is not None for pid in pids):
+        for pid in pids:
+            for held in self._held.pop(pid, ()):
+                held.end()
+        if [pid for pid in pids if self._unconfirmed.pop(pid, None) is not None]:
             self._on_free()
+
+    def hold_unconfirmed(self, hold: Callable[[], Held]) -> None:
+        """What the backends that were given up are writing to is not known: *hold* holds it until they are gone."""
+        for pid in self._unconfirmed:
+            self._held.setdefault(pid, []).append(hold())
+
+    def is_in_use(self, connection: ServerConnection) -> bool:
+        """Whether somebody uses it."""
+        return connection in self._all and connection not in self._idle
 
     # --- keeping them ---
 

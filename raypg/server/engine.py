@@ -35,6 +35,7 @@ from raypg.server.reads import Pace, gather
 from raypg.server.replies import BatchState, Client
 from raypg.server.streams import Streams
 from raypg.server.work import Servable, Work
+from raypg.server.writes import Writes
 
 if TYPE_CHECKING:
     from raypg.server.replicas import Replicas
@@ -76,10 +77,11 @@ class Engine:
         self.guard = Guard(config.name, config.breaker(), self._breaker_moved, self.figures)
         self.connections = ConnectionSet(connector, config, self.guard, self.pump)
         self._prober = Prober(self.connections, self.guard)
-        self.leases = LeaseTable(self.take_back)
+        self.writes = Writes(self)
+        self.leases = LeaseTable(self.take_back, self.writes)
         self.acquisitions = Acquisitions(self)
         self.catalogue = Catalogue()
-        self.pace = Pace()
+        self.pace = connector.learnt = Pace()
         self.streams = Streams()
         self.queue: FairQueue[Work] = FairQueue(limit=config.max_waiting)
         self.closed: PoolClosedError | None = None
@@ -89,8 +91,7 @@ class Engine:
         self._held: dict[str, asyncio.Event] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._connect_backoff = Backoff(first=0.05, most=2.0)
-        self._connect_again_at = 0.0
-        self._connect_failures = 0
+        self._connect_again_at, self._connect_failures = 0.0, 0
         self._pumping = False
         self._background(self._keep_time())
         self._background(self._maintain())

@@ -6,13 +6,15 @@ whether anything changed.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from raypg.core.facts import Facts
 from raypg.core.facts_building import build, seeds
+from raypg.core.reach import Reach
 
-__all__ = ["Fetch", "digest", "load"]
+__all__ = ["Fetch", "digest", "load", "load_for_writes"]
 
 Fetch = Callable[..., Awaitable[Sequence[Any]]]
 """``fetch(query, *args)``, as asyncpg's and the pool's; rows by column name."""
@@ -109,6 +111,73 @@ JOIN pg_catalog.pg_type t ON t.oid IN (a.amproclefttype, a.amprocrighttype)
 WHERE p.oid >= 16384 AND l.lanname NOT IN ('c', 'internal')
 """
 
+_INHERITS = """
+SELECT n.nspname::text AS schema, c.relname::text AS name, pn.nspname::text AS parent_schema, p.relname::text AS parent
+FROM pg_catalog.pg_inherits i
+JOIN pg_catalog.pg_class c ON c.oid = i.inhrelid AND c.relkind IN ('r', 'p', 'f')
+JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+JOIN pg_catalog.pg_class p ON p.oid = i.inhparent
+JOIN pg_catalog.pg_namespace pn ON pn.oid = p.relnamespace
+"""
+
+# What else happens when a table is written to, for :mod:`raypg.core.reach`.
+
+_TRIGGERS = """
+SELECT DISTINCT n.nspname::text AS schema, c.relname::text AS name, fn.nspname::text AS function_schema,
+       p.proname::text AS function
+FROM pg_catalog.pg_trigger t
+JOIN pg_catalog.pg_class c ON c.oid = t.tgrelid
+JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+JOIN pg_catalog.pg_proc p ON p.oid = t.tgfoid
+JOIN pg_catalog.pg_namespace fn ON fn.oid = p.pronamespace
+WHERE NOT t.tgisinternal AND c.relpersistence <> 't'
+"""
+
+_CASCADES = """
+SELECT DISTINCT n.nspname::text AS schema, c.relname::text AS name, tn.nspname::text AS to_schema,
+       t.relname::text AS to_name
+FROM pg_catalog.pg_constraint k
+JOIN pg_catalog.pg_class c ON c.oid = k.confrelid
+JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+JOIN pg_catalog.pg_class t ON t.oid = k.conrelid
+JOIN pg_catalog.pg_namespace tn ON tn.oid = t.relnamespace
+WHERE k.contype = 'f' AND (k.confdeltype NOT IN ('a', 'r') OR k.confupdtype NOT IN ('a', 'r'))
+"""
+
+_RULES = """
+SELECT DISTINCT n.nspname::text AS schema, c.relname::text AS name
+FROM pg_catalog.pg_rewrite r
+JOIN pg_catalog.pg_class c ON c.oid = r.ev_class
+JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+WHERE r.oid >= 16384 AND r.ev_type <> '1'
+"""
+
+# Functions behind defaults, checks, indexes, policies, partition keys; also those behind operators that they use.
+_USES = """
+WITH own (oid, classid, objid) AS (
+    SELECT adrelid, 'pg_catalog.pg_attrdef'::regclass, oid FROM pg_catalog.pg_attrdef
+    UNION ALL
+    SELECT conrelid, 'pg_catalog.pg_constraint'::regclass, oid FROM pg_catalog.pg_constraint WHERE conrelid <> 0
+    UNION ALL
+    SELECT indrelid, 'pg_catalog.pg_class'::regclass, indexrelid FROM pg_catalog.pg_index
+    UNION ALL
+    SELECT polrelid, 'pg_catalog.pg_policy'::regclass, oid FROM pg_catalog.pg_policy
+    UNION ALL
+    SELECT oid, 'pg_catalog.pg_class'::regclass, oid FROM pg_catalog.pg_class WHERE relkind = 'p'
+)
+SELECT DISTINCT n.nspname::text AS schema, c.relname::text AS name, fn.nspname::text AS function_schema,
+       p.proname::text AS function
+FROM own
+JOIN pg_catalog.pg_depend d ON d.classid = own.classid AND d.objid = own.objid
+LEFT JOIN pg_catalog.pg_operator o ON d.refclassid = 'pg_catalog.pg_operator'::regclass AND o.oid = d.refobjid
+JOIN pg_catalog.pg_proc p
+  ON p.oid = CASE WHEN d.refclassid = 'pg_catalog.pg_proc'::regclass THEN d.refobjid ELSE o.oprcode END
+JOIN pg_catalog.pg_class c ON c.oid = own.oid
+JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+JOIN pg_catalog.pg_namespace fn ON fn.oid = p.pronamespace
+WHERE p.oid >= 16384
+"""
+
 # What a type is part of: arrays, domains over it, ranges, composites, and the relations with such columns.
 _PARTS = """
 WITH RECURSIVE part (seed, oid) AS (
@@ -147,6 +216,10 @@ SELECT ARRAY[
     (SELECT sum(hashtextextended(xmin::text || inhrelid, 0)) FROM pg_catalog.pg_inherits),
     (SELECT sum(hashtextextended(xmin::text || oid, 0)) FROM pg_catalog.pg_namespace
      WHERE oid >= 16384 AND nspname !~ '^pg_'),
+    (SELECT sum(hashtextextended(xmin::text || oid, 0)) FROM pg_catalog.pg_trigger WHERE NOT tgisinternal),
+    (SELECT sum(hashtextextended(xmin::text || oid, 0)) FROM pg_catalog.pg_constraint WHERE conrelid <> 0),
+    (SELECT sum(hashtextextended(xmin::text || oid, 0)) FROM pg_catalog.pg_attrdef),
+    (SELECT sum(hashtextextended(xmin::text || indexrelid, 0)) FROM pg_catalog.pg_index WHERE indexrelid >= 16384),
     (SELECT hashtextextended(current_setting('standard_conforming_strings'), 0))
 ]::text AS digest
 """
@@ -160,23 +233,36 @@ _QUERIES = {
     "casts": _CASTS,
     "domains": _DOMAINS,
     "classes": _CLASSES,
+    "inherits": _INHERITS,
 }
+_MORE_QUERIES = {"triggers": _TRIGGERS, "cascades": _CASCADES, "rules": _RULES, "uses": _USES}
 
 
 async def load(fetch: Fetch) -> Facts:
-    """Read everything: eight queries, and one more where a type is not harmless.
+    """Read everything: nine queries, and one more where a type is not harmless.
 
     Raises:
         asyncpg.PostgresError, UnavailableError: what *fetch* raises.
     """
+    return (await _load(fetch))[0]
+
+
+async def load_for_writes(fetch: Fetch) -> Reach:
+    """What statements may write to: four queries more. Errors as :func:`load`."""
+    facts, rows = await _load(fetch)
+    rows |= {name: await fetch(query) for name, query in _MORE_QUERIES.items()}
+    return await asyncio.to_thread(Reach, facts, rows)
+
+
+async def _load(fetch: Fetch) -> tuple[Facts, dict[str, Sequence[Any]]]:
     rows = {name: await fetch(query) for name, query in _QUERIES.items()}
-    facts = build(rows)
+    facts = await asyncio.to_thread(build, rows)
     known: frozenset[str] = frozenset()
     while (found := seeds(facts)) and found != known:
         known = found
         parts = await fetch(_PARTS, sorted(found))
         facts = build(rows, {row["seed"]: (row["types"], row["relations"]) for row in parts})
-    return facts
+    return facts, rows
 
 
 async def digest(fetch: Fetch) -> str:

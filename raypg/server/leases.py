@@ -7,7 +7,7 @@ import functools
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import asyncpg
 
@@ -20,6 +20,9 @@ from raypg.server.cursors import OpenCursor
 from raypg.server.notifications import Notification, Notifications
 from raypg.server.outcomes import ConnectionLost
 from raypg.server.work import lost_error
+
+if TYPE_CHECKING:
+    from raypg.server.writes import Writes
 
 Reclaimed: TypeAlias = Literal["process died", "forgotten", "deadline"]
 """Why a lease ended that nobody gave back: its process is dead; its handle was garbage-collected, as when a task ends
@@ -67,10 +70,12 @@ class LeaseTable:
     Args:
         take_back: called with a connection whose lease has ended, which is dirty, and the event to set when its session
             has been put in order.
+        writes: announces what is written.
     """
 
-    def __init__(self, take_back: Callable[[ServerConnection, asyncio.Event], None]) -> None:
+    def __init__(self, take_back: Callable[[ServerConnection, asyncio.Event], None], writes: Writes) -> None:
         self._take_back = take_back
+        self._writes = writes
         self._leases: dict[str, Lease] = {}
         self._ended: dict[str, str] = {}
         self.reclaimed: dict[Reclaimed, int] = {"process died": 0, "forgotten": 0, "deadline": 0}
@@ -130,9 +135,14 @@ class LeaseTable:
                     )
                 mode = messages.STATUS
             connection.dirty = True
-            lease.busy = number
             verdict = classify(sql)
             try:
+                if self._writes.watched and (verdict.relations or not verdict.retryable):
+                    await self._writes.begin(connection, (sql,))
+                    self.find(token)
+                    if number in lease.cancelled:
+                        raise TimeoutError("cancelled before it ran")
+                lease.busy = number
                 return await connection.run(
                     mode,
                     sql,
@@ -155,6 +165,8 @@ class LeaseTable:
                 raise
             finally:
                 lease.busy = None
+                if connection.held is not None:
+                    connection.held.settle(connection)
 
     async def listen(self, token: str, number: int, channel: str, on: bool) -> None:
         """LISTEN to *channel* for the holder, who fetches by :meth:`heard`; or UNLISTEN.

@@ -1,9 +1,10 @@
 """Reads that travel together: several statements of independent callers in one write to the server.
 
-Only proven reads go together (they may run twice without harm), only such whose text has been quick so far, and only
-while more wait than there are connections. What holds for a statement sent alone holds here too: its own transaction,
-error, timeout and cancellation. If the first of them turns out slow, the others do not wait behind it: after ``STALL``
-they are queued once more, and the answers that still come for them here are thrown away.
+Only proven reads go together (they may run twice without harm), only such whose text has been quick so far and gains by
+it as far as is known (:class:`raypg.core.patterns.FoldGain`), and only while more wait than there are connections. What
+holds for a statement sent alone holds here too: its own transaction, error, timeout and cancellation. If the first of
+them turns out slow, the others do not wait behind it: after ``STALL`` they are queued once more, and the answers that
+still come for them here are thrown away.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import asyncpg
 
 from raypg import messages
 from raypg.core import health
+from raypg.core.patterns import FoldGain, Frequent
 from raypg.core.sql import Verdict
 from raypg.portable import PortableError, pack_error
 from raypg.server.connection import ServerConnection
@@ -38,6 +40,9 @@ QUICK = 0.005
 STALL = 0.020
 """Seconds without an answer after which the reads behind the first are queued once more."""
 
+MOST_FAMILIAR = 8
+"""Statements that a new connection has prepared before it is used."""
+
 _MODES = frozenset((messages.FETCH, messages.ROW, messages.BOTH, messages.STATUS))
 OUT_OF_DATE = (
     asyncpg.InvalidCachedStatementError,
@@ -47,22 +52,30 @@ OUT_OF_DATE = (
 
 
 class Pace:
-    """How long each SQL text took lately, on one worker; of the texts used last."""
+    """What one worker has learnt of the SQL texts that it ran last: how long each took lately, whether it gains to send
+    several together, and which come most often."""
 
     def __init__(self, most: int = 1000) -> None:
         self._most = most
         self._seconds: OrderedDict[str, float] = OrderedDict()
+        self.gain = FoldGain(most)
+        self.frequent = Frequent()
 
-    def note(self, sql: str, seconds: float) -> None:
+    def note(self, sql: str, seconds: float, together: bool = False) -> None:
         """*sql* took so long. One slow run counts at once, and is forgotten over the next dozens."""
         known = self._seconds.pop(sql, 0.0)
         self._seconds[sql] = seconds if seconds > known else known + (seconds - known) * 0.1
         if len(self._seconds) > self._most:
             self._seconds.popitem(last=False)
+        self.gain.note(sql, seconds, together)
 
     def is_quick(self, sql: str) -> bool:
         """Whether *sql* has run, and was quick."""
         return self._seconds.get(sql, QUICK) < QUICK
+
+    def familiar(self) -> list[str]:
+        """What a new connection is to prepare."""
+        return self.frequent.top(MOST_FAMILIAR)
 
 
 def gather(engine: Engine, connection: ServerConnection, first: Any) -> Reads | None:
@@ -90,6 +103,7 @@ def _may_join(engine: Engine, connection: ServerConnection, work: Any, now: floa
         and verdict.clean
         and work.mode in _MODES
         and engine.pace.is_quick(work.sql)
+        and engine.pace.gain.pays(work.sql)
         and (not verdict.relations or engine.catalogue.known_plain(verdict.relations, now))
         and connection.prepared(work.sql) is not None
     )
@@ -171,7 +185,8 @@ class Reads:
     def _finish(self, statement: Statement, result: Any, error: BaseException | None, seconds: float) -> None:
         """Tell the caller of *statement*."""
         engine = self._engine
-        engine.pace.note(statement.sql, seconds)
+        engine.pace.note(statement.sql, seconds, together=True)
+        engine.pace.frequent.note(statement.sql)
         self._detach(statement)
         if isinstance(error, OUT_OF_DATE):
             statement.alone = True  # that is where such errors are dealt with

@@ -209,14 +209,15 @@ class Replicas:
         if refused or too_young or self.primary.guard.machine.forced:
             self._to_primary(reads, token, refused)
             return
-        replica = self._choose(where[0], token)
+        avoided = where[2] if len(where) == 3 else ()
+        replica = self._choose(where[0], token, avoided)
         if replica is None:
             self._to_primary(reads, token)
         elif self._shows(replica, where[0], token):
             self._send(reads, replica, token)
         else:
             self._unsettled += 1
-            self._background(self._settle(reads, where[0], token))
+            self._background(self._settle(reads, where[0], token, avoided))
 
     def _background(self, work: Coroutine[Any, Any, object]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -235,8 +236,11 @@ class Replicas:
         """Connections that each replica can have when all are asked as much, and the primary little."""
         return max(1, (self._budget.cap - 1) // len(self.members))
 
-    def _choose(self, max_staleness: float | None, token: Token, *, known: bool = False) -> Replica | None:
-        """The replica that is expected to have answered first; with *known* only one that shows what is asked for."""
+    def _choose(
+        self, max_staleness: float | None, token: Token, avoided: Sequence[str] = (), *, known: bool = False
+    ) -> Replica | None:
+        """The replica that is expected to have answered first; with *known* only one that shows what is asked for. One
+        of *avoided* only if no other will do."""
         candidates = []
         for replica in self.members:
             if not replica.usable:
@@ -247,6 +251,8 @@ class Replicas:
                     continue
                 extra = ASKING
             candidates.append((replica, replica.candidate(self._each, extra)))
+        if avoided:
+            candidates = [one for one in candidates if one[0].standing.address not in avoided] or candidates
         return fastest(candidates)
 
     def _send(self, reads: Iterable[RoutedRead], replica: Replica, token: Token) -> None:
@@ -267,14 +273,16 @@ class Replicas:
             self.primary.enqueue(read.client.job, read, cost=1.0)
         self.primary.pump()
 
-    async def _settle(self, reads: Sequence[RoutedRead], max_staleness: float | None, token: Token) -> None:
+    async def _settle(
+        self, reads: Sequence[RoutedRead], max_staleness: float | None, token: Token, avoided: Sequence[str]
+    ) -> None:
         """Find out which replica shows what is asked for, and wait for it for a moment."""
         replica: Replica | None = None
         asked: list[Replica] = []
         try:
             async with asyncio.timeout(AWAIT):
                 token = await self._place(max_staleness, token)
-                while (replica := self._choose(max_staleness, token, known=True)) is None:
+                while (replica := self._choose(max_staleness, token, avoided, known=True)) is None:
                     asked = [member for member in self.members if member.usable and member.is_worth_waiting_for]
                     if not asked:
                         break

@@ -115,20 +115,22 @@ class Statement:
     def fail(self, error: PortableError) -> None:
         self.batch.finish(self.position, None, None, error)
 
+    def _is_left(self) -> bool:
+        return self.cancelled
+
     def withdraw(self, engine: Engine) -> bool:
         """Take it out of the queue of *engine*; whether it was still there."""
         return self.ticket is not None and engine.queue.cancel(self.ticket)
 
     async def serve(self, engine: Engine, connection: ServerConnection) -> ServerConnection | None:
         now = engine.now()
-        if self.cancelled:
+        if self._is_left():
             # Its caller left after it was taken out of the queue, or while it waited for its second try.
             self.fail(pack_error(TimeoutError("cancelled before it ran")))
             return connection
         engine.figures.waited(now - self.arrived, connection)
         self.batch.begun = True
         timeout = None if self.expires_at is None else self.expires_at - now
-        self.connection = connection
         try:
             plain = self.verdict.clean
             if plain and self.verdict.relations:
@@ -138,6 +140,13 @@ class Statement:
                 )
             if not plain:
                 connection.dirty = True
+                if engine.writes.watched:
+                    await engine.writes.begin(connection, (self.sql,))
+                    if self._is_left():
+                        self.fail(pack_error(TimeoutError("cancelled before it ran")))
+                        return connection
+                    timeout = None if self.expires_at is None else self.expires_at - engine.now()
+            self.connection = connection
             payload, names = await connection.run(
                 self.mode, self.sql, self.arguments, timeout, self.settings, reads=self.verdict.retryable
             )
@@ -153,11 +162,15 @@ class Statement:
         else:
             seconds = engine.now() - now
             engine.figures.ran(seconds, False, self.sql)
+            if self.settings is None:
+                engine.pace.frequent.note(self.sql)
             if self.verdict.retryable:
                 engine.pace.note(self.sql, seconds)
             self.batch.finish(self.position, payload, names)
         finally:
             self.connection = None
+            if connection.held is not None:
+                connection.held.settle(connection)
         return connection
 
     def lost(self, engine: Engine, lost: ConnectionLost, began: float, retryable: bool) -> None:

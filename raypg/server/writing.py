@@ -135,6 +135,13 @@ class WriteRequest(Request[BatchCounts]):
         super().fail(pack_error(self._unknown()) if self._unsure else error)
 
     async def serve(self, engine: Engine, connection: ServerConnection) -> ServerConnection | None:
+        try:
+            return await self._serve(engine, connection)
+        finally:
+            if connection.held is not None:
+                connection.held.settle(connection)
+
+    async def _serve(self, engine: Engine, connection: ServerConnection) -> ServerConnection | None:
         engine.figures.waited(engine.now() - self.arrived, connection)
         connection.dirty = True
         anew = False
@@ -143,6 +150,8 @@ class WriteRequest(Request[BatchCounts]):
             text = self._prepared.text if self._prepared is not None else f"COPY {self._spec.into[1]}"
             self._ended = False
             try:
+                if engine.writes.watched:
+                    await engine.writes.begin(connection, engine.writes.texts_of_batch(self._spec.into))
                 counts = await self._write(engine, connection, anew)
             except ConnectionLost as lost:
                 engine.connections.drop(connection)

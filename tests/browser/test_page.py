@@ -13,6 +13,8 @@ from desk import Desk, Watched
 from playwright.async_api import Browser, Page, ViewportSize, expect
 from waiting import eventually
 
+from raypg import QueryRouterNode
+
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 FIRST_PAINT = 1.0
@@ -26,6 +28,7 @@ CHARTS = (
     "wait",
     "errors-by-category",
     "rows",
+    "cache",
     "breaker-states",
 )
 
@@ -101,6 +104,27 @@ async def test_every_chart_has_lines_of_points_and_words(page: Page) -> None:
         return bool((await page.evaluate(POINTS, "throughput"))["times"][-1] > before["times"][-1])
 
     await eventually(goes_on, what="a point more")
+
+
+async def test_what_routers_answer_from_their_caches_and_what_writes_end_is_shown(page: Page, watched: Watched) -> None:
+    await watched.pool.execute("CREATE TABLE IF NOT EXISTS shop.shelf AS SELECT 1 AS id")
+    tile = page.locator("#tiles .tile", has_text="Cache hits")
+    async with QueryRouterNode("page", watched.pool, cache_size=100) as router:
+
+        async def shown() -> bool:
+            """Reads, of which most are hits, and a write now and then."""
+            for _ in range(20):
+                await router.fetch("SELECT id FROM shop.shelf")
+            stats = (await router.get_metrics())["cache_stats"]
+            if stats["hits"] and not stats["invalidations"]:
+                await watched.pool.execute("UPDATE shop.shelf SET id = id + 1")
+            words = " ".join(await tile.all_inner_texts())
+            return bool(re.search(r"[1-9][\d.]* %", words) and re.search(r"[1-9]\d* ended by writes", words))
+
+        await eventually(shown, timeout=30, what="hit rate and invalidations are on the page")
+        legend = page.locator("[data-chart=cache] .legend")
+        await legend.scroll_into_view_if_needed()
+        await expect(legend).to_contain_text("results ended by writes")
 
 
 async def test_after_a_reload_the_history_is_there(page: Page) -> None:

@@ -334,3 +334,8 @@ def test_the_dashboard_where_serve_does_not_run_and_its_port_is_busy(command: Co
 def test_files_for_prometheus_and_grafana(command: Command) -> None:
     assert command.good("metrics", "rules").startswith("# Alert rules for raypg")
     assert json.loads(command.good("metrics", "grafana"))["title"] == "raypg"
+
+
+def test_tables_are_watched_for_caches_until_they_are_not(command: Command, running: str, table: str) -> None:
+    assert command.good("cache", "watch", table, "--pool", running) == f"{running}: watched are {table}\n"
+    assert command.good("cache", "unwatch", table, "--pool", running) == f"{running}: watched are no tables\n"

@@ -145,3 +145,97 @@ async def test_an_older_server_tells_the_same_way(pg15: EmbeddedServer) -> None:
     assert classifier.classify("select lower(relname) from pg_class").kind == "READ"
     assert classifier.classify("select pg_advisory_lock(1)").kind == "SESSION"
     assert classifier.classify("select uuidv7()").kind == "UNKNOWN"  # not there yet: somebody's own, if anything
+
+
+async def test_a_write_reaches_all_that_the_catalogue_says_it_reaches(fresh: asyncpg.Connection) -> None:
+    await fresh.execute(
+        """
+        create table plain (id int primary key, note text);
+        create table parent (id int primary key);
+        create table child (id int references parent on delete cascade, unique (id));
+        create table grandchild (id int references child (id) on update set null);
+        create table looks (id int references parent);
+        create table parts (id int) partition by range (id);
+        create table part1 partition of parts for values from (0) to (10);
+        create table log (what text);
+        create table logged (id int, at timestamptz default now(), number serial, key uuid default gen_random_uuid());
+        create table touched (id int, changed timestamptz);
+        create table wild (id int);
+        create table ruled (id int);
+        create table guarded (id int);
+        create view shows as select * from plain;
+        create view "two of" as select p.* from parent p join part1 on true;
+        create view acts as select note from plain;
+        create function stamp() returns trigger language plpgsql as
+            'begin new.changed := clock_timestamp(); return new; end';
+        create function note() returns trigger language plpgsql as
+            'begin insert into log (what) values (tg_op) on conflict do nothing; return null; end';
+        create function anything() returns trigger language plpgsql as
+            'begin execute ''drop table '' || tg_argv[0]; return null; end';
+        create function adds(n int) returns int language sql as 'insert into plain values (n) returning id';
+        create function asks(n int) returns bool language plpgsql as 'begin perform adds(n); return true; end';
+        create function looks_up(n int) returns bigint language plpgsql as
+            'begin return (select count(*) from plain where id = n); end';
+        create trigger stamps before update on touched for each row execute function stamp();
+        create trigger notes after insert on logged for each row execute function note();
+        create trigger anything after delete on wild for each statement execute function anything('x');
+        create trigger acts_so instead of insert on acts for each row execute function note();
+        create rule also as on insert to ruled do also insert into log values ('x');
+        alter table guarded add check (asks(id));
+        """
+    )
+    reach = await facts_reader.load_for_writes(fresh.fetch)
+    for text, names in {
+        "insert into plain values (1)": "plain",
+        "update public.plain set note = 'x'": "plain",
+        "insert into shows values (1)": "plain",
+        'delete from "two of"': "parent parts child grandchild",
+        "delete from parent": "parent child grandchild",
+        "insert into looks values (1)": "looks",
+        "insert into part1 values (1)": "parts",
+        "truncate parts": "parts",
+        "truncate plain cascade": "",
+        "copy parts from stdin": "parts",
+        "copy (delete from plain returning id) to stdout": "plain",
+        "merge into plain using log on true when matched then delete": "plain",
+        "with gone as (delete from log returning what) insert into plain select 1, what from gone": "log plain",
+        "update touched set id = 1": "touched",
+        "insert into logged values (1)": "logged log",
+        "delete from wild": "",
+        "insert into acts values ('x')": "plain log",
+        "insert into ruled values (1)": "",
+        "insert into guarded values (1)": "guarded plain",
+        "select adds(1)": "plain",
+        "select asks(1)": "plain",
+        "insert into log select 'x' where asks(1)": "log plain",
+        "explain analyze insert into plain values (1)": "plain",
+        "create table another (id int)": "",
+        "call whatever()": "",
+        "do 'begin end'": "",
+        "selec": "",
+        "insert into nobody values (1)": "*",
+        "insert into plain values (1); delete from log": "plain log",
+        "begin; insert into plain values (1); commit": "plain",
+        "commit prepared 'x'": "",
+        "refresh materialized view nobody": "",
+    }.items():
+        expected = {f'"public"."{name}"' for name in names.split()} if names not in ("", "*") else {names}
+        assert reach.of(text) == expected, text
+    for text in (
+        "select looks_up(1)", "select nextval('x')", "select pg_notify('a', 'b')", "notify a", "set search_path = x",
+        "select * from plain for update", "select pg_advisory_xact_lock(1)", "lock table plain", "vacuum plain",
+        "commit", "savepoint x", "create temp table t (id int)", "select * from shows", "listen a",
+    ):  # fmt: skip
+        assert reach.of(text) == frozenset(), text
+    assert reach.of("create temp table t as select adds(1)") == {'"public"."plain"'}
+
+
+async def test_a_read_of_a_partition_comes_from_the_whole_family(fresh: asyncpg.Connection) -> None:
+    await fresh.execute(
+        "create table whole (id int) partition by range (id);"
+        "create table part partition of whole for values from (0) to (9) partition by range (id);"
+        "create table leaf partition of part for values from (0) to (5)"
+    )
+    classifier = Classifier(await facts_reader.load(fresh.fetch))
+    for name in ("whole", "part", "leaf"):
+        assert classifier.classify(f"select * from {name}").reads == ('"public"."whole"',)

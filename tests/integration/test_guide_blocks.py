@@ -356,7 +356,20 @@ async def test_production(serving: None, pg18: EmbeddedServer, direct: asyncpg.C
         assert names["result"]["data"] == [{"name": "ann", "active": True}]
         assert names["result"]["routing_metadata"]["query_type"] == "read_simple"
         assert await database.fetchval("select count(*) from events") == 500
-        assert names["router"].cache_size == 1000
+        router, request = names["router"], {"query": "SELECT * FROM users WHERE active = true", "operation": "execute"}
+        assert (router.cache_size, router.pattern_learning) == (1000, True)
+
+        async def is_kept() -> bool:
+            found = await router.process(request)
+            assert found["data"] == [{"name": "ann", "active": True}]
+            return bool(found["routing_metadata"]["cache_hit"])
+
+        await eventually(is_kept)
+        await names["pool"].execute("UPDATE users SET active = true")
+        assert len((await router.process(request))["data"]) == 2
+        known = await router.get_metrics()
+        assert known["cache_stats"]["hits"] >= 1
+        assert known["pattern_insights"]["detected_patterns"]
         async with aiohttp.ClientSession("http://localhost:8080") as http, http.get("/api/pools") as answer:
             assert "production_pool" in await answer.json()
         await names["pool"].process({"operation": "stop_monitoring"})

@@ -6,6 +6,7 @@ import asyncio
 import functools
 import math
 import random
+import time
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -383,3 +384,36 @@ async def test_a_cap_that_is_too_small_for_all_servers_is_an_error(ray_cluster: 
     )
     with pytest.raises(ConfigError, match="each of 3 servers"):
         await handle.process({"operation": "initialize"})
+
+
+async def test_a_replica_that_was_found_slow_at_a_statement_is_asked_last(
+    replicated: WorkflowConnectionPool,
+    standby18: EmbeddedServer,
+    other18: EmbeddedServer,
+    counter: str,
+    pg18: EmbeddedServer,
+) -> None:
+    """What was learnt decides where, never what."""
+    await caught_up(pg18, other18)
+    await all_healthy(replicated)
+    slow, quick = (replica["replica"] for replica in await replicas_of(replicated))
+    dispatcher = await replicated._dispatcher()
+    query = f"select n from {counter} where id = $1"
+    for avoided, expected in (((slow,), {quick}), ((quick,), {slow}), ((slow, quick), {slow, quick})):
+        where: messages.Where = (None, NOTHING.plain, avoided)
+        served = [await dispatcher.read(messages.FETCH, query, (1,), None, None, where) for _ in range(20)]
+        assert {(rows[0][0], who.target) for rows, _, who in served} == {(0, "replica")}
+        assert {who.replica for _, _, who in served} <= expected
+    async with QueryRouterNode("learning", replicated, pattern_learning=True) as router:
+        assert router._patterns is not None
+        now = time.monotonic()
+        for _ in range(40):
+            router._patterns.of(query, now).asked(slow, 0.5, 1, now)
+            router._patterns.of(query, now).asked(quick, 0.001, 1, now)
+        found = [await router.process({"query": query, "params": [1]}) for _ in range(48)]
+        assert all(answer["data"] == [{"n": 0}] for answer in found)
+        asked = Counter(answer["routing_metadata"]["replica"] for answer in found)
+        assert asked[quick] >= 40
+        assert asked.total() - asked[quick] - asked[slow] == 0
+        insights = (await router.get_metrics())["pattern_insights"]["detected_patterns"]
+        assert insights[0]["by_target"][quick]["recent_calls"] > 40

@@ -24,6 +24,7 @@ from raypg import WorkflowConnectionPool, access_token
 from raypg.address import free_port
 from raypg.deployments.router import RouterArgs, build
 from raypg.embedded import EmbeddedServer
+from raypg.metrics_access import snapshots
 
 ROOT = Path(__file__).parents[2]
 ALL = ("READ", "WRITE", "DDL", "TRANSACTION", "SESSION", "UNKNOWN")
@@ -31,8 +32,8 @@ ALL = ("READ", "WRITE", "DDL", "TRANSACTION", "SESSION", "UNKNOWN")
 
 @pytest.fixture(scope="module")
 def address(serving: None, pool: WorkflowConnectionPool) -> Iterator[str]:
-    """Serve on loopback, with three applications: as it is by default (``/raypg``), with all kinds of statements and
-    strict limits (``/all``), and for a pool that does not run (``/none``)."""
+    """Serve on loopback, with four applications: as it is by default (``/raypg``), with all kinds of statements and
+    strict limits (``/all``), for a pool that does not run (``/none``), of three replicas with caches (``/three``)."""
     port = free_port("127.0.0.1", 0, "try again")
     serve.shutdown()  # the one of the session has no HTTP
     serve.start(http_options={"host": "127.0.0.1", "port": port})
@@ -40,6 +41,7 @@ def address(serving: None, pool: WorkflowConnectionPool) -> Iterator[str]:
         "/raypg": RouterArgs(pool=pool.name),
         "/all": RouterArgs(pool=pool.name, statements=ALL, max_body_bytes=10_000, body_timeout=0.5, query_timeout=2.0),
         "/none": RouterArgs(pool=unique_name("nowhere")),
+        "/three": RouterArgs(pool=pool.name, num_replicas=3, cache_size=100, cache_ttl=600.0),
     }
     targets = [
         serve.RunTarget(build(args), name=f"router{route[1:]}", route_prefix=route) for route, args in apps.items()
@@ -89,6 +91,36 @@ async def test_what_the_server_refuses_and_what_takes_too_long(client: httpx.Asy
     # The deployment's own limit holds for those who ask for more.
     answer = await ask(client, "select pg_sleep(30)", timeout=100, route="/all")
     assert answer.status_code == 504
+
+
+async def test_what_one_replica_writes_none_answers_from_before(
+    client: httpx.AsyncClient, pool: WorkflowConnectionPool, table: str
+) -> None:
+    query = f"select amount from {table} where id = 1"
+    await ask(client, f"insert into {table} values (1, 'x', 0)", route="/three")
+
+    async def read(at_once: int) -> list[Any]:
+        answers = await asyncio.gather(*(ask(client, query, route="/three") for _ in range(at_once)))
+        found = [answer.json() for answer in answers]
+        assert all(answer["success"] for answer in found), found
+        return found
+
+    async def all_three_keep_it() -> bool:
+        await read(30)
+        caches = (await snapshots([pool.name]))[pool.name]["caches"]
+        return bool(caches["caches"] >= 3 and caches["cache_entries"] >= 3)
+
+    await eventually(all_three_keep_it, 30)
+    hits = 0
+    for amount in range(1, 9):
+        changed = await ask(client, f"update {table} set amount = $1", amount, route="/three", session_id=f"s{amount}")
+        assert changed.json()["success"]
+        for _ in range(3):
+            found = await read(20)
+            assert {answer["data"][0]["amount"] for answer in found} == {amount}
+            hits += sum(answer["routing_metadata"]["cache_hit"] for answer in found)
+            await asyncio.sleep(0.05)  # time for what is kept again
+    assert hits > 20
 
 
 @pytest.mark.parametrize(

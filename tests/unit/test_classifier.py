@@ -342,3 +342,41 @@ def test_a_verdict_is_quick() -> None:
     assert best(classifier.classify, texts) <= 2e-6
     assert best(classifier._judge, texts) <= 150e-6
     assert best(mentions, texts) <= 150e-6
+
+
+def test_what_a_function_reads_is_read_by_who_calls_it() -> None:
+    rows = {
+        "relations": [T, relation("u"), relation("v", kind="v", definition="select total() as a from t")],
+        "functions": [function("total", "select sum(a) from u"), function("twice", "select 2 * total()")],
+        "operators": [{"name": "<+>", "schema": "public", "function": "twice", "types": []}],
+    }
+    classifier = Classifier(facts(**rows))
+    for sql in ("select total() from t", "select twice() from t", "select * from v", "select t.total from t"):
+        verdict = classifier.classify(sql)
+        assert (verdict.kind, verdict.deterministic) == ("READ", True), sql
+        assert set(verdict.reads) == {'"public"."t"', '"public"."u"'}, sql
+    assert not classifier.classify("select a <+> 1 from t").deterministic  # what it reads is not known
+    assert classifier.classify("select a + 1 from t").deterministic
+
+
+def test_what_depends_on_who_asks_is_not_deterministic() -> None:
+    rows = [relation("t", policies=["owner = current_user"]), relation("u"), relation("none", policies=[])]
+    rows.append(relation("mine", kind="v", definition="select * from t"))
+    classifier = Classifier(facts(relations=rows))
+    for name, steady in (("t", False), ("none", False), ("mine", False), ("u", True)):
+        verdict = classifier.classify(f"select * from {name}")
+        assert (verdict.kind, verdict.deterministic) == ("READ", steady), name
+    assert '"public"."t"' in classifier.classify("select * from t").reads
+
+
+def test_an_immutable_function_that_names_a_table_is_not_believed() -> None:
+    rows = {
+        "relations": [T],
+        "functions": [
+            function("liar", "begin return (select sum(a) from t); end", "plpgsql", volatility="i"),
+            function("honest", "begin return 1; end", "plpgsql", volatility="i"),
+        ],
+    }
+    classifier = Classifier(facts(**rows))
+    assert not classifier.classify("select liar() from t").deterministic
+    assert classifier.classify("select honest() from t").deterministic

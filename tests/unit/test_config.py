@@ -160,7 +160,7 @@ def test_one_connection_needs_no_second_setting() -> None:
         ({"circuit_breaker_error_rate": 0}, ["greater than 0"]),
         ({"circuit_breaker_error_rate": 1.1}, ["less than or equal to 1"]),
         ({"circuit_breaker_failure_threshold": 0}, ["1 [failures]"]),
-        ({"metrics_retention_minutes": 10081}, ["2,146,768 bytes", "10080 [minutes]"]),
+        ({"metrics_retention_minutes": 10081}, ["2,394,472 bytes", "10080 [minutes]"]),
         ({"metrics_retention_minutes": 0}, ["take 0 bytes", "must be 1 to 10080"]),
         ({"metrics_retention_minutes": 1e9}, ["bytes in the Metrics actor"]),
         ({"metrics_retention_minutes": -5}, ["must be 1 to 10080"]),

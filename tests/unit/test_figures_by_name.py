@@ -111,6 +111,10 @@ def test_the_status_has_what_was_told() -> None:
         "rows_fetched": 3300,
         "rows_written": 3320,
         "replica_reads": 3340,
+        "cache_hits_total": 3360,
+        "cache_misses_total": 3380,
+        "cache_invalidations_total": 3400,
+        "cache_evictions_total": 3420,
     }
     assert list(details["histograms"]) == [
         "query_execution_ms",

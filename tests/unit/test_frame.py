@@ -95,6 +95,17 @@ def test_what_workers_say_now_is_preferred_to_what_they_told() -> None:
     assert frame["wait_ms"] == {"mean": None, "p50": None, "p95": None, "p99": None}
 
 
+def test_caches_are_shown_where_there_are_any() -> None:
+    metrics = PoolMetrics(60, NOW)
+    assert describe(dataclasses.replace(NOTHING, snapshot=metrics.snapshot(NOW)), NOW)["cache"] is None
+    totals = {"cache_hits": 3, "cache_misses": 1, "cache_invalidations": 2, "cache_entries": 5, "cache_bytes": 700}
+    metrics.told_by_cache("one", totals, NOW)
+    assert describe(dataclasses.replace(NOTHING, snapshot=metrics.snapshot(NOW)), NOW)["cache"] == {
+        "hit_rate": 0.75, "invalidations": 2, "entries": 5, "bytes": 700, "caches": 1,
+    }  # fmt: skip
+    assert describe(NOTHING, NOW)["cache"] is None
+
+
 def test_the_changes_of_a_breaker_are_all_there_and_stay_the_same_from_frame_to_frame() -> None:
     """While a server is away there are many, and what opened it is the first; two clocks never agree to the
     microsecond, and what differs would be sent anew each second."""

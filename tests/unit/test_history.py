@@ -100,8 +100,8 @@ def test_memory_is_fixed() -> None:
     for second in range(5000):
         tell(history, START + second, queries=3)
     assert size() <= before + 2000
-    assert bytes_needed(60) == 300 * 8 * (len(SERIES) + 1) < 65_000
-    assert bytes_needed(7 * 24 * 60) < 2_200_000
+    assert bytes_needed(60) == 300 * 8 * (len(SERIES) + 1) < 75_000
+    assert bytes_needed(7 * 24 * 60) < 2_400_000
 
 
 def test_resizing_keeps_what_fits() -> None:

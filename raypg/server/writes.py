@@ -1,0 +1,208 @@
+"""The writes of one worker, while somebody in the cluster keeps results: each is announced before it is sent.
+
+See :mod:`raypg.core.coherence`. What a connection is writing hangs on the connection, until the statement or its
+transaction is over; or, if the connection was given up, until its backend is gone for certain.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from raypg.core.coherence import EVERYTHING
+from raypg.core.holding import CATALOGUE
+from raypg.core.intents import Intent, Intents
+from raypg.core.sql_text import quoted_name
+from raypg.errors import UnavailableError
+from raypg.server.held import Held
+from raypg.server.write_reach import WriteReach
+
+if TYPE_CHECKING:
+    from raypg.server.connection import ServerConnection
+    from raypg.server.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+Ask = Callable[[Mapping[int, str]], Awaitable[bool]]
+"""Asks the authority for intents, by number; whether they are allowed. It need not return in time."""
+
+WITHIN = 15.0
+"""Seconds in which an intent is allowed at the latest, whoever is dead or silent; far more than that takes."""
+
+LOOK_EVERY = 0.1
+"""Seconds between two looks at the clock while the authority does not answer."""
+
+AGAIN_AFTER = 0.05
+"""Seconds until the authority is asked again."""
+
+
+class Writes:
+    """Announces the writes of one engine.
+
+    Args:
+        engine: whose.
+        life: of the worker.
+
+    Attributes:
+        watched: whether anybody keeps results, so that :meth:`begin` must be called before anything is sent that may
+            write. The one thing to look at otherwise.
+        messages: how often the authority was asked.
+    """
+
+    def __init__(self, engine: Engine, life: str = "") -> None:
+        self._engine = engine
+        self.watched = False
+        self.messages = 0
+        self.intents = Intents(life)
+        self.reach = WriteReach(engine)
+        self.ask: Ask | None = None
+        self._new: list[Intent] = []
+        self._waiting: dict[Intent, asyncio.Future[None]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # --- for whoever sends statements ---
+
+    async def begin(self, connection: ServerConnection, texts: Collection[str]) -> None:
+        """Wait until nobody holds results of what *texts* may write to. It is over when the
+        connection settles, see :meth:`Held.settle`.
+
+        Raises:
+            UnavailableError: that cannot be found out; nothing may be sent.
+        """
+        await self.reach.ready(connection)
+        tables = frozenset().union(*map(self.reach.tables_of, texts))
+        await self.begin_on(connection, tables)
+
+    async def begin_on(self, connection: ServerConnection, tables: Iterable[str]) -> None:
+        """The same for tables. Errors as there."""
+        held = connection.held
+        if held is None:
+            held = connection.held = Held(self.intents)
+        new = self.intents.enter([table for table in tables if table not in held.intents])
+        held.intents |= {intent.table: intent for intent in new}
+        waiting = [intent for intent in held.intents.values() if not intent.allowed]
+        if not waiting:
+            return
+        loop = asyncio.get_running_loop()
+        for intent in waiting:
+            if intent not in self._waiting:
+                self._waiting[intent] = loop.create_future()
+                if not self._new:
+                    loop.call_soon(self._send)
+                self._new.append(intent)
+        await asyncio.gather(*(asyncio.shield(self._waiting[intent]) for intent in waiting if not intent.allowed))
+
+    @staticmethod
+    def texts_of_batch(into: tuple[str | None, str]) -> Collection[str]:
+        """Statements that write to what a batch of :mod:`raypg.server.writing` does: its table, and the ledger."""
+        own = quoted_name(into[0], into[1]) if into[0] else quoted_name(into[1])
+        return f"TRUNCATE {own}", "TRUNCATE raypg.batches", "TRUNCATE raypg.quarantine"
+
+    # --- for the line to the authority ---
+
+    def use(self, era: int) -> None:
+        """From now on the authority is to be asked, in that era; or not at all, if it is 0."""
+        if era == self.intents.era:
+            return
+        before, self.intents.era = self.intents.era, era
+        self.watched = bool(era)
+        if not era:
+            for intent in tuple(self._waiting):
+                self._allow(intent)
+        elif not before:
+            self._widen(CATALOGUE)  # what runs already was not announced
+
+    def widen(self) -> None:
+        """What we know of the catalogue holds no longer: what runs already may write to more than was announced. To be
+        called before that is acknowledged, and reported with it."""
+        if self.watched:
+            self._widen(EVERYTHING)
+
+    def _widen(self, table: str) -> None:
+        for connection in filter(self._engine.connections.is_in_use, self._engine.connections):
+            held = connection.held = connection.held or Held(self.intents)
+            if connection.lease is None or connection.busy or held.intents or _in_transaction(connection):
+                if table not in held.intents:
+                    held.intents[table] = self.intents.enter((table,))[0]
+                if connection.lease is None:
+                    self._background(self._until_over(connection, table))
+        self._engine.connections.hold_unconfirmed(lambda: self._hold_of(table))
+
+    def _hold_of(self, table: str) -> Held:
+        held = Held(self.intents)
+        held.intents[table] = self.intents.enter((table,))[0]
+        return held
+
+    async def _until_over(self, connection: ServerConnection, table: str) -> None:
+        """Whoever uses *connection* now ends it without knowing of us."""
+        held, since = connection.held, connection.taken_at
+        while connection.held is held and connection.taken_at == since and connection.lease is None:
+            if not self._engine.connections.is_in_use(connection):
+                if held is not None:
+                    held.settle(connection)
+                return
+            await asyncio.sleep(LOOK_EVERY / 10)
+        if connection.held is held and held is not None and (intent := held.intents.pop(table, None)) is not None:
+            self.intents.leave([intent], time.monotonic())
+
+    # --- inside ---
+
+    def _send(self) -> None:
+        batch, self._new = self._new, []
+        self._background(self._settle(batch))
+
+    async def _settle(self, batch: list[Intent]) -> None:
+        """Ask until they are allowed, or until it does not matter what the authority says."""
+        began = time.monotonic()
+        asking: asyncio.Future[bool] | None = None
+        try:
+            while True:
+                allowed = False
+                if asking is None and self.ask is not None:
+                    self.messages += 1
+                    asking = asyncio.ensure_future(self.ask({intent.number: intent.table for intent in batch}))
+                if asking is not None:
+                    await asyncio.wait((asking,), timeout=LOOK_EVERY)
+                    if asking.done():
+                        allowed, asking = asking.exception() is None and asking.result(), None
+                now = time.monotonic()
+                if allowed or not self.watched or self.intents.may_write_alone(now):
+                    break
+                if now - began > WITHIN:
+                    raise UnavailableError(
+                        "the statement was not sent: it cannot be made sure that nobody holds results of what it writes"
+                    )
+                if asking is None:
+                    await asyncio.sleep(AGAIN_AFTER)
+        except BaseException as error:
+            for intent in batch:
+                waiting = self._waiting.pop(intent, None)
+                if waiting is not None and not waiting.done():
+                    waiting.set_exception(error if isinstance(error, Exception) else UnavailableError("it has ended"))
+                    waiting.exception()  # nobody may wait any more
+            if not isinstance(error, UnavailableError):
+                raise
+        else:
+            for intent in batch:
+                self._allow(intent)
+        finally:
+            if asking is not None:
+                asking.cancel()
+
+    def _allow(self, intent: Intent) -> None:
+        intent.allowed = True
+        waiting = self._waiting.pop(intent, None)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(None)
+
+    def _background(self, work: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _in_transaction(connection: ServerConnection) -> bool:
+    return not connection.raw.is_closed() and connection.raw.is_in_transaction()
