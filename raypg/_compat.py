@@ -79,7 +79,9 @@ def is_driver() -> bool:
 
 
 def was_restarted() -> bool:
-    """Whether the actor that asks is a later life of itself."""
+    """Whether the actor that asks is a later life of itself; who is no actor is none."""
+    if is_driver():
+        return False
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the property warns of another one that it uses itself
         return bool(ray.get_runtime_context().was_current_actor_reconstructed)
