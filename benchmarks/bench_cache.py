@@ -15,7 +15,7 @@ from raypg import QueryPipelineNode, WorkflowConnectionPool, naming
 from raypg.coherence import Coherence, coherence_of
 
 WRITES = 4_000
-ROWS = 60_000
+ROWS = 300_000
 CLIENTS = 32
 PAUSES = 40
 LEAST = 0.9

@@ -210,7 +210,14 @@ async def test_serialization_failures_run_again(
         pipelines = [pipeline_of(pool, flush_interval=0, strategy=s) for s in ("best_effort", "sequential")]
         for pipeline in pipelines:
             await add_all(pipeline, f"update {schema}.t set n = n + $1", [(1,)] * 100)
-        parts = await asyncio.gather(*(pipeline.flush() for pipeline in pipelines))
+        transaction = direct.transaction()
+        await transaction.start()
+        await direct.execute(f"update {schema}.t set n = n")  # who waits for it may not go on when it is over
+        flushing = asyncio.gather(*(pipeline.flush() for pipeline in pipelines))
+        waits = "select exists (select from pg_locks where not granted and $1 = any(pg_blocking_pids(pid)))"
+        await eventually(lambda: direct.fetchval(waits, direct.get_server_pid()))
+        await transaction.commit()
+        parts = await flushing
         failed = [result.error for part in parts for result in part if not result.success]
         # Three tries are not always enough; what failed did nothing.
         assert all(isinstance(e, asyncpg.SerializationError | StatementNotRunError) for e in failed)
