@@ -155,10 +155,12 @@ class WriteReach:
         return [dict(zip(names or (), row, strict=True)) for row in rows]
 
 
-_CHANGES = frozenset(("SELECT", "INSERT", "UPDATE", "DELETE", "MERGE", "COPY", "TRUNCATE TABLE"))
+_CHANGES = frozenset(("SELECT", "INSERT", "UPDATE", "DELETE", "MERGE", "COPY", "TRUNCATE TABLE", "EXECUTE")) | {
+    "DECLARE CURSOR"
+}
 _NOTHING = frozenset(
     ("SHOW", "SET", "RESET", "BEGIN", "START TRANSACTION", "COMMIT", "ROLLBACK", "SAVEPOINT", "RELEASE", "LISTEN")
-) | {"UNLISTEN", "NOTIFY", "LOCK TABLE"}
+) | {"UNLISTEN", "NOTIFY", "LOCK TABLE", "FETCH", "CLOSE CURSOR"}
 
 
 def _tables_of(text: str) -> frozenset[str]:
