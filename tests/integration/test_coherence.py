@@ -151,7 +151,15 @@ async def test_what_is_not_written_to_stays(
     await pool.fetch(f"select * from {schema}.one")
     await pool.fetchval(f"select nextval('{schema}.numbers')")
     await pool.execute("select pg_notify('nobody', 'x')")
+    async with pool.transaction() as tx:
+        await tx.execute(f"declare c cursor for select * from {schema}.one")
+        assert len(await tx.fetch("fetch 1 from c")) == 1
     assert coherence.unchanged(one | two, mark)
+    node = pipeline_of(pool)
+    await node.write(pa.table({"id": [1]}), into=f"{schema}.one")  # by a ledger that may not exist
+    await node.close()
+    assert not coherence.unchanged(one, mark)
+    assert coherence.unchanged(two, mark)
 
 
 async def test_nothing_is_granted_while_a_transaction_that_wrote_is_open(
