@@ -21,6 +21,7 @@ from raypg.server.held import Held
 from raypg.server.write_reach import WriteReach
 
 if TYPE_CHECKING:
+    from raypg.core.sql import Verdict
     from raypg.server.connection import ServerConnection
     from raypg.server.engine import Engine
     from raypg.server.writing import Spec
@@ -95,6 +96,10 @@ class Writes:
                     loop.call_soon(self._send)
                 self._new.append(intent)
         await asyncio.gather(*(asyncio.shield(self._waiting[intent]) for intent in waiting if not intent.allowed))
+
+    def concerns(self, sql: str, verdict: Verdict) -> bool:
+        """Whether :meth:`begin` is to be told of *sql*: not if it is certain that it only reads."""
+        return bool(verdict.relations) or not verdict.retryable or self.reach.may_write(sql)
 
     @staticmethod
     def texts_of_batch(spec: Spec) -> Collection[str]:
