@@ -185,7 +185,10 @@ def test_no_forbidden_function_is_a_read(name: str) -> None:
 def test_deterministic_is_what_no_clock_and_no_chance_changes() -> None:
     rows = {"relations": [T], "functions": [function("f", "select 1"), function("g", "select random()")]}
     classifier = Classifier(facts(**rows))
-    for sql in ("select 1", "select lower(a) from t where b = $1", "select f()", "select a from t order by a limit 1"):
+    for sql in (
+        *("select 1", "select lower(a) from t where b = $1", "select f()", "select a from t order by a limit 1"),
+        "select tableoid from t",
+    ):
         assert classifier.classify(sql).deterministic, sql
     for sql in (
         *("select now()", "select current_date", "select 'now'::timestamptz", "select random()", "select g()"),
@@ -196,6 +199,12 @@ def test_deterministic_is_what_no_clock_and_no_chance_changes() -> None:
             "select age(a) from t",
         ),
         *("select has_table_privilege('t', 'select')", "select localtimestamp"),
+        *(
+            "select ctid from t",
+            "select t.xmin from t",
+            "select a from t where (t).xmax = '0'",
+            "select cmin, cmax from t",
+        ),
     ):
         assert (classifier.classify(sql).kind, classifier.classify(sql).deterministic) == ("READ", False), sql
 
