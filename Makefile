@@ -56,8 +56,8 @@ endif
 
 # What depends on the server most: sessions, leases, transactions, statements after DDL, and its death.
 ON_SYSTEM := $(addprefix tests/integration/test_,$(addsuffix .py,leases transactions session_state settings cursors \
-	prepared schema_changes pool pipeline_rows write write_types)) tests/faults/test_lease_owner.py tests/faults/test_cancellation.py \
-	tests/faults/test_breaker_outages.py
+	prepared schema_changes pool pipeline_rows write write_types)) $(addprefix tests/faults/test_,$(addsuffix .py, \
+	lease_owner cancellation breaker_outages))
 
 test-system: setup system-packages ## Run the tests that depend on the server most on the system's PostgreSQL
 	RAYPG_TEST_POSTGRES=system $(VENV)/bin/pytest -q --durations=5 $(ON_SYSTEM) $(ARGS)

@@ -43,4 +43,4 @@ async def prepare(raw: asyncpg.Connection, texts: Iterable[str]) -> None:
     if begun:
         # asyncpg has not ended what it began (it sends no Sync): locks on all these tables would be held until somebody
         # uses the connection.
-        await raw.execute("SELECT 1")
+        await raw.execute("SELECT")

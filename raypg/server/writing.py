@@ -161,9 +161,11 @@ class WriteRequest(Request[BatchCounts]):
                 if connection.raw.is_in_transaction():
                     try:
                         await connection.run(STATUS, "ROLLBACK", ())
-                    except ConnectionLost as lost:
+                    except (ConnectionLost, asyncpg.InterfaceError) as lost:
+                        # The latter: the socket died under a COPY, and asyncpg still waits for its answer.
+                        connection.abandon()
                         engine.connections.drop(connection)
-                        self._lost(engine, lost)
+                        self._lost(engine, lost if isinstance(lost, ConnectionLost) else ConnectionLost(None))
                         return None
                 if isinstance(error, TableChanged):
                     anew, self._prepared = True, None

@@ -68,6 +68,13 @@ def shared(ray_cluster: Any, pg18: EmbeddedServer) -> Iterator[WorkflowConnectio
     yield from lasting_pool(pg18, max_connections=6, workers=2, **NO_BREAKER)
 
 
+@pytest.fixture
+async def table(schema: str, direct: asyncpg.Connection) -> str:
+    """Name of a table of numbers, empty."""
+    await direct.execute("create table kept (id int)")
+    return f"{schema}.kept"
+
+
 async def seconds(work: Any) -> float:
     began = time.monotonic()
     await work
@@ -75,10 +82,8 @@ async def seconds(work: Any) -> float:
 
 
 async def test_a_cache_that_is_killed_or_hangs_holds_up_writes_for_a_lease_at_most(
-    shared: WorkflowConnectionPool, schema: str, direct: asyncpg.Connection
+    shared: WorkflowConnectionPool, table: str, direct: asyncpg.Connection
 ) -> None:
-    await direct.execute("create table kept (id int)")
-    table = f"{schema}.kept"
     dies, hangs = Holder.remote(), Holder.remote()
     first, second = await asyncio.gather(dies.hold.remote(shared.name, table), hangs.hold.remote(shared.name, table))
     assert await dies.answer.remote() == await hangs.answer.remote() == 0
@@ -99,10 +104,8 @@ async def test_a_cache_that_is_killed_or_hangs_holds_up_writes_for_a_lease_at_mo
 
 
 async def test_a_worker_that_is_killed_while_it_writes_leaves_nothing_stale(
-    shared: WorkflowConnectionPool, schema: str, direct: asyncpg.Connection
+    shared: WorkflowConnectionPool, table: str, direct: asyncpg.Connection
 ) -> None:
-    await direct.execute("create table kept (id int)")
-    table = f"{schema}.kept"
     holder = Holder.remote()
     await holder.hold.remote(shared.name, table)
     pids = await worker_pids(shared.name)
@@ -124,10 +127,8 @@ async def test_a_worker_that_is_killed_while_it_writes_leaves_nothing_stale(
 
 
 async def test_without_the_authority_writes_wait_for_old_leases_and_go_on(
-    shared: WorkflowConnectionPool, schema: str, direct: asyncpg.Connection
+    shared: WorkflowConnectionPool, table: str, direct: asyncpg.Connection
 ) -> None:
-    await direct.execute("create table kept (id int)")
-    table = f"{schema}.kept"
     holder = Holder.remote()
     await holder.hold.remote(shared.name, table)
     await shared.fetchval("select 1")  # the Pool actor is asked where the workers are
@@ -149,10 +150,8 @@ async def test_without_the_authority_writes_wait_for_old_leases_and_go_on(
 
 
 async def test_a_worker_that_hangs_takes_the_leases_away_and_no_longer_than_it_is_known(
-    shared: WorkflowConnectionPool, schema: str, direct: asyncpg.Connection
+    shared: WorkflowConnectionPool, table: str, direct: asyncpg.Connection
 ) -> None:
-    await direct.execute("create table kept (id int)")
-    table = f"{schema}.kept"
     holder = Holder.remote()
     await holder.hold.remote(shared.name, table)
     pid = (await worker_pids(shared.name))[0]
@@ -171,9 +170,8 @@ async def test_a_worker_that_hangs_takes_the_leases_away_and_no_longer_than_it_i
 
 
 async def test_a_write_costs_nothing_when_the_last_cache_is_gone(
-    shared: WorkflowConnectionPool, schema: str, direct: asyncpg.Connection
+    shared: WorkflowConnectionPool, schema: str, table: str
 ) -> None:
-    await direct.execute("create table kept (id int)")
     coherence: Coherence = coherence_of(await shared._dispatcher())
     await coherence.start()
     await eventually(lambda: coherence.may_keep(frozenset((f'"{schema}"."kept"',))))

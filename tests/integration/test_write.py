@@ -315,35 +315,6 @@ async def test_quarantine_stores_bad_rows_and_commits_the_rest(
     assert (again.known_batches, again.rows, again.quarantined) == (2, 0, 0)
 
 
-async def test_one_bad_row_in_a_million(pipeline: QueryPipelineNode, schema: str, direct: asyncpg.Connection) -> None:
-    await direct.execute(
-        f"create unlogged table {schema}.many (id int8, at timestamp, amount int8 check (amount >= 0))"
-    )
-    ids = np.arange(1_000_000)
-    amounts = ids % 1000
-    amounts[654_321] = -1
-    data = pa.table({"id": ids, "at": pa.array(ids * 10**6, pa.timestamp("us")), "amount": amounts})
-    with pytest.raises(asyncpg.CheckViolationError, match="row 654321 of the data") as caught:
-        await pipeline.write(data, into=f"{schema}.many", batch_id="million")
-    error: Any = caught.value
-    assert error.row == 654_321
-    first = 654_321 // 65_536 * 65_536
-    assert not await direct.fetchval(
-        f"select count(*) from {schema}.many where id >= $1 and id < $2", first, first + 65_536
-    )
-    assert await count(direct, f"{schema}.many") == error.written.rows
-    written = await pipeline.write(data, into=f"{schema}.many", batch_id="million", on_bad_rows="quarantine")
-    assert (written.rows + written.known_rows, written.known_rows, written.quarantined) == (
-        999_999,
-        error.written.rows,
-        1,
-    )
-    found = await direct.fetchrow(f"select count(*), count(distinct id), sum(id)::int8 from {schema}.many")
-    assert tuple(found) == (999_999, 999_999, int(ids.sum()) - 654_321)
-    query = "select row, sqlstate, data::json->>'id' from raypg.quarantine where pipeline = $1"
-    assert [tuple(row) for row in await direct.fetch(query, pipeline.name)] == [(654_321, "23514", "654321")]
-
-
 async def test_bad_rows_of_every_kind(pipeline: QueryPipelineNode, schema: str, direct: asyncpg.Connection) -> None:
     """Not null, too long, a foreign key (which no line of COPY names), a number too big, a text that is no uuid; and
     so many of them that they are looked for by halves."""

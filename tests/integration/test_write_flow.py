@@ -1,4 +1,5 @@
-"""`pipeline.write` on its way: how many batches are under way, what holds them, and who is tried again."""
+"""`pipeline.write` on its way: how many batches are under way, what holds them, who is tried again; one bad row in a
+million."""
 
 from __future__ import annotations
 
@@ -9,12 +10,13 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import asyncpg
+import numpy as np
 import pyarrow as pa
 import pytest
-from pools import grant, pipeline_of
+from pools import grant, pipeline_of, unique_name
 from waiting import eventually
 
-from raypg import WorkflowConnectionPool
+from raypg import QueryPipelineNode, WorkflowConnectionPool
 from raypg.actors.worker import PoolWorker
 from raypg.config import from_kwargs
 from raypg.embedded import EmbeddedServer
@@ -116,3 +118,33 @@ async def test_a_bar_shows_how_far_it_is(
     shown = capsys.readouterr().out
     assert table in shown
     assert "3000/3000" in shown
+
+
+async def test_one_bad_row_in_a_million(pool: WorkflowConnectionPool, schema: str, direct: asyncpg.Connection) -> None:
+    pipeline = QueryPipelineNode(name=unique_name("load"), connection_pool=pool)
+    await direct.execute(
+        f"create unlogged table {schema}.many (id int8, at timestamp, amount int8 check (amount >= 0))"
+    )
+    ids = np.arange(1_000_000)
+    amounts = ids % 1000
+    amounts[654_321] = -1
+    data = pa.table({"id": ids, "at": pa.array(ids * 10**6, pa.timestamp("us")), "amount": amounts})
+    with pytest.raises(asyncpg.CheckViolationError, match="row 654321 of the data") as caught:
+        await pipeline.write(data, into=f"{schema}.many", batch_id="million")
+    error: Any = caught.value
+    assert error.row == 654_321
+    first = 654_321 // 65_536 * 65_536
+    assert not await direct.fetchval(
+        f"select count(*) from {schema}.many where id >= $1 and id < $2", first, first + 65_536
+    )
+    assert await direct.fetchval("select count(*) from many") == error.written.rows
+    written = await pipeline.write(data, into=f"{schema}.many", batch_id="million", on_bad_rows="quarantine")
+    assert (written.rows + written.known_rows, written.known_rows, written.quarantined) == (
+        999_999,
+        error.written.rows,
+        1,
+    )
+    found = await direct.fetchrow(f"select count(*), count(distinct id), sum(id)::int8 from {schema}.many")
+    assert tuple(found) == (999_999, 999_999, int(ids.sum()) - 654_321)
+    query = "select row, sqlstate, data::json->>'id' from raypg.quarantine where pipeline = $1"
+    assert [tuple(row) for row in await direct.fetch(query, pipeline.name)] == [(654_321, "23514", "654321")]
