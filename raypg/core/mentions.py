@@ -41,6 +41,8 @@ _PLAN_TAGS: Final = (
     | _CHANGES
     | words("InferClause IndexElem LockingClause MergeWhenClause MultiAssignRef OnConflictClause ReturningClause")
 )
+# They change though no statement writes to the table: FREEZE, CLUSTER, row locks.
+_SYSTEM_COLUMNS: Final = words("ctid xmin xmax cmin cmax")
 _COMPLEX: Final = frozenset(("JoinExpr", "groupClause", "havingClause", "SubLink", "RangeSubselect", "WithClause"))
 
 
@@ -58,7 +60,7 @@ class Mentions:
         ctes: names of its WITH queries, which may stand among ``relations``.
         operators, types: their names, without schemas.
         attributes: fields with something before the dot, as ``a.b``: they may be calls of a function ``b``.
-        steady: the text has neither chance nor the clock in it.
+        steady: the text has neither chance nor the clock in it, nor where and by whom rows are stored.
         bulk: INSERT … SELECT or of many rows, UPDATE or DELETE of a whole table, COPY, TRUNCATE.
         complexity: 0 to 1, by what a plan takes most trouble with: joins, groups, subqueries.
         statements: how many there are.
@@ -231,12 +233,17 @@ class _Walk:
 
     def _column(self, value: dict[str, Any], _: dict[str, Any]) -> bool:
         fields = value["fields"]
+        name = fields[-1].get("String", {}).get("sval", "")
         if len(fields) > 1:
-            self.attributes.add(fields[-1].get("String", {}).get("sval", ""))
+            self.attributes.add(name)
+        if name in _SYSTEM_COLUMNS:
+            self.steady = False
         return False
 
     def _indirection(self, value: list[dict[str, Any]], _: dict[str, Any]) -> bool:
-        self.attributes.update(field["String"]["sval"] for field in value if "String" in field)
+        names = {field["String"]["sval"] for field in value if "String" in field}
+        self.attributes |= names
+        self.steady = self.steady and names.isdisjoint(_SYSTEM_COLUMNS)
         return True
 
     def _relation(self, value: dict[str, Any], _: dict[str, Any]) -> bool:

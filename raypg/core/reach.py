@@ -2,9 +2,10 @@
 
 A write to a table reaches further than its text: to the other partitions of the table (all are one family, named by
 its head, see :class:`raypg.core.facts.Facts`), by cascading foreign keys, and by the functions of triggers, rules,
-defaults, checks, indexes and policies. What a function writes to: of language ``sql``, its statements say that. Of
-``plpgsql``, its words do: a table that it writes to is named in it, unless it makes up statements (``EXECUTE``),
-changes the schema, or has quoted names in it. Any other function that is volatile may write to anything.
+defaults, checks, indexes and policies; any statement by those of operators, casts, domains, and defaults of arguments.
+What a function writes to: of language ``sql``, its statements say that. Of ``plpgsql``, its words do: a table that it
+writes to is named in it, unless it makes up statements (``EXECUTE``), changes the schema, or has quoted names in it.
+Any other function that is volatile may write to anything.
 
 Results are names of tables, see :func:`shown`; ``EVERYTHING``: to any table; ``CATALOGUE``: to any table, and it may
 change the catalogue too. Both are of :mod:`raypg.core.coherence`.
@@ -12,6 +13,7 @@ change the catalogue too. Both are of :mod:`raypg.core.coherence`.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, TypeAlias
@@ -49,8 +51,9 @@ _HARMLESS: Final = words("""
 
 _NO_DATA: Final = frozenset(
     ("SHOW", "SET", "RESET", "DISCARD", "DEALLOCATE", "CLOSE CURSOR", "SET CONSTRAINTS", "LISTEN", "UNLISTEN", "NOTIFY")
-) | {"VACUUM", "CHECKPOINT", "LOCK TABLE", "PREPARE"}
-"""Commands that change no data of a table, whatever they name."""
+) | {"VACUUM", "CHECKPOINT", "LOCK TABLE", "PREPARE", "FETCH"}
+"""Commands that change no data of a table, whatever they name. FETCH and MOVE: what the query of a cursor reaches, its
+DECLARE does, or the function that opened it, and so its transaction until that ends; WITH HOLD it has run by then."""
 
 _QUERIES: Final = frozenset(("SELECT", "INSERT", "UPDATE", "DELETE", "MERGE", "COPY", "TRUNCATE TABLE", "EXPLAIN")) | {
     "DECLARE CURSOR"
@@ -78,7 +81,8 @@ class Reach:
         facts: of the catalogue.
         rows: what :mod:`raypg.server.facts_reader` has read: ``relations``, ``functions``, and ``triggers``
             (schema, name, function_schema, function), ``cascades`` (schema, name, to_schema, to_name: who changes when
-            the first is changed), ``rules`` (schema, name), ``uses`` (schema, name, function_schema, function).
+            the first is changed), ``rules`` (schema, name), ``uses`` (schema, name, function_schema, function),
+            ``events`` (function_schema, function: of event triggers).
     """
 
     def __init__(self, facts: Facts, rows: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
@@ -87,8 +91,12 @@ class Reach:
         self._named: dict[str, list[str]] = {}
         self._tables: dict[Name, Tables] = {}
         self._views: dict[Name, Tables] = {}
+        self._operators: dict[Name, Tables] = {}
+        self._types: dict[Name, Tables] = {}
+        self._events = frozenset((row["function_schema"], row["function"]) for row in rows.get("events", ()))
         self._steps: list[tuple[dict[Name, Tables], Name, Callable[[], Tables]]] = []
         self._take_functions(rows["functions"])
+        self._take_operators_and_types(rows)
         self._take_relations(rows)
         changed = True
         while changed:
@@ -121,7 +129,10 @@ class Reach:
         found = NOTHING
         for node in nodes:
             ((tag, body),) = node.items()
-            if tag in ("CreateStmt", "CreateTableAsStmt") and _is_temporary(body):
+            if _executes(node):
+                found |= self._of_execute()
+            elif tag in ("CreateStmt", "CreateTableAsStmt") and _is_temporary(body) and not self._facts.distrust:
+                found |= _united(self.of_call(*name) for name in self._events)
                 found |= NOTHING if tag == "CreateStmt" else self._named_in(statement(node))
             else:
                 found |= self.of_mentions(statement(node), cascades=_cascades(body))
@@ -150,12 +161,26 @@ class Reach:
             found |= self._of_reading(schema, name)
         for name in said.attributes:  # a.name may be name(a)
             found |= self.of_call("", name)
-        if (
-            said.operators & facts.operators.keys()
-            or (said.types | {n for _, n in said.functions}) & facts.types.keys()
-        ):
+        return (
+            found
+            | self._of_operators(said.operators & facts.operators.keys())
+            | self._of_types(said.types | {name for _, name in said.functions})
+        )
+
+    def _of_execute(self) -> Tables:
+        """What a prepared statement may reach, whose text is not to be seen. It changes no catalogue by itself: only a
+        function that it calls might."""
+        if self._facts.distrust or any(CATALOGUE in tables for tables in self._functions.values()):
             return ANYTHING
-        return found
+        return ANY_TABLE
+
+    def _of_operators(self, names: Iterable[str]) -> Tables:
+        return _united(self._operators.get(("", name), ANYTHING) for name in names)
+
+    def _of_types(self, names: Tables) -> Tables:
+        """What runs when values of these types are made. If any of them is not harmless, or made of one that is not:
+        what runs for any type."""
+        return NOTHING if names.isdisjoint(self._facts.types) else _united(self._types.values())
 
     def of_table(self, schema: str, name: str) -> Tables:
         """What a write to that table, in any schema if none is given, may reach."""
@@ -189,6 +214,12 @@ class Reach:
             work = self._function(row)
             if work is not None:
                 self._steps.append((self._functions, key, work))
+            if row["defaults"]:
+                text = f"SELECT {row['defaults']}"
+                self._steps.append((self._functions, key, functools.partial(self.of, text)))
+            if row["types"]:
+                types = frozenset(row["types"])
+                self._steps.append((self._functions, key, functools.partial(self._of_types, types)))
 
     def _function(self, row: Mapping[str, Any]) -> Callable[[], Tables] | None:
         language, source, name = row["language"], row["source"], row["name"]
@@ -207,11 +238,27 @@ class Reach:
                 return lambda: self._words(used, code)
         return lambda: ANYTHING
 
+    def _take_operators_and_types(self, rows: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
+        """What is behind them: functions of operators, casts and operator classes, checks of domains."""
+        for row in rows["operators"]:
+            self._take_call(self._operators, ("", row["name"]), row)
+        for row in (*rows["casts"], *rows["classes"]):
+            self._take_call(self._types, ("", row["type"] or row["target"]), row)
+        for row in rows["domains"]:
+            key = "", row["name"]
+            self._types.setdefault(key, NOTHING)
+            for check in row["checks"]:
+                self._steps.append((self._types, key, functools.partial(self.of, f"SELECT {check}")))
+
+    def _take_call(self, found: dict[Name, Tables], key: Name, row: Mapping[str, Any]) -> None:
+        found.setdefault(key, NOTHING)
+        self._steps.append((found, key, functools.partial(self.of_call, row["schema"], row["function"])))
+
     def _words(self, used: Tables, code: str) -> Tables:
         """What a body in ``plpgsql`` may reach by its words."""
-        facts, found = self._facts, NOTHING
-        if used & facts.types.keys() or any(operator in code for operator in facts.operators):
-            return ANYTHING
+        facts = self._facts
+        found = self._of_types(used)
+        found |= self._of_operators(operator for operator in facts.operators if operator in code)
         writes = bool(used & _WRITES)
         for word in used:
             found |= self.of_call("", word)
@@ -295,6 +342,15 @@ def _body(source: str) -> str:
 def _cascades(body: Mapping[str, Any]) -> bool:
     """Whether a TRUNCATE takes along tables that it does not name."""
     return body.get("behavior") == "DROP_CASCADE"
+
+
+def _executes(node: Mapping[str, Any]) -> bool:
+    """Whether it runs a statement that was prepared before."""
+    while True:
+        ((tag, body),) = node.items()
+        if tag not in ("ExplainStmt", "CreateTableAsStmt") or (tag == "CreateTableAsStmt" and not _is_temporary(body)):
+            return tag == "ExecuteStmt"
+        node = body["query"]
 
 
 def _is_temporary(body: Mapping[str, Any]) -> bool:

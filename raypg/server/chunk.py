@@ -184,9 +184,7 @@ class ChunkRequest(Request[None]):
     async def _announce(self, engine: Engine, connection: ServerConnection) -> None:
         """Have nobody hold results of what these statements write to."""
         texts = {run.sql for run in self._runs}
-        await engine.writes.begin(
-            connection, [sql for sql in texts if classify(sql).relations or not classify(sql).retryable]
-        )
+        await engine.writes.begin(connection, [sql for sql in texts if engine.writes.concerns(sql, classify(sql))])
 
     async def _optimize(self, engine: Engine, connection: ServerConnection) -> None:
         """Let reads run before writes that they have nothing to do with."""

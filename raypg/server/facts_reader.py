@@ -178,6 +178,15 @@ JOIN pg_catalog.pg_namespace fn ON fn.oid = p.pronamespace
 WHERE p.oid >= 16384
 """
 
+# Not what runs at a login: that is no statement of ours.
+_EVENTS = """
+SELECT DISTINCT n.nspname::text AS function_schema, p.proname::text AS function
+FROM pg_catalog.pg_event_trigger e
+JOIN pg_catalog.pg_proc p ON p.oid = e.evtfoid
+JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace
+WHERE e.evtenabled <> 'D' AND e.evtevent <> 'login'
+"""
+
 # What a type is part of: arrays, domains over it, ranges, composites, and the relations with such columns.
 _PARTS = """
 WITH RECURSIVE part (seed, oid) AS (
@@ -219,6 +228,7 @@ SELECT ARRAY[
     (SELECT sum(hashtextextended(xmin::text || oid, 0)) FROM pg_catalog.pg_trigger WHERE NOT tgisinternal),
     (SELECT sum(hashtextextended(xmin::text || oid, 0)) FROM pg_catalog.pg_constraint WHERE conrelid <> 0),
     (SELECT sum(hashtextextended(xmin::text || oid, 0)) FROM pg_catalog.pg_attrdef),
+    (SELECT sum(hashtextextended(xmin::text || oid, 0)) FROM pg_catalog.pg_event_trigger),
     (SELECT sum(hashtextextended(xmin::text || indexrelid, 0)) FROM pg_catalog.pg_index WHERE indexrelid >= 16384),
     (SELECT hashtextextended(current_setting('standard_conforming_strings'), 0))
 ]::text AS digest
@@ -235,7 +245,7 @@ _QUERIES = {
     "classes": _CLASSES,
     "inherits": _INHERITS,
 }
-_MORE_QUERIES = {"triggers": _TRIGGERS, "cascades": _CASCADES, "rules": _RULES, "uses": _USES}
+_MORE_QUERIES = {"triggers": _TRIGGERS, "cascades": _CASCADES, "rules": _RULES, "uses": _USES, "events": _EVENTS}
 
 
 async def load(fetch: Fetch) -> Facts:
@@ -248,7 +258,7 @@ async def load(fetch: Fetch) -> Facts:
 
 
 async def load_for_writes(fetch: Fetch) -> Reach:
-    """What statements may write to: four queries more. Errors as :func:`load`."""
+    """What statements may write to: five queries more. Errors as :func:`load`."""
     facts, rows = await _load(fetch)
     rows |= {name: await fetch(query) for name, query in _MORE_QUERIES.items()}
     return await asyncio.to_thread(Reach, facts, rows)

@@ -137,7 +137,7 @@ class LeaseTable:
             connection.dirty = True
             verdict = classify(sql)
             try:
-                if self._writes.watched and (verdict.relations or not verdict.retryable):
+                if self._writes.watched and self._writes.concerns(sql, verdict):
                     await self._writes.begin(connection, (sql,))
                     self.find(token)
                     if number in lease.cancelled:

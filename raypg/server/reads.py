@@ -105,6 +105,7 @@ def _may_join(engine: Engine, connection: ServerConnection, work: Any, now: floa
         and engine.pace.is_quick(work.sql)
         and engine.pace.gain.pays(work.sql)
         and (not verdict.relations or engine.catalogue.known_plain(verdict.relations, now))
+        and not (engine.writes.watched and engine.writes.reach.may_write(work.sql))
         and connection.prepared(work.sql) is not None
     )
 

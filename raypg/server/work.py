@@ -138,6 +138,7 @@ class Statement:
                 plain = self.settings is None and await engine.catalogue.are_plain(
                     connection, self.verdict.relations, now
                 )
+            plain = plain and not (engine.writes.watched and engine.writes.reach.may_write(self.sql))
             if not plain:
                 connection.dirty = True
                 if engine.writes.watched:

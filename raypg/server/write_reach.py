@@ -74,6 +74,12 @@ class WriteReach:
         known = self._catalogue
         return known if known is not None and self.holding.unchanged((CATALOGUE,), known.mark, now) else None
 
+    def may_write(self, text: str) -> bool:
+        """Whether *text* may write though it looks like a mere read: by an overload of a harmless function, a domain, a
+        cast. Where nothing is known of the catalogue the text is believed: no mere read shall wait for the authority.
+        """
+        return self._known(time.monotonic()) is not None and bool(self.tables_of(text))
+
     def tables_of(self, text: str) -> frozenset[str]:
         """The tables that a statement may write to. Better after :meth:`ready`."""
         known = self._known(time.monotonic())
@@ -155,10 +161,12 @@ class WriteReach:
         return [dict(zip(names or (), row, strict=True)) for row in rows]
 
 
-_CHANGES = frozenset(("SELECT", "INSERT", "UPDATE", "DELETE", "MERGE", "COPY", "TRUNCATE TABLE"))
+_CHANGES = frozenset(("SELECT", "INSERT", "UPDATE", "DELETE", "MERGE", "COPY", "TRUNCATE TABLE", "EXECUTE")) | {
+    "DECLARE CURSOR"
+}
 _NOTHING = frozenset(
     ("SHOW", "SET", "RESET", "BEGIN", "START TRANSACTION", "COMMIT", "ROLLBACK", "SAVEPOINT", "RELEASE", "LISTEN")
-) | {"UNLISTEN", "NOTIFY", "LOCK TABLE"}
+) | {"UNLISTEN", "NOTIFY", "LOCK TABLE", "FETCH", "CLOSE CURSOR"}
 
 
 def _tables_of(text: str) -> frozenset[str]:

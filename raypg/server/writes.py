@@ -21,8 +21,10 @@ from raypg.server.held import Held
 from raypg.server.write_reach import WriteReach
 
 if TYPE_CHECKING:
+    from raypg.core.sql import Verdict
     from raypg.server.connection import ServerConnection
     from raypg.server.engine import Engine
+    from raypg.server.writing import Spec
 
 logger = logging.getLogger(__name__)
 
@@ -95,11 +97,21 @@ class Writes:
                 self._new.append(intent)
         await asyncio.gather(*(asyncio.shield(self._waiting[intent]) for intent in waiting if not intent.allowed))
 
+    def concerns(self, sql: str, verdict: Verdict) -> bool:
+        """Whether :meth:`begin` is to be told of *sql*: not if it is certain that it only reads."""
+        return bool(verdict.relations) or not verdict.retryable or self.reach.may_write(sql)
+
     @staticmethod
-    def texts_of_batch(into: tuple[str | None, str]) -> Collection[str]:
-        """Statements that write to what a batch of :mod:`raypg.server.writing` does: its table, and the ledger."""
-        own = quoted_name(into[0], into[1]) if into[0] else quoted_name(into[1])
-        return f"TRUNCATE {own}", "TRUNCATE raypg.batches", "TRUNCATE raypg.quarantine"
+    def texts_of_batch(spec: Spec) -> Collection[str]:
+        """Statements that write to what a batch of :mod:`raypg.server.writing` does: its table, and those of the ledger
+        that it needs. Where these do not exist, one may write to anything, as far as anybody knows."""
+        schema, table = spec.into
+        texts = [f"TRUNCATE {quoted_name(schema, table) if schema else quoted_name(table)}"]
+        if spec.batch_id is not None:
+            texts.append("TRUNCATE raypg.batches")
+        if spec.on_bad_rows == "quarantine":
+            texts.append("TRUNCATE raypg.quarantine")
+        return texts
 
     # --- for the line to the authority ---
 

@@ -151,7 +151,7 @@ class WriteRequest(Request[BatchCounts]):
             self._ended = False
             try:
                 if engine.writes.watched:
-                    await engine.writes.begin(connection, engine.writes.texts_of_batch(self._spec.into))
+                    await engine.writes.begin(connection, engine.writes.texts_of_batch(self._spec))
                 counts = await self._write(engine, connection, anew)
             except ConnectionLost as lost:
                 engine.connections.drop(connection)

@@ -151,7 +151,48 @@ async def test_what_is_not_written_to_stays(
     await pool.fetch(f"select * from {schema}.one")
     await pool.fetchval(f"select nextval('{schema}.numbers')")
     await pool.execute("select pg_notify('nobody', 'x')")
+    async with pool.transaction() as tx:
+        await tx.execute(f"declare c cursor for select * from {schema}.one")
+        assert len(await tx.fetch("fetch 1 from c")) == 1
     assert coherence.unchanged(one | two, mark)
+    node = pipeline_of(pool)
+    await node.write(pa.table({"id": [1]}), into=f"{schema}.one")  # by a ledger that may not exist
+    await node.close()
+    assert not coherence.unchanged(one, mark)
+    assert coherence.unchanged(two, mark)
+
+
+async def leased(pool: WorkflowConnectionPool, query: str) -> None:
+    async with pool.acquire() as connection:
+        await connection.fetch(query)
+
+
+async def pipelined(pool: WorkflowConnectionPool, query: str) -> None:
+    node = pipeline_of(pool)
+    await node.add_query(query)
+    assert all(result.success for result in await node.flush())
+    await node.close()
+
+
+async def test_a_read_that_writes_by_a_domain_takes_back_what_is_held(
+    pool: WorkflowConnectionPool, coherence: Coherence, schema: str, table: str
+) -> None:
+    tables = shown(table)
+    await pool.execute(
+        f"create function {schema}.notes(n int) returns bool language sql as"
+        f" 'insert into {table} values (n) on conflict do nothing returning true'"
+    )
+    await pool.execute(f"create domain {schema}.noted as int check ({schema}.notes(value))")
+    query = f"select 1::{schema}.noted"
+    for way in (WorkflowConnectionPool.fetch, leased, pipelined):
+
+        async def takes_back(way: Write = way) -> bool:
+            mark = await held(coherence, tables)
+            await way(pool, query)
+            return not coherence.unchanged(tables, mark)
+
+        await eventually(takes_back)  # whichever worker it is, as soon as that has read the catalogue again
+    assert await pool.fetchval(f"select count(*) from {table}") == 1
 
 
 async def test_nothing_is_granted_while_a_transaction_that_wrote_is_open(

@@ -182,6 +182,8 @@ async def test_a_write_reaches_all_that_the_catalogue_says_it_reaches(fresh: asy
         create trigger acts_so instead of insert on acts for each row execute function note();
         create rule also as on insert to ruled do also insert into log values ('x');
         alter table guarded add check (asks(id));
+        create function by_default(n int default adds(1)) returns int language sql as 'select n';
+        create domain asked as int check (asks(value));
         """
     )
     reach = await facts_reader.load_for_writes(fresh.fetch)
@@ -207,6 +209,9 @@ async def test_a_write_reaches_all_that_the_catalogue_says_it_reaches(fresh: asy
         "insert into guarded values (1)": "guarded plain",
         "select adds(1)": "plain",
         "select asks(1)": "plain",
+        "select by_default()": "plain",
+        "select '1'::asked": "plain",
+        "explain analyze execute p": "",  # there is a function that may do anything
         "insert into log select 'x' where asks(1)": "log plain",
         "explain analyze insert into plain values (1)": "plain",
         "create table another (id int)": "",
@@ -224,10 +229,26 @@ async def test_a_write_reaches_all_that_the_catalogue_says_it_reaches(fresh: asy
     for text in (
         "select looks_up(1)", "select nextval('x')", "select pg_notify('a', 'b')", "notify a", "set search_path = x",
         "select * from plain for update", "select pg_advisory_xact_lock(1)", "lock table plain", "vacuum plain",
-        "commit", "savepoint x", "create temp table t (id int)", "select * from shows", "listen a",
+        "commit", "savepoint x", "create temp table t (id int)", "select * from shows", "listen a", "fetch 1 from c",
     ):  # fmt: skip
         assert reach.of(text) == frozenset(), text
     assert reach.of("create temp table t as select adds(1)") == {'"public"."plain"'}
+    known = await facts_reader.digest(fresh.fetch)
+    await fresh.execute(
+        """
+        create function tells() returns event_trigger language plpgsql as
+            'begin insert into log (what) values (tg_tag); end';
+        create event trigger tells on ddl_command_end execute function tells();
+        """
+    )
+    assert await facts_reader.digest(fresh.fetch) != known
+    reach = await facts_reader.load_for_writes(fresh.fetch)
+    assert reach.of("create temp table t (id int)") == {'"public"."log"'}
+    known = await facts_reader.digest(fresh.fetch)
+    await fresh.execute("alter event trigger tells disable")
+    assert await facts_reader.digest(fresh.fetch) != known
+    reach = await facts_reader.load_for_writes(fresh.fetch)
+    assert reach.of("create temp table t (id int)") == frozenset()
 
 
 async def test_a_read_of_a_partition_comes_from_the_whole_family(fresh: asyncpg.Connection) -> None:

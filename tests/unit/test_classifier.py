@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import pytest
+from catalogues import catalogue, function, relation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from statements import corpus
@@ -16,25 +17,9 @@ from raypg.core.facts import Facts
 from raypg.core.facts_building import build, seeds
 from raypg.core.mentions import mentions
 
-BUILTIN = dict.fromkeys(functions.READ | functions.FORBIDDEN | functions.LOCAL, False) | {"int4pl": True}
-
-
-def relation(name: str, schema: str = "public", **changes: Any) -> dict[str, Any]:
-    row = {"kind": "r", "persistence": "p", "parts": False, "definition": None, "policies": None}
-    return row | {"schema": schema, "name": name} | changes
-
-
-def function(name: str, source: str, language: str = "sql", **changes: Any) -> dict[str, Any]:
-    row = {"schema": "public", "kind": "f", "volatility": "s", "defaults": None, "types": [], "calls": None}
-    return row | {"name": name, "source": source, "language": language} | changes
-
 
 def facts(tainted: dict[str, Any] | None = None, **rows: list[dict[str, Any]]) -> Facts:
-    empty: dict[str, list[dict[str, Any]]] = {
-        kind: [] for kind in ("settings", "relations", "functions", "operators", "casts", "domains", "classes")
-    }
-    builtin = [{"name": name, "immutable": immutable} for name, immutable in BUILTIN.items()]
-    return build(empty | {"builtin": builtin} | rows, tainted)
+    return build(catalogue(**rows), tainted)
 
 
 def kind(sql: str, **rows: list[dict[str, Any]]) -> str:
@@ -200,7 +185,10 @@ def test_no_forbidden_function_is_a_read(name: str) -> None:
 def test_deterministic_is_what_no_clock_and_no_chance_changes() -> None:
     rows = {"relations": [T], "functions": [function("f", "select 1"), function("g", "select random()")]}
     classifier = Classifier(facts(**rows))
-    for sql in ("select 1", "select lower(a) from t where b = $1", "select f()", "select a from t order by a limit 1"):
+    for sql in (
+        *("select 1", "select lower(a) from t where b = $1", "select f()", "select a from t order by a limit 1"),
+        "select tableoid from t",
+    ):
         assert classifier.classify(sql).deterministic, sql
     for sql in (
         *("select now()", "select current_date", "select 'now'::timestamptz", "select random()", "select g()"),
@@ -211,6 +199,12 @@ def test_deterministic_is_what_no_clock_and_no_chance_changes() -> None:
             "select age(a) from t",
         ),
         *("select has_table_privilege('t', 'select')", "select localtimestamp"),
+        *(
+            "select ctid from t",
+            "select t.xmin from t",
+            "select a from t where (t).xmax = '0'",
+            "select cmin, cmax from t",
+        ),
     ):
         assert (classifier.classify(sql).kind, classifier.classify(sql).deterministic) == ("READ", False), sql
 
