@@ -55,8 +55,11 @@ def beside(*arguments: str, niceness: int = 0) -> Iterator[subprocess.Popen[byte
             sys.stdout.buffer.flush()
 
 
-def main() -> int:
-    """Exit status: 0, or that of a part that failed."""
+def main(files: list[str]) -> int:
+    """Run all tests, or those in *files* in two processes at once; exit status: 0, or that of a part that failed."""
+    if files:
+        with beside(*files[::2]) as half:
+            return max((pytest(*files[1::2]).wait(), half.wait()), key=abs)
     elsewhere = [f"--ignore={path}" for path in (*ALONE, *COMMANDS, WITHOUT_SERVERS)]
     with beside(WITHOUT_SERVERS, niceness=19) as unit:
         alone = pytest(*ALONE).wait()
@@ -66,4 +69,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
