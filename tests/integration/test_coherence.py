@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import asyncpg
 import pyarrow as pa
 import pytest
-from pools import pipeline_of
+from pools import own_pool, pipeline_of
 from waiting import eventually
 
 from raypg import ConfigError, WorkflowConnectionPool, cache_watch
 from raypg.coherence import Coherence, coherence_of
+from raypg.embedded import EmbeddedServer
 
 Write: TypeAlias = "Callable[[WorkflowConnectionPool, str], Awaitable[object]]"
 
@@ -184,6 +185,54 @@ async def test_what_runs_while_the_catalogue_changes_may_write_to_anything(
         assert not coherence.may_keep(other) or running.done()
         await asyncio.sleep(0.02)
     await held(coherence, other)
+
+
+async def test_who_has_a_connection_after_one_that_was_widened_is_not_taken_for_it(
+    ray_cluster: Any, pg18: EmbeddedServer, schema: str, direct: asyncpg.Connection
+) -> None:
+    await direct.execute("create table one (id int); create table two (id int); create table other (id int)")
+    other = shown(f"{schema}.other")
+    running = "select count(*) from pg_stat_activity where state = 'active' and query = $1"
+    async with own_pool(pg18, max_connections=2, workers=1) as pool:
+        coherence = coherence_of(await pool._dispatcher())
+        await coherence.start()
+
+        async def begun(sql: str) -> asyncio.Future[str]:
+            found = asyncio.ensure_future(pool.execute(sql))
+            await eventually(lambda: direct.fetchval(running, sql))
+            return found
+
+        await held(coherence, other)
+        first = await begun(f"insert into {schema}.one select 1 from pg_sleep(1.2)")
+        change = await begun(f"create table {schema}.more as select 1 from pg_sleep(1.6)")
+        # It gets the connection of the first one, while nobody knows the catalogue.
+        assert not first.done()
+        after = asyncio.ensure_future(pool.execute(f"insert into {schema}.two select 1 from pg_sleep(2)"))
+        await asyncio.gather(first, change)
+        assert not after.done()
+        while not after.done():
+            assert not coherence.may_keep(other) or after.done()
+            await asyncio.sleep(0.02)
+        await held(coherence, other)
+        await coherence.close()
+
+
+async def test_a_lock_that_keeps_the_catalogue_from_being_read_keeps_nobody_from_writing(
+    pool: WorkflowConnectionPool, coherence: Coherence, schema: str, direct: asyncpg.Connection
+) -> None:
+    await direct.execute("create table locked (id int); create view behind as select * from locked")
+    await direct.execute("create table other (id int)")
+    other = shown(f"{schema}.other")
+    await held(coherence, other)
+    async with direct.transaction():
+        await direct.execute("truncate locked")
+        await pool.execute(f"create table {schema}.more (id int)")  # whereupon the catalogue is read again
+        await held(coherence, other)
+        for number in range(2):
+            mark = coherence.mark()
+            await asyncio.wait_for(pool.execute(f"insert into {schema}.other values ($1)", number), 8)
+            assert not coherence.unchanged(other, mark)
+    assert await direct.fetchval("select count(*) from other") == 2
 
 
 async def test_writing_on_costs_one_question(pool: WorkflowConnectionPool, coherence: Coherence, table: str) -> None:
