@@ -9,10 +9,11 @@ from typing import Any, TypeAlias
 import asyncpg
 import pyarrow as pa
 import pytest
+import ray
 from pools import own_pool, pipeline_of
 from waiting import eventually
 
-from raypg import ConfigError, WorkflowConnectionPool, cache_watch
+from raypg import ConfigError, WorkflowConnectionPool, cache_watch, naming
 from raypg.coherence import Coherence, coherence_of
 from raypg.embedded import EmbeddedServer
 
@@ -197,22 +198,39 @@ async def test_who_has_a_connection_after_one_that_was_widened_is_not_taken_for_
         coherence = coherence_of(await pool._dispatcher())
         await coherence.start()
 
-        async def begun(sql: str) -> asyncio.Future[str]:
-            found = asyncio.ensure_future(pool.execute(sql))
-            await eventually(lambda: direct.fetchval(running, sql))
-            return found
+        async def begin(sql: str, lock: int) -> tuple[str, asyncio.Future[str]]:
+            """Begin a statement that ends when *lock* is given up."""
+            await direct.execute("select pg_advisory_lock($1)", lock)
+            text = f"{sql} select 1 from pg_advisory_xact_lock({lock})"
+            return text, asyncio.ensure_future(pool.execute(text))
 
-        await held(coherence, other)
-        first = await begun(f"insert into {schema}.one select 1 from pg_sleep(1.2)")
-        change = await begun(f"create table {schema}.more as select 1 from pg_sleep(1.6)")
+        async def waiting() -> bool:
+            return bool(await worker.__ray_call__.remote(lambda self: len(self._engine.queue)))
+
+        async def knows_the_catalogue() -> bool:
+            mark = await held(coherence, other)
+            await pool.execute(f"insert into {schema}.one values (1)")
+            return coherence.unchanged(other, mark)
+
+        worker = ray.get_actor(naming.worker_actor(pool.name, 0), namespace=naming.NAMESPACE)
+        await eventually(knows_the_catalogue)
+        text, first = await begin(f"insert into {schema}.one", 71)
+        await eventually(lambda: direct.fetchval(running, text))
+        text, change = await begin(f"create table {schema}.more as", 72)
+        await eventually(lambda: direct.fetchval(running, text))
         # It gets the connection of the first one, while nobody knows the catalogue.
-        assert not first.done()
-        after = asyncio.ensure_future(pool.execute(f"insert into {schema}.two select 1 from pg_sleep(2)"))
-        await asyncio.gather(first, change)
-        assert not after.done()
-        while not after.done():
-            assert not coherence.may_keep(other) or after.done()
+        text, after = await begin(f"insert into {schema}.two", 73)
+        await eventually(waiting)
+        await direct.execute("select pg_advisory_unlock(71)")
+        await first
+        await eventually(lambda: direct.fetchval(running, text))
+        await direct.execute("select pg_advisory_unlock(72)")
+        await change
+        for _ in range(50):
+            assert not coherence.may_keep(other)
             await asyncio.sleep(0.02)
+        await direct.execute("select pg_advisory_unlock(73)")
+        await after
         await held(coherence, other)
         await coherence.close()
 
