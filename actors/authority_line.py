@@ -51,8 +51,7 @@ class AuthorityLine(Line):
     async def talk(self) -> None:
         self._pool = pool = cluster.find(self.pool)
         writes, intents, holding = self._writes, self._writes.intents, self._writes.reach.holding
-        holding.begin_anew()
-        who = f"worker:{secrets.token_hex(8)}"
+        who = self._begin_anew()
         while True:
             await self._needed.wait()
             sent = time.monotonic()
@@ -62,10 +61,7 @@ class AuthorityLine(Line):
             )
             now = time.monotonic()
             if answer is None or holding.is_lost(now):
-                holding.begin_anew()
-                writes.widen()
-                intents.echo = None
-                who = f"worker:{secrets.token_hex(8)}"
+                who = self._begin_anew()
                 if answer is None:
                     await asyncio.sleep(AGAIN_AFTER)
                 continue
@@ -75,6 +71,14 @@ class AuthorityLine(Line):
                 writes.widen()  # only the catalogue is shared; whether it still is, is asked for each statement
             writes.reach.heard()
             self._outside.keep(listens)
+
+    def _begin_anew(self) -> str:
+        """As somebody new, under this name: what was shared is shared no longer, so what runs may write to more than
+        was announced; and of the authority, which may be another one with another clock, nothing was heard yet."""
+        self._writes.reach.holding.begin_anew()
+        self._writes.widen()
+        self._writes.intents.echo = None
+        return f"worker:{secrets.token_hex(8)}"
 
     def close(self) -> None:
         super().close()

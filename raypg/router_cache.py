@@ -226,8 +226,12 @@ class RouterCache:
 
     def _may_share(self, flight: _Flight, asked: Asked, tables: frozenset[str]) -> bool:
         """Whether the answer of *flight* is no older than this call, and comes no later than its caller has time."""
-        in_time = asked.timeout is None or (flight.timeout is not None and flight.timeout <= asked.timeout)
-        if not in_time or flight.generation != self._generation or self._coherence is None:
+        usual = None if self._dispatcher is None else self._dispatcher.config.command_timeout
+        if (
+            not comes_in_time(flight.timeout, asked.timeout, usual)
+            or flight.generation != self._generation
+            or self._coherence is None
+        ):
             return False
         return self._coherence.unchanged(tables, flight.mark)
 
@@ -368,6 +372,13 @@ class RouterCache:
 
 
 _MODES = frozenset((messages.FETCH, messages.ROW, messages.BOTH))
+
+
+def comes_in_time(theirs: float | None, ours: float | None, usual: float | None) -> bool:
+    """Whether who may take *theirs* seconds is done before who begins now has waited *ours*; ``None``: those that are
+    *usual*, which may be without end too."""
+    theirs, ours = usual if theirs is None else theirs, usual if ours is None else ours
+    return ours is None or (theirs is not None and theirs <= ours)
 
 
 def _listener(cache: weakref.ref[RouterCache]) -> OnChange:

@@ -200,7 +200,7 @@ class Authority:
             holder = self._holders[who] = _Holder(received + LEASE + DRIFT, None if report is None else report.life)
         if worker is not None and report is not None:
             worker.joined = True
-            if report.echo is not None:
+            if report.echo is not None and report.echo <= received:  # else it is of another clock
                 worker.heard = max(worker.heard, report.echo)
             self._reconcile(worker, report.intents, report.newest)
         holder.done = max(holder.done, done)

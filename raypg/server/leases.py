@@ -13,12 +13,12 @@ import asyncpg
 
 from raypg import messages
 from raypg.core.sql import classify
-from raypg.errors import LeaseLostError
+from raypg.errors import LeaseLostError, QueryTimeoutError
 from raypg.server.connection import STEP, ServerConnection
 from raypg.server.copying import CopyOut
 from raypg.server.cursors import OpenCursor
 from raypg.server.notifications import Notification, Notifications
-from raypg.server.outcomes import ConnectionLost
+from raypg.server.outcomes import ConnectionLost, timed_out
 from raypg.server.work import lost_error
 
 if TYPE_CHECKING:
@@ -135,10 +135,12 @@ class LeaseTable:
                     )
                 mode = messages.STATUS
             connection.dirty = True
-            verdict = classify(sql)
+            verdict, left = classify(sql), timeout
             try:
                 if self._writes.watched and self._writes.concerns(sql, verdict):
-                    await self._writes.begin(connection, (sql,))
+                    began = time.monotonic()
+                    await self._writes.begin(connection, (sql,), timeout)
+                    left = None if timeout is None else timeout - (time.monotonic() - began)
                     self.find(token)
                     if number in lease.cancelled:
                         raise TimeoutError("cancelled before it ran")
@@ -147,7 +149,7 @@ class LeaseTable:
                     mode,
                     sql,
                     arguments,
-                    timeout,
+                    left,
                     simple=verdict.statements > 1 and not arguments,
                     reads=verdict.retryable and mode != STEP,
                 )
@@ -160,6 +162,10 @@ class LeaseTable:
                         "the connection died inside the transaction: the server has rolled all of it back"
                     ) from lost
                 raise lost_error(lost, sql, verdict.retryable) from lost
+            except QueryTimeoutError as error:
+                if left == timeout:
+                    raise
+                raise timed_out(timeout) from error.__cause__  # the caller's limit, waiting for leave to write included
             except asyncpg.QueryCanceledError:
                 self.find(token)  # if it was cancelled because the lease ended, that is what to say
                 raise

@@ -142,7 +142,7 @@ class Statement:
             if not plain:
                 connection.dirty = True
                 if engine.writes.watched:
-                    await engine.writes.begin(connection, (self.sql,))
+                    await engine.writes.begin(connection, (self.sql,), timeout)
                     if self._is_left():
                         self.fail(pack_error(TimeoutError("cancelled before it ran")))
                         return connection

@@ -7,7 +7,9 @@ What is known holds while the worker shares the catalogue: whoever changes that 
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
+import math
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,6 +20,7 @@ from raypg.core.coherence import EVERYTHING
 from raypg.core.holding import CATALOGUE, Holding
 from raypg.core.mentions import mentions
 from raypg.core.reach import Reach
+from raypg.errors import QueryTimeoutError
 from raypg.messages import FETCH
 from raypg.server import errand
 from raypg.server.outcomes import ConnectionLost
@@ -36,7 +39,13 @@ LONGEST = 65536
 """Characters of a statement that is worth remembering."""
 
 READ_WITHIN = 1.0
-"""Seconds that a write waits for the catalogue to be read, at most."""
+"""Seconds that a write waits for the catalogue to be read, at most, unless it has lent its connection for that."""
+
+READ_AT_MOST = 10.0
+"""Seconds that reading it may take."""
+
+UNLOCKED = (("lock_timeout", "1s"),)
+"""To tell what a view is, the server locks its tables, and an open transaction of somebody may be in the way."""
 
 REMEMBER = 10.0
 """Seconds for which it is believed that nobody else has changed the catalogue."""
@@ -92,22 +101,32 @@ class WriteReach:
             found = known.texts[text] = known.reach.of(text)
         return found
 
-    async def ready(self, connection: ServerConnection) -> None:
+    async def ready(self, connection: ServerConnection, until: float = math.inf) -> None:
         """Wait a moment for the catalogue, if it is just being read; that is done over *connection*, if it is free for
         it, as all may be taken by those who wait. Not while somebody changes the catalogue: nobody keeps anything then,
-        so that to write to all tables is no worse."""
+        so that to write to all tables is no worse.
+
+        Args:
+            until: when who waits has no more time.
+        """
         now = time.monotonic()
         if self._known(now) is not None or now < self._not_before or not self.holding.may_keep((CATALOGUE,), now):
             return
         lends = connection.lease is None and not connection.raw.is_closed() and not connection.raw.is_in_transaction()
+        lends = lends and until - now > READ_WITHIN
         if lends:
             self._lent.append(connection)
         try:
             self.heard()
             if (reading := self._reading) is not None:
-                await asyncio.wait((reading,), timeout=READ_WITHIN)
+                await asyncio.wait((reading,), timeout=min(READ_WITHIN, max(0.0, until - now)))
                 while not reading.done() and self._lent[:1] == [connection]:
-                    await asyncio.wait((reading,))
+                    left = until - time.monotonic()
+                    if left <= 0 and not connection.busy:
+                        break
+                    if left <= 0:
+                        connection.cancel("timeout")  # what reads the catalogue over it
+                    await asyncio.wait((reading,), timeout=left if 0 < left < math.inf else None)
         finally:
             if lends:
                 self._lent.remove(connection)
@@ -136,13 +155,14 @@ class WriteReach:
         from raypg.server import facts_reader  # not for those whose results nobody keeps
 
         mark, known = self.holding.mark, self._catalogue
+        fetch = functools.partial(self._fetch, time.monotonic() + READ_AT_MOST)
         try:
-            digest = await facts_reader.digest(self._fetch)
+            digest = await facts_reader.digest(fetch)
             if known is not None and known.digest == digest:
                 reach, texts = known.reach, known.texts
             else:
-                reach, texts = await facts_reader.load_for_writes(self._fetch), {}
-        except (Refused, asyncpg.PostgresError) as error:
+                reach, texts = await facts_reader.load_for_writes(fetch), {}
+        except (Refused, QueryTimeoutError, asyncpg.PostgresError) as error:
             logger.warning(
                 "pool %s: the catalogue cannot be read, so any write is taken to be one to all tables: %s",
                 self._engine.config.name, error,
@@ -153,9 +173,10 @@ class WriteReach:
             return  # whoever has lent it will see; it is tried again when the authority is heard next
         self._catalogue = _Catalogue(reach, digest, mark, time.monotonic(), texts)
 
-    async def _fetch(self, query: str, *arguments: Any) -> list[dict[str, Any]]:
+    async def _fetch(self, until: float, query: str, *arguments: Any) -> list[dict[str, Any]]:
         async def work(connection: ServerConnection) -> tuple[list[Any], tuple[str, ...]]:
-            return await connection.run(FETCH, query, arguments)  # type: ignore[return-value]
+            left = until - time.monotonic()
+            return await connection.run(FETCH, query, arguments, left, UNLOCKED)  # type: ignore[return-value]
 
         rows, names = await (work(self._lent[0]) if self._lent else errand.run(self._engine, "raypg", work))
         return [dict(zip(names or (), row, strict=True)) for row in rows]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
@@ -17,7 +18,8 @@ from raypg.core.holding import CATALOGUE
 from raypg.core.intents import Intent, Intents
 from raypg.core.sql_text import quoted_name
 from raypg.errors import UnavailableError
-from raypg.server.held import Held
+from raypg.server.held import Held, Use
+from raypg.server.outcomes import timed_out
 from raypg.server.write_reach import WriteReach
 
 if TYPE_CHECKING:
@@ -67,19 +69,28 @@ class Writes:
 
     # --- for whoever sends statements ---
 
-    async def begin(self, connection: ServerConnection, texts: Collection[str]) -> None:
+    async def begin(self, connection: ServerConnection, texts: Collection[str], timeout: float | None = None) -> None:
         """Wait until nobody holds results of what *texts* may write to. It is over when the
         connection settles, see :meth:`Held.settle`.
 
+        Args:
+            timeout: seconds that who sends them has.
+
         Raises:
             UnavailableError: that cannot be found out; nothing may be sent.
+            QueryTimeoutError: nor in time.
         """
-        await self.reach.ready(connection)
+        until = math.inf if timeout is None else time.monotonic() + timeout
+        await self.reach.ready(connection, until)
         tables = frozenset().union(*map(self.reach.tables_of, texts))
-        await self.begin_on(connection, tables)
+        try:
+            async with asyncio.timeout(None if timeout is None else until - time.monotonic()):
+                await self.begin_on(connection, tables)
+        except TimeoutError:
+            raise timed_out(timeout) from None
 
     async def begin_on(self, connection: ServerConnection, tables: Iterable[str]) -> None:
-        """The same for tables. Errors as there."""
+        """The same for tables, without a limit of time. Errors as there."""
         held = connection.held
         if held is None:
             held = connection.held = Held(self.intents)
@@ -137,10 +148,9 @@ class Writes:
         for connection in filter(self._engine.connections.is_in_use, self._engine.connections):
             held = connection.held = connection.held or Held(self.intents)
             if connection.lease is None or connection.busy or held.intents or _in_transaction(connection):
-                if table not in held.intents:
-                    held.intents[table] = self.intents.enter((table,))[0]
-                if connection.lease is None:
-                    self._background(self._until_over(connection, table))
+                use = connection.taken_at, connection.lease
+                if held.widen(table, use) and connection.lease is None:
+                    self._background(self._until_over(connection, held, table, use))
         self._engine.connections.hold_unconfirmed(lambda: self._hold_of(table))
 
     def _hold_of(self, table: str) -> Held:
@@ -148,17 +158,15 @@ class Writes:
         held.intents[table] = self.intents.enter((table,))[0]
         return held
 
-    async def _until_over(self, connection: ServerConnection, table: str) -> None:
+    async def _until_over(self, connection: ServerConnection, held: Held, table: str, use: Use) -> None:
         """Whoever uses *connection* now ends it without knowing of us."""
-        held, since = connection.held, connection.taken_at
-        while connection.held is held and connection.taken_at == since and connection.lease is None:
+        while connection.held is held and (connection.taken_at, connection.lease) == use:
             if not self._engine.connections.is_in_use(connection):
-                if held is not None:
-                    held.settle(connection)
+                held.settle(connection)
                 return
             await asyncio.sleep(LOOK_EVERY / 10)
-        if connection.held is held and held is not None and (intent := held.intents.pop(table, None)) is not None:
-            self.intents.leave([intent], time.monotonic())
+        if connection.held is held:
+            held.over(table, use)
 
     # --- inside ---
 

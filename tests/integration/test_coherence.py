@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import asyncpg
 import pyarrow as pa
 import pytest
-from pools import pipeline_of
+import ray
+from pools import own_pool, pipeline_of
 from waiting import eventually
 
-from raypg import ConfigError, WorkflowConnectionPool, cache_watch
+from raypg import ConfigError, WorkflowConnectionPool, cache_watch, naming
 from raypg.coherence import Coherence, coherence_of
+from raypg.embedded import EmbeddedServer
 
 Write: TypeAlias = "Callable[[WorkflowConnectionPool, str], Awaitable[object]]"
 
@@ -225,6 +227,71 @@ async def test_what_runs_while_the_catalogue_changes_may_write_to_anything(
         assert not coherence.may_keep(other) or running.done()
         await asyncio.sleep(0.02)
     await held(coherence, other)
+
+
+async def test_who_has_a_connection_after_one_that_was_widened_is_not_taken_for_it(
+    ray_cluster: Any, pg18: EmbeddedServer, schema: str, direct: asyncpg.Connection
+) -> None:
+    await direct.execute("create table one (id int); create table two (id int); create table other (id int)")
+    other = shown(f"{schema}.other")
+    running = "select count(*) from pg_stat_activity where state = 'active' and query = $1"
+    async with own_pool(pg18, max_connections=2, workers=1) as pool:
+        coherence = coherence_of(await pool._dispatcher())
+        await coherence.start()
+
+        async def begin(sql: str, lock: int) -> tuple[str, asyncio.Future[str]]:
+            """Begin a statement that ends when *lock* is given up."""
+            await direct.execute("select pg_advisory_lock($1)", lock)
+            text = f"{sql} select 1 from pg_advisory_xact_lock({lock})"
+            return text, asyncio.ensure_future(pool.execute(text))
+
+        async def waiting() -> bool:
+            return bool(await worker.__ray_call__.remote(lambda self: len(self._engine.queue)))
+
+        async def knows_the_catalogue() -> bool:
+            mark = await held(coherence, other)
+            await pool.execute(f"insert into {schema}.one values (1)")
+            return coherence.unchanged(other, mark)
+
+        worker = ray.get_actor(naming.worker_actor(pool.name, 0), namespace=naming.NAMESPACE)
+        await eventually(knows_the_catalogue)
+        text, first = await begin(f"insert into {schema}.one", 71)
+        await eventually(lambda: direct.fetchval(running, text))
+        text, change = await begin(f"create table {schema}.more as", 72)
+        await eventually(lambda: direct.fetchval(running, text))
+        # It gets the connection of the first one, while nobody knows the catalogue.
+        text, after = await begin(f"insert into {schema}.two", 73)
+        await eventually(waiting)
+        await direct.execute("select pg_advisory_unlock(71)")
+        await first
+        await eventually(lambda: direct.fetchval(running, text))
+        await direct.execute("select pg_advisory_unlock(72)")
+        await change
+        for _ in range(50):
+            assert not coherence.may_keep(other)
+            await asyncio.sleep(0.02)
+        await direct.execute("select pg_advisory_unlock(73)")
+        await after
+        await held(coherence, other)
+        await coherence.close()
+
+
+async def test_a_lock_that_keeps_the_catalogue_from_being_read_keeps_nobody_from_writing(
+    pool: WorkflowConnectionPool, coherence: Coherence, schema: str, direct: asyncpg.Connection
+) -> None:
+    await direct.execute("create table locked (id int); create view behind as select * from locked")
+    await direct.execute("create table other (id int)")
+    other = shown(f"{schema}.other")
+    await held(coherence, other)
+    async with direct.transaction():
+        await direct.execute("truncate locked")
+        await pool.execute(f"create table {schema}.more (id int)")  # whereupon the catalogue is read again
+        await held(coherence, other)
+        for number in range(2):
+            mark = coherence.mark()
+            await asyncio.wait_for(pool.execute(f"insert into {schema}.other values ($1)", number), 8)
+            assert not coherence.unchanged(other, mark)
+    assert await direct.fetchval("select count(*) from other") == 2
 
 
 async def test_writing_on_costs_one_question(pool: WorkflowConnectionPool, coherence: Coherence, table: str) -> None:
