@@ -313,7 +313,7 @@ async def test_who_writes_past_the_pool_is_heard_of_by_triggers(
     async def listener() -> int | None:
         return await direct.fetchval("select pid from pg_stat_activity where query = 'LISTEN \"raypg_cache\"'")
 
-    await eventually(listener)
+    await eventually(listener, 20)  # a worker that could not read the catalogue just now waits before it tries again
     for change in ("insert into item values (1)", "update item set amount = 2", "delete from item", "truncate item"):
         mark = await held(coherence, tables | other)
         await direct.execute(change)
