@@ -285,6 +285,12 @@ async def test_figures_agree_with_what_was_done_and_with_the_server(
         await asyncio.gather(*(pool.fetchval("select $1::int", number) for number in range(40)))
         await asyncio.gather(*(pool.fetch("select 1/0") for _ in range(10)), return_exceptions=True)
         held = await pool.process({"operation": "acquire"})
+
+        async def all_are_open() -> bool:
+            counted = (await pool.process({"operation": "stats"}))["connections"]["created"]
+            return bool(counted == len(await backends_of(direct, pool.name, control=False)))
+
+        await eventually(all_are_open, what="what was being opened is open")
         stats = await pool.process({"operation": "stats"})
         statistics = await pool.process({"operation": "get_pool_statistics"})
         status = await pool.process({"operation": "get_status"})
