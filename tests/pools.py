@@ -128,6 +128,7 @@ class CapWatch:
         self._task: asyncio.Task[None] | None = None
         self.counts: list[int] = []
         self.seconds = 0.0
+        self._away = 0.0  # seconds in which there was no server to ask
 
     @property
     def most(self) -> int:
@@ -150,7 +151,9 @@ class CapWatch:
                 self.counts.append(len(await backends_of(self._connection, self._name)))
             except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError):
                 self._connection.terminate()
+                since = asyncio.get_running_loop().time()
                 await self._connect_again()
+                self._away += asyncio.get_running_loop().time() - since
             await asyncio.sleep(self._every)
 
     async def _connect_again(self) -> None:
@@ -173,7 +176,7 @@ class CapWatch:
         self._task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._task
-        self.seconds = asyncio.get_running_loop().time() - self._started
+        self.seconds = asyncio.get_running_loop().time() - self._started - self._away
         self._connection.terminate()
         assert not failed
 
