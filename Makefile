@@ -60,7 +60,11 @@ ON_SYSTEM := $(addprefix tests/integration/test_,$(addsuffix .py,leases transact
 	lease_owner cancellation breaker_outages))
 
 test-system: setup system-packages ## Run the tests that depend on the server most on the system's PostgreSQL
+ifeq ($(strip $(ARGS)),)
 	RAYPG_TEST_POSTGRES=system $(VENV)/bin/python -P tests/everything.py $(ON_SYSTEM)
+else
+	RAYPG_TEST_POSTGRES=system $(VENV)/bin/pytest -q --durations=5 $(ON_SYSTEM) $(ARGS)
+endif
 
 faults: setup ## Kill workers, jobs and PostgreSQL under writes, by twenty schedules of two million rows (long)
 	RAYPG_FAULT_SCHEDULES=20 RAYPG_FAULT_ROWS=2000000 $(VENV)/bin/pytest -q tests/faults/test_write_faults.py $(ARGS)

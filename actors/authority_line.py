@@ -24,16 +24,17 @@ class AuthorityLine(Line):
     Args:
         pool, worker, incarnation: as for every line.
         engine: of the worker.
+        prefix: what the ``application_name`` of every connection of the pool begins with.
     """
 
-    def __init__(self, pool: str, worker: int, incarnation: str, engine: Engine) -> None:
+    def __init__(self, pool: str, worker: int, incarnation: str, engine: Engine, prefix: str) -> None:
         super().__init__(pool, worker, incarnation)
         self._writes = writes = engine.writes
         self._pool: Any = None
         self._needed = asyncio.Event()
         writes.intents.life = life_of(worker, incarnation)
         writes.ask = self._ask
-        self._outside = Outside(engine, self._tell)
+        self._outside = Outside(engine, prefix, self._tell)
 
     def keep(self, era: int, newest: bool) -> None:
         """The Pool actor has said in which era the authority must be asked; *newest*: it has said nothing later."""

@@ -331,12 +331,14 @@ class Membership:
             self._heard(member, life, number, state, sent)
 
     def _heard(self, member: Member, asked: Life | None, number: int, state: dict[str, Any], sent: float) -> None:
-        if member.incarnation != state["incarnation"]:
+        begins = member.incarnation != state["incarnation"]
+        if begins:
             if member.clock is not None and asked != member.life:
                 return  # an answer of a life that has ended since
             self._begun(member, state)
-            self.authority.expect(life_of(*member.life or (0, "")), sent)
         assert member.life is not None
+        if begins or member.state == "lost":
+            self.authority.expect(life_of(*member.life), sent)
         member.answered_at = time.monotonic()
         member.clock = max(state["clock"], member.clock or 0.0)
         member.node = state["node"]
@@ -349,7 +351,6 @@ class Membership:
             member.state = "draining" if member.draining else "serving"
             if account is None:  # its share was given to others; what it believes to have is out of date
                 self.budget.join(member.life, 0, state["used"])
-            self.authority.expect(life_of(*member.life), sent)
             if member.draining:
                 self.budget.stop(member.life)
             else:

@@ -77,7 +77,7 @@ class PoolWorker:
             self._engine.replicas = Replicas(settings, self._engine, self._connector, name)
         self._breaker = BreakerLine(pool, index, self._incarnation, self._engine.guard)
         self._metrics = MetricsLine(pool, index, self._incarnation, self._engine)
-        self._authority = AuthorityLine(pool, index, self._incarnation, self._engine)
+        self._authority = AuthorityLine(pool, index, self._incarnation, self._engine, application_prefix(cluster, pool))
         self._node: str = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
         self._intake: Any = None
         self._newest = 0  # number of the newest ping

@@ -19,7 +19,7 @@ from raypg.errors import (
     UnavailableError,
 )
 
-__all__ = ["answer_of", "answer_to", "arguments_of", "check_fetch_mode", "failure_of", "is_told"]
+__all__ = ["answer_to", "arguments_of", "check_fetch_mode", "is_told"]
 
 Outcome: TypeAlias = "tuple[Any, tuple[str, ...] | None]"
 """((rows as plain tuples or None, command tag), column names): of a statement that was run for both, see
@@ -46,7 +46,7 @@ async def answer_to(query: str, fetch_mode: str, running: Awaitable[Outcome]) ->
         fetch_mode: ``one``, ``all`` or ``many``, see :func:`check_fetch_mode`.
 
     Returns:
-        See :func:`answer_of` and :func:`failure_of`.
+        See :func:`_answer_of` and :func:`_failure_of`.
 
     Raises:
         UnavailableError: the database cannot be used now.
@@ -57,8 +57,8 @@ async def answer_to(query: str, fetch_mode: str, running: Awaitable[Outcome]) ->
     except Exception as error:
         if not is_told(error):
             raise
-        return failure_of(error, time.perf_counter() - started)
-    return answer_of(query, fetch_mode, outcome, time.perf_counter() - started)
+        return _failure_of(error, time.perf_counter() - started)
+    return _answer_of(query, fetch_mode, outcome, time.perf_counter() - started)
 
 
 def check_fetch_mode(fetch_mode: object) -> None:
@@ -76,7 +76,7 @@ def is_told(error: Exception) -> bool:
     return isinstance(error, _TOLD) and not isinstance(error, UnavailableError)
 
 
-def answer_of(query: str, fetch_mode: str, outcome: Outcome, seconds: float) -> dict[str, Any]:
+def _answer_of(query: str, fetch_mode: str, outcome: Outcome, seconds: float) -> dict[str, Any]:
     """``{success, data, error, rows_affected, execution_time_ms}``.
 
     Rows as a list of dicts; with ``fetch_mode="one"`` one dict or ``None``; a statement without rows gives
@@ -103,7 +103,7 @@ def answer_of(query: str, fetch_mode: str, outcome: Outcome, seconds: float) -> 
     }
 
 
-def failure_of(error: Exception, seconds: float) -> dict[str, Any]:
+def _failure_of(error: Exception, seconds: float) -> dict[str, Any]:
     """What the server says against a statement: ``{success: False, data: None, error, error_type, error_category,
     sqlstate, execution_time_ms}``."""
     sqlstate = getattr(error, "sqlstate", None)

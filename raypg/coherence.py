@@ -5,7 +5,7 @@ results of it, and it has every process drop those before a write to the table i
 :mod:`raypg.core.coherence` for the protocol, and :mod:`raypg.core.holding` for this side of it.
 
 Tables are named as in :class:`raypg.core.classifier.Classification`: ``"schema"."name"``, both quoted, views expanded.
-Those of the system (``pg_catalog`` …) are never shared: they change without a write.
+Those of the system (``pg_catalog`` …) are never shared: they change without a write. Nor are temporary ones.
 
 How a cache uses it, for a read of *tables* that is not in the cache::
 
@@ -49,7 +49,8 @@ ANSWER_WITHIN = 3.0
 AGAIN_AFTER = 0.2
 """Seconds until an authority that does not answer is asked again."""
 
-_SYSTEM = ('"pg_catalog".', '"information_schema".', '"pg_toast".')
+_NEVER_SHARED = ('"pg_catalog".', '"information_schema".', '"pg_toast".', '"pg_temp')
+"""How the names begin of tables that change without a write of anybody, or are another one for each session."""
 
 OnChange: TypeAlias = "Callable[[frozenset[str] | None], None]"
 """Takes the tables of which all results are to be dropped, now; ``None``: of all tables."""
@@ -87,8 +88,8 @@ class Coherence:
 
     def may_keep(self, tables: frozenset[str]) -> bool:
         """Whether *tables* are shared by us, so that nobody writes to them now. What is not is asked for, in the
-        background: it is granted when nobody writes to it. Never true of a table of the system."""
-        if self._task is None or any(table.startswith(_SYSTEM) for table in tables):
+        background: it is granted when nobody writes to it. Never true of a table of the system, or a temporary one."""
+        if self._task is None or any(table.startswith(_NEVER_SHARED) for table in tables):
             return False
         holding = self._holding
         before = len(holding.wanted)

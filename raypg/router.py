@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import asyncpg
 
 from raypg import messages
-from raypg.answers import answer_of, arguments_of, failure_of, is_told
+from raypg.answers import answer_to, arguments_of, is_told
 from raypg.catalogue_copy import CatalogueCopy
 from raypg.checks import check_statement, check_timeout, checked_settings
 from raypg.core.classifier import Classification
@@ -20,7 +20,7 @@ from raypg.core.seen import Token
 from raypg.errors import ConfigError
 from raypg.pool import WorkflowConnectionPool, check_pool, get_pool
 from raypg.reading import Served, where_of
-from raypg.router_cache import CACHED, Asked, RouterCache
+from raypg.router_cache import CACHED, Asked, RouterCache, asked_for
 from raypg.router_metrics import RouterMetrics
 from raypg.router_place import ON_PRIMARY, Place, is_change
 from raypg.router_request import check_request
@@ -152,22 +152,17 @@ class QueryRouterNode(RouterStatements):
             LeaseLostError: the transaction of this session is gone. It is said once.
             UnavailableError: the database cannot be used now; what was asked for did not run.
         """
-        begun = 0.0
         try:
             check_request(request)
             query: str = request["query"]
             arguments = arguments_of(request.get("params", request.get("parameters")))
             place = await self._place(query, request.get("session_id"), request.get("after"), request.get("settings"))
             staleness = request.get("max_staleness", self.max_staleness)
-            begun = time.monotonic()
-            outcome = await self._send(messages.BOTH, query, arguments, request.get("timeout"), staleness, place)
+            running = self._send(messages.BOTH, query, arguments, request.get("timeout"), staleness, place)
+            answer = await answer_to(query, request.get("fetch_mode", "all"), running)
         except Exception as error:
-            if not begun or not is_told(error):
-                self._metrics.raised(error)
-                raise
-            answer = failure_of(error, time.monotonic() - begun)
-        else:
-            answer = answer_of(query, request.get("fetch_mode", "all"), outcome, time.monotonic() - begun)
+            self._metrics.raised(error)
+            raise
         verdict, session, who = place.verdict, place.session, place.who
         answer["routing_metadata"] = {
             "target": who.target,
@@ -319,8 +314,13 @@ class QueryRouterNode(RouterStatements):
         """Run a statement there, or give what is kept, and note who has answered, whatever came of it."""
         verdict = place.verdict
         if self._cache is not None and verdict.deterministic and verdict.reads and place.lease is None:
-            asked = Asked(mode, query, arguments, place.settings, timeout, max_staleness, verdict, place.session)
+            asked = asked_for(mode, query, arguments, timeout, max_staleness, place)
             return self._by_the_cache(self._cache, asked, place)
+        return self._past_the_cache(mode, query, arguments, timeout, max_staleness, place)
+
+    def _past_the_cache(
+        self, mode: int, query: str, arguments: Any, timeout: float | None, max_staleness: float | None, place: Place
+    ) -> Awaitable[tuple[Any, Any]]:
         if self._patterns is not None:
             return self._watched(self._patterns, mode, query, arguments, timeout, max_staleness, place)
         return self._on_a_server(mode, query, arguments, timeout, max_staleness, place)
@@ -345,10 +345,8 @@ class QueryRouterNode(RouterStatements):
 
             async def ask(mode: int, must_see: Token) -> tuple[tuple[Any, Any], Served]:
                 place.must_see = must_see
-                what = mode, asked.query, asked.arguments, asked.timeout, asked.max_staleness, place
-                if self._patterns is not None:
-                    return await self._watched(self._patterns, *what), place.who
-                return await self._on_a_server(*what), place.who
+                what = asked.query, asked.arguments, asked.timeout, asked.max_staleness
+                return await self._past_the_cache(mode, *what, place), place.who
 
             found, who = await cache.read(place.dispatcher, asked, ask)
         if who is CACHED:

@@ -36,9 +36,10 @@ from raypg.reading import Served
 if TYPE_CHECKING:
     from raypg.core.classifier import Classification
     from raypg.dispatch import Dispatcher
+    from raypg.router_place import Place
     from raypg.router_sessions import RouterSession
 
-__all__ = ["Asked", "RouterCache"]
+__all__ = ["Asked", "RouterCache", "asked_for"]
 
 Outcome: TypeAlias = "tuple[Any, tuple[str, ...] | None]"
 Ask: TypeAlias = "Callable[[int, Token], Awaitable[tuple[Outcome, Served]]]"
@@ -46,8 +47,6 @@ Ask: TypeAlias = "Callable[[int, Token], Awaitable[tuple[Outcome, Served]]]"
 
 CACHED = Served("cache", None, False, NOTHING)
 """Who answers what is kept."""
-
-_SYSTEM = ('"pg_catalog".', '"information_schema".', '"pg_toast".', '"pg_temp')
 
 
 class _Kept(NamedTuple):
@@ -92,16 +91,28 @@ class _Flight:
 
 
 class Asked(NamedTuple):
-    """A read that may be answered by the cache."""
+    """A read that may be answered by the cache.
 
+    Attributes:
+        key: what it shares with all that ask the same; ``None`` if it cannot be told apart from others.
+    """
+
+    key: Hashable
     mode: int
     query: str
     arguments: tuple[Any, ...]
-    settings: messages.Settings
     timeout: float | None
     max_staleness: float | None
     verdict: Classification
     session: RouterSession
+
+
+def asked_for(
+    mode: int, query: str, arguments: Any, timeout: float | None, max_staleness: float | None, place: Place
+) -> Asked:
+    """The same, of a deterministic read of tables that is outside of a transaction; no other may be asked for here."""
+    key = key_of(query, arguments, (place.settings, mode == messages.ROW))
+    return Asked(key, mode, query, arguments, timeout, max_staleness, place.verdict, place.session)
 
 
 class RouterCache:
@@ -149,9 +160,8 @@ class RouterCache:
         """The answer, if it is kept and good enough for who asks. Some microseconds."""
         if dispatcher is not self._dispatcher or asked.mode not in _MODES:
             return None
-        key = key_of(asked.query, asked.arguments, (asked.settings, asked.mode == messages.ROW))
         now = time.monotonic()
-        entry = self.results.find(key, now)
+        entry = self.results.find(asked.key, now)
         if entry is None or not self._suits(entry, asked, now):
             return None
         patterns, pattern = self._patterns, entry.value.pattern
@@ -172,8 +182,7 @@ class RouterCache:
             await self._attach(dispatcher)
         coherence = self._coherence
         assert coherence is not None
-        tables = frozenset(asked.verdict.reads)
-        key = key_of(asked.query, asked.arguments, (asked.settings, asked.mode == messages.ROW))
+        tables, key = frozenset(asked.verdict.reads), asked.key
         catalogue = coherence.catalogue  # that the verdict is of, if any
         flight = self._flights.get(key)
         if flight is not None and self._may_share(flight, asked, tables):
@@ -185,7 +194,7 @@ class RouterCache:
         mark = coherence.mark()
         keeps = (
             key is not None
-            and _is_cacheable(asked)
+            and not names_the_clock(asked.arguments)
             and self._is_worth_it(asked)
             and coherence.may_keep(tables)
             and self._knows_catalogue(coherence)
@@ -198,10 +207,10 @@ class RouterCache:
         if not keeps:
             # Somebody may be writing to the tables, or have written: nobody tells us.
             return await ask(asked.mode, WROTE)
-        return await self._lead(asked, ask, key, tables, mark, first=flight is None)
+        return await self._lead(asked, ask, tables, mark, first=flight is None)
 
     async def _lead(
-        self, asked: Asked, ask: Ask, key: Hashable, tables: frozenset[str], mark: int, first: bool
+        self, asked: Asked, ask: Ask, tables: frozenset[str], mark: int, first: bool
     ) -> tuple[Outcome, Served]:
         """Ask, for all who want the same if it is the first to, and keep what comes."""
         coherence = self._coherence
@@ -209,17 +218,17 @@ class RouterCache:
         flight, now = _Flight(mark, self._generation, asked.timeout), time.monotonic()
         begun = self._everybody.reads()
         if first:
-            self._flights[key] = flight
+            self._flights[asked.key] = flight
         entry: Entry[_Kept] | None = None
         try:
             mode = messages.BOTH if asked.mode == messages.FETCH else asked.mode
             outcome, who = await ask(mode, begun[0])
             self._everybody.saw(begun, who.token)
             if flight.generation == self._generation and coherence.unchanged(tables, mark):
-                entry = self._keep(asked, key, tables, outcome, who, now)
+                entry = self._keep(asked, tables, outcome, who, now)
         finally:
-            if self._flights.get(key) is flight:
-                del self._flights[key]
+            if self._flights.get(asked.key) is flight:
+                del self._flights[asked.key]
             flight.done.set_result(entry)
         payload, names = outcome
         return (payload[0], names) if mode != asked.mode else outcome, who
@@ -276,7 +285,7 @@ class RouterCache:
     # --- keeping ---
 
     def _keep(
-        self, asked: Asked, key: Hashable, tables: frozenset[str], outcome: Outcome, who: Served, now: float
+        self, asked: Asked, tables: frozenset[str], outcome: Outcome, who: Served, now: float
     ) -> Entry[_Kept] | None:
         payload, names = outcome
         rows, status = (payload, "") if asked.mode == messages.ROW else payload
@@ -292,9 +301,9 @@ class RouterCache:
         pattern = None if self._patterns is None else self._patterns.of(asked.query, now)
         value = _Kept(ours[0], names, status, ours[1], token, by_primary, staleness, pattern)
         size = size_of(value.rows) + size_of(asked.query) + size_of(asked.arguments)
-        self.results.keep(key, value, tables, size, now)
+        self.results.keep(asked.key, value, tables, size, now)
         # What is too large to be kept is good for who waits for it all the same.
-        return Entry(key, value, tables, size, now, now)
+        return Entry(asked.key, value, tables, size, now, now)
 
     def invalidate(self, tables: frozenset[str] | None) -> int:
         """Forget what came from these tables, or everything; what is under way now is not kept either."""
@@ -388,17 +397,6 @@ def _listener(cache: weakref.ref[RouterCache]) -> OnChange:
             known._changed(tables)
 
     return changed
-
-
-def _is_cacheable(asked: Asked) -> bool:
-    """Whether the same question has the same answer until one of its tables is written to."""
-    verdict = asked.verdict
-    return (
-        verdict.deterministic
-        and bool(verdict.reads)
-        and not any(table.startswith(_SYSTEM) for table in verdict.reads)
-        and not (asked.arguments and names_the_clock(asked.arguments))
-    )
 
 
 def _retrieved(task: asyncio.Task[None]) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import ray
 from prometheus_client.core import GaugeMetricFamily
 
-from raypg.errors import RaypgError
+from raypg import cluster
+from raypg.errors import RaypgError, UnavailableError
 from raypg.exposition import families, text
 from raypg.metrics_access import snapshots
 
@@ -31,6 +32,8 @@ class Scrape:
         """The figures of all pools in Prometheus' format."""
         up = GaugeMetricFamily("raypg_metrics_up", "Whether raypg's Metrics actor answered this scrape.")
         try:
+            if await asyncio.to_thread(cluster.find_metrics) is None:  # while it is restarted it is found
+                raise UnavailableError("there is none, as no pool has run yet")
             self._known = await asyncio.wait_for(snapshots(in_detail=False, fresh=False), WITHIN)
             up.add_metric((), 1)
         except (RaypgError, ray.exceptions.RayError, TimeoutError) as error:

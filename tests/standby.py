@@ -97,16 +97,19 @@ async def promote(standby: EmbeddedServer) -> None:
 
 
 @contextlib.asynccontextmanager
-async def disturbed(late: EmbeddedServer, paused: EmbeddedServer) -> AsyncIterator[None]:
-    """One standby replays each commit 20 ms late, the other one is paused for 0.1 s each second."""
-    await delay(late, 20)
+async def disturbed(
+    late: EmbeddedServer, paused: EmbeddedServer, milliseconds: int = 20, between: float = 0.9
+) -> AsyncIterator[None]:
+    """One standby replays each commit so late, the other one is paused for 0.1 s again and again, with so many seconds
+    between."""
+    await delay(late, milliseconds)
 
     async def disturb() -> None:
         while True:
             await pause(paused)
             await asyncio.sleep(0.1)
             await resume(paused)
-            await asyncio.sleep(0.9)
+            await asyncio.sleep(between)
 
     disturbing = asyncio.create_task(disturb())
     try:

@@ -29,11 +29,11 @@ class CacheFigures:
     def told(self, who: str, totals: Mapping[str, int], now: float) -> Counter[str]:
         """What has happened in the cache *who* since it told last."""
         before, _ = self._known.pop(who, ({}, 0.0))
-        self._known[who] = {name: int(totals.get(name, 0)) for name in (*CACHE_COUNTERS, *CACHE_LEVELS)}, now
+        after = {name: int(totals.get(name, 0)) for name in (*CACHE_COUNTERS, *CACHE_LEVELS)}
+        self._known[who] = after, now
         if len(self._known) > MOST_KNOWN:
             self._known.popitem(last=False)
-        after = self._known[who][0] if who in self._known else {}
-        return Counter({name: max(0, after.get(name, 0) - before.get(name, 0)) for name in CACHE_COUNTERS})
+        return Counter({name: max(0, after[name] - before.get(name, 0)) for name in CACHE_COUNTERS})
 
     def levels(self, now: float) -> dict[str, int]:
         """What all that were heard of lately hold together, and how many those are (``caches``)."""

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, NamedTuple
 
+from raypg.core.cache_figures import CACHE_COUNTERS
 from raypg.core.pool_metrics import utilization
 from raypg.core.sqlstate import CATEGORIES
 
@@ -239,7 +240,6 @@ _SINCE_IT_BEGAN = {
     "performance.query_samples": ("statements whose time is known", _lifetime("execution", "count")),
 }
 
-_OF_CACHES = ("hits", "misses", "invalidations", "evictions")
 _ALSO = {
     # The names of `stats`, of `detailed_metrics` and of the exposition for the same figures.
     "connections.created": "connections_created",
@@ -274,7 +274,7 @@ _ALSO = {
     "connection_pool_cache_entries": "cache_entries",
     "connection_pool_cache_bytes": "cache_bytes",
     "connection_pool_cache_hit_rate": "cache_hit_rate",
-    **{f"connection_pool_cache_{what}_total": f"cache_{what}_total" for what in _OF_CACHES},
+    **{f"connection_pool_{name}_total": f"{name}_total" for name in CACHE_COUNTERS},
     "connection_pool_rows_fetched_total": "rows_fetched",
     "connection_pool_rows_written_total": "rows_written",
     "connection_pool_connections_acquired_total": "connections_acquired",

@@ -43,11 +43,13 @@ class Outside:
 
     Args:
         engine: whose connection is used.
+        prefix: what the ``application_name`` of every connection of the pool begins with.
         tell: whom to tell.
     """
 
-    def __init__(self, engine: Engine, tell: Tell) -> None:
+    def __init__(self, engine: Engine, prefix: str, tell: Tell) -> None:
         self._engine = engine
+        self._prefix = prefix
         self._tell = tell
         self._numbers = itertools.count()
         self._task: asyncio.Task[None] | None = None
@@ -73,11 +75,10 @@ class Outside:
                 timeout = engine.config.acquire_timeout
                 lease = await engine.acquisitions.lease(key, "raypg", dict(_OWNER), timeout, HELD_FOR, None)
                 token = lease.token
-                pool = ":".join(lease.connection.application_name.split(":")[:2]) + ":"
                 await engine.leases.listen(token, 0, CHANNEL, True)
                 await self._tell(None)
                 while True:
-                    await self._pass_on(pool, await engine.leases.heard(token))
+                    await self._pass_on(await engine.leases.heard(token))
             except asyncio.CancelledError:
                 raise
             except (Refused, LeaseLostError) as error:
@@ -88,11 +89,11 @@ class Outside:
                 engine.leases.end(token, "it listens no longer")
             await asyncio.sleep(AGAIN_AFTER)
 
-    async def _pass_on(self, pool: str, heard: list[tuple[str, int, str]]) -> None:
+    async def _pass_on(self, heard: list[tuple[str, int, str]]) -> None:
         changed: set[str] = set()
         for _, _, payload in heard:
             sender, schema, name = changed_table(payload)
-            if not sender.startswith(pool):  # what went through the pool is known already
+            if not sender.startswith(self._prefix):  # what went through the pool is known already
                 changed |= self._engine.writes.reach.tables_behind(schema, name)
         if changed:
             await self._tell(None if changed & {EVERYTHING, CATALOGUE} else sorted(changed))

@@ -126,9 +126,7 @@ class Pipeline:
     def data_received(self, data: bytes) -> None:
         """Cut what the server sends at each ReadyForQuery, and give each statement its answer."""
         if self._over is None:
-            if data.find(_FATAL, max(0, len(data) - _LAST_WORDS)) >= 0:
-                self.may_have_ended = True
-            self._protocol.data_received(data)
+            self._connection_hears(data)
             return
         if self._rest:
             data, self._rest = self._rest + data, b""
@@ -160,9 +158,13 @@ class Pipeline:
         if self._next < len(self._waiting):
             self._waiting[self._next][1].data_received(data)
         else:
-            if data.find(_FATAL, max(0, len(data) - _LAST_WORDS)) >= 0:
-                self.may_have_ended = True
-            self._protocol.data_received(data)
+            self._connection_hears(data)
+
+    def _connection_hears(self, data: bytes) -> None:
+        """It is for the connection itself; it may be the last that comes."""
+        if data.find(_FATAL, -_LAST_WORDS) >= 0:
+            self.may_have_ended = True
+        self._protocol.data_received(data)
 
     def _answered(self) -> None:
         if self._next >= len(self._waiting):

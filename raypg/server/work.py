@@ -116,6 +116,7 @@ class Statement:
         self.batch.finish(self.position, None, None, error)
 
     def _is_left(self) -> bool:
+        """Whether its caller has left; asked for each time, as that may happen during any wait."""
         return self.cancelled
 
     def withdraw(self, engine: Engine) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import asyncpg
 import pytest
 from pools import backends_of, unique_name
-from standby import ask, caught_up, delay, pause, resume, standby_of
+from standby import ask, caught_up, delay, disturbed, pause, resume, standby_of
 from waiting import eventually
 
 from raypg import QueryRouterNode, Session, WorkflowConnectionPool, messages
@@ -158,7 +158,6 @@ async def test_a_session_sees_what_it_wrote_and_what_it_saw(
 ) -> None:
     """One replica is late, the other one is held up now and then."""
     await caught_up(pg18, other18)
-    await delay(standby18, 30)
     targets: Counter[str | None] = Counter()
     stale: list[tuple[int, int]] = []
 
@@ -176,21 +175,8 @@ async def test_a_session_sees_what_it_wrote_and_what_it_saw(
                     stale.append((rows[0][0], value))
                 seen = max(seen, rows[0][0])
 
-    async def disturb() -> None:
-        while True:
-            await pause(other18)
-            await asyncio.sleep(0.1)
-            await resume(other18)
-            await asyncio.sleep(0.3)
-
-    disturbing = asyncio.create_task(disturb())
-    try:
+    async with disturbed(standby18, other18, 30, between=0.3):
         await asyncio.gather(*(session(number, 60) for number in range(1, 49)))
-    finally:
-        disturbing.cancel()
-        await asyncio.gather(disturbing, return_exceptions=True)
-        await resume(other18)
-        await delay(standby18, 0)
     assert stale == []
     assert sum(targets.values()) > 4000
     assert targets[None] < sum(targets.values())  # not all of them ran on the primary
