@@ -11,6 +11,7 @@ from typing import Any
 
 from raypg import cluster
 from raypg.actors.line import ANSWER_WITHIN, Line
+from raypg.calling import send
 from raypg.server.engine import Engine
 from raypg.server.outside import Outside
 
@@ -86,13 +87,13 @@ class AuthorityLine(Line):
         self._outside.keep(False)
 
     async def _tell(self, tables: list[str] | None) -> None:
-        await asyncio.wait_for(self._pool.changed.remote(tables), ANSWER_WITHIN)
+        await asyncio.wait_for(send(self._pool.changed, tables), ANSWER_WITHIN)
 
     async def _ask(self, numbered: Mapping[int, str]) -> bool:
         pool = self._pool
         if pool is None:
             pool = cluster.find(self.pool)
-        return bool(await pool.intend.remote(self._writes.intents.life, dict(numbered)))
+        return bool(await send(pool.intend, self._writes.intents.life, dict(numbered)))
 
 
 def life_of(worker: int, incarnation: str) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Awaitable
 from typing import Any
 
 import ray
-from ray.exceptions import OwnerDiedError
+from ray.exceptions import OwnerDiedError, TaskCancelledError
 
 from raypg import messages
 from raypg.actors.authority_line import AuthorityLine
@@ -223,11 +223,12 @@ class PoolWorker:
     async def watch(self, client: str, owned: list[Any]) -> None:
         """Watch over a client that holds leases; *owned* is its ``hold``. Ends what it holds when its process dies.
 
-        Not by heartbeats: a process that holds the GIL for long sends none, and lives.
+        Not by heartbeats: a process that holds the GIL for long sends none, and lives. Nor is it watched any longer
+        once ``ray.cancel`` of the task in its main thread has cancelled ``hold`` too.
         """
         try:
             await owned[0]
-        except OwnerDiedError:
+        except (OwnerDiedError, TaskCancelledError):
             self._engine.client_died(client)
         finally:
             self._engine.let_go(client)

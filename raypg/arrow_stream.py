@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import asyncpg
 
 from raypg import background
+from raypg.calling import send
 from raypg.checks import check_statement, check_timeout
 from raypg.core.copy_text import check_query
 from raypg.errors import ConfigError, LeaseLostError
@@ -91,7 +92,7 @@ class ArrowStream:
         if not self._ended and connection._ended is None:
             connection._streaming = False
             handle, message = connection._channel.handle, pack((connection._token, 0))
-            background.soon(lambda: handle.lease_copy_end.remote(message))
+            background.soon(lambda: send(handle.lease_copy_end, message))
 
     @property
     def schema(self) -> pyarrow.Schema:

@@ -10,6 +10,7 @@ from typing import Any
 from ray.actor import ActorHandle
 
 from raypg import _compat
+from raypg.calling import send
 from raypg.errors import UnavailableError
 
 AGAIN_AFTER = 0.1
@@ -38,7 +39,7 @@ async def ask(
         if actor is not None:
             _found[key] = actor
             try:
-                return await asyncio.wait_for(getattr(actor, method).remote(*arguments), left)
+                return await asyncio.wait_for(send(getattr(actor, method), *arguments), left)
             except TimeoutError:
                 break
             except _compat.ActorGone:

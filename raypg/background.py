@@ -10,6 +10,10 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+LISTEN_EVERY = 0.2
+"""Seconds for which a thread waits in one go: ``ray.cancel`` interrupts it without a signal (``interrupt_main``), and
+Python notices that only between two steps, never in one that waits for a lock."""
+
 _lock = threading.Lock()
 _loop: asyncio.AbstractEventLoop | None = None
 _process = 0
@@ -39,7 +43,12 @@ def run(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         raise RuntimeError("pool.sync would block the event loop that runs here: await the pool's own methods instead")
     future = asyncio.run_coroutine_threadsafe(work(), loop())
     try:
-        return future.result()
+        while True:
+            try:
+                return future.result(LISTEN_EVERY)
+            except TimeoutError:
+                if future.done():  # it is the work's own
+                    return future.result()
     except BaseException:
         future.cancel()  # Ctrl-C in the waiting thread must end the work too; finished work does not mind
         raise

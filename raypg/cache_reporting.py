@@ -10,6 +10,7 @@ import weakref
 from typing import TYPE_CHECKING
 
 from raypg import cluster
+from raypg.calling import send
 from raypg.coherence import Coherence, OnChange
 
 if TYPE_CHECKING:
@@ -63,5 +64,5 @@ class Reporter:
         with contextlib.suppress(Exception):  # nobody misses a report: the next one tells all
             metrics = cluster.find_metrics()
             if metrics is not None:
-                metrics.cache_told.remote(self._dispatcher.name, self._who, cache.totals())
+                send(metrics.cache_told, self._dispatcher.name, self._who, cache.totals())
         return True

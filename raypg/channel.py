@@ -12,7 +12,10 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ray.exceptions import TaskCancelledError
+
 from raypg import _compat, messages
+from raypg.calling import send, tell
 from raypg.errors import CircuitBreakerError, WorkerDrainingError
 from raypg.messages import Arguments, Note, Part, Reply, Run, Settings, Where
 from raypg.packing import pack, unpack
@@ -204,7 +207,7 @@ class Channel:
                 self._batches[number] = calls
                 self._untold[number] = len(calls)
                 message = pack((self._identity, self._dispatcher.job, number, runs))
-                answer = asyncio.wrap_future(self.handle.run.remote(message).future())
+                answer = asyncio.wrap_future(send(self.handle.run, message).future())
                 self._under_way[answer] = number, self._loop.time()
                 answer.add_done_callback(self._answered)
                 if self._patience is None:
@@ -215,9 +218,11 @@ class Channel:
             self._broken(error)
 
     def _answered(self, answer: asyncio.Future[bytes]) -> None:
-        self._under_way.pop(answer, None)
+        number, _ = self._under_way.pop(answer, (0, 0.0))
         try:
             self._settle(unpack(answer.result()))
+        except TaskCancelledError as error:
+            self._cancelled(number, error)
         except _compat.ActorGone:
             self.lose()
         except asyncio.CancelledError:
@@ -281,8 +286,8 @@ class Channel:
     def be_watched(self) -> None:
         """Let the worker see it when this process dies. Once per line, before the first lease."""
         if self._owned is None:
-            self._owned = self.handle.hold.remote(self._dispatcher.client)
-            self.handle.watch.remote(self._dispatcher.client, [self._owned])
+            self._owned = send(self.handle.hold, self._dispatcher.client)
+            send(self.handle.watch, self._dispatcher.client, [self._owned])
 
     async def ask(self, method: str, *arguments: Any, references: Sequence[Any] = ()) -> Any:
         """Send a message and wait for its answer, as long as the worker lives. *references* to objects go beside it.
@@ -291,7 +296,7 @@ class Channel:
             WorkerGone: it does not; nothing more goes over this line.
         """
         try:
-            future = asyncio.wrap_future(getattr(self.handle, method).remote(pack(arguments), *references).future())
+            future = asyncio.wrap_future(send(getattr(self.handle, method), pack(arguments), *references).future())
             while True:
                 done, _ = await asyncio.wait((future,), timeout=PATIENCE)
                 if done:
@@ -369,7 +374,14 @@ class Channel:
     def cancel(self, call: Call) -> None:
         """The caller of *call* has left: tell the worker, and nobody else."""
         if call.number in self._batches and not self.closed:
-            self.handle.cancel.remote(self._identity, self._dispatcher.job, call.number, call.position)
+            tell(self.handle.cancel, self._identity, self._dispatcher.job, call.number, call.position)
+
+    def _cancelled(self, number: int, error: TaskCancelledError) -> None:
+        """``ray.cancel`` of the plain task that sent it has cancelled a message, and means all that was in it."""
+        for call in self._batches.get(number, ()):
+            if not call.future.done():
+                call.future.set_exception(error)
+                self.cancel(call)
 
     def lose(self) -> None:
         """The worker is gone: what waits goes elsewhere, what was sent is for the dispatcher to judge."""

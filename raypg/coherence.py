@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from weakref import WeakKeyDictionary
 
 from raypg import _compat
+from raypg.calling import send
 from raypg.core.holding import CATALOGUE, Holding
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ class Coherence:
         self._drop(None)
         self._holding.begin_anew()
         with contextlib.suppress(*_compat.ActorGone, TimeoutError):  # it gives up who is not heard, too
-            await asyncio.wait_for(self._dispatcher.pool.want.remote(self._who, None), AGAIN_AFTER)
+            await asyncio.wait_for(send(self._dispatcher.pool.want, self._who, None), AGAIN_AFTER)
 
     # --- inside ---
 
@@ -148,7 +149,7 @@ class Coherence:
             sent = time.monotonic()
             try:
                 answer = await asyncio.wait_for(
-                    dispatcher.pool.attend.remote(self._who, holding.done, list(holding.wanted)), ANSWER_WITHIN
+                    send(dispatcher.pool.attend, self._who, holding.done, list(holding.wanted)), ANSWER_WITHIN
                 )
             except (*_compat.ActorGone, TimeoutError):
                 await asyncio.sleep(AGAIN_AFTER)
@@ -180,7 +181,7 @@ class Coherence:
     async def _ask(self) -> None:
         """Tell what is wanted before the next poll does."""
         with contextlib.suppress(*_compat.ActorGone):
-            await self._dispatcher.pool.want.remote(self._who, list(self._holding.wanted))
+            await send(self._dispatcher.pool.want, self._who, list(self._holding.wanted))
 
     def _drop(self, tables: frozenset[str] | None) -> None:
         if tables is None:

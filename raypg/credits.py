@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from raypg import cluster
+from raypg.calling import send
 from raypg.core.credits import SECONDS
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class Credits:
                 if actor is None:
                     actor = await asyncio.to_thread(self._find)
                 capacity = self._connections() * PER_CONNECTION
-                answer = actor.take.remote(self._pool, capacity, *self._who, wanted)
+                answer = send(actor.take, self._pool, capacity, *self._who, wanted)
                 granted = int(await asyncio.wait_for(answer, ANSWER_WITHIN))
             except Exception as error:  # away, starting, or of another version: we go on as we are
                 logger.debug("pool %s: no credit from the Pipeline actor: %s", self._pool, error)

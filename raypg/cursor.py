@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import asyncpg
 
 from raypg import background
+from raypg.calling import send
 from raypg.checks import check_statement, check_timeout
 from raypg.errors import LeaseLostError
 from raypg.packing import pack
@@ -83,7 +84,7 @@ class Cursor:
         if getattr(self, "_opened", False) and not self._ended and self._connection._ended is None:
             handle = self._connection._channel.handle
             message = pack((self._connection._token, _CLOSING, self._name, ("close",), None))
-            background.soon(lambda: handle.lease_cursor.remote(message))
+            background.soon(lambda: send(handle.lease_cursor, message))
 
     def __repr__(self) -> str:
         state = "ended" if self._ended else "open" if self._opened else "not open"

@@ -14,6 +14,7 @@ import ray
 from ray.actor import ActorHandle
 
 from raypg import _compat, cluster, messages, naming, owner
+from raypg.calling import send
 from raypg.channel import Call, Channel, WorkerGone
 from raypg.config import PoolConfig
 from raypg.core.seen import NOTHING, Token
@@ -251,7 +252,7 @@ class Dispatcher:
             RaypgError: what it says against it.
         """
         try:
-            kind, value = await asyncio.wait_for(getattr(self.pool, method).remote(*arguments), within)
+            kind, value = await asyncio.wait_for(send(getattr(self.pool, method), *arguments), within)
         except (*_compat.ActorGone, TimeoutError):
             await self.refresh()
             raise self.closed or UnavailableError(
@@ -308,7 +309,7 @@ class Dispatcher:
     async def refresh(self, within: float = ANSWER_WITHIN) -> None:
         """Ask the Pool actor where the workers are now. Its silence is no news."""
         try:
-            reference = self.pool.membership.remote()
+            reference = send(self.pool.membership)
             self._take(await asyncio.wait_for(reference, within))
         except TimeoutError:
             pass
@@ -343,7 +344,7 @@ class Dispatcher:
             return incarnation == channel.incarnation
         try:
             lives: bool = await asyncio.wait_for(
-                self.pool.verify.remote(channel.index, channel.incarnation), VERIFIED_WITHIN
+                send(self.pool.verify, channel.index, channel.incarnation), VERIFIED_WITHIN
             )
         except TimeoutError:
             return True
@@ -414,7 +415,7 @@ class Dispatcher:
     @staticmethod
     async def _life_of(channel: Channel) -> str | None:
         try:
-            incarnation: str = await asyncio.wait_for(channel.handle.here.remote(), LIFE_SIGN_WITHIN)
+            incarnation: str = await asyncio.wait_for(send(channel.handle.here), LIFE_SIGN_WITHIN)
         except (*_compat.ActorGone, TimeoutError):
             return None
         return incarnation

@@ -11,6 +11,7 @@ import asyncpg
 
 from raypg import background, messages
 from raypg.arrow_stream import BATCH_BYTES, ArrowStream
+from raypg.calling import send, tell
 from raypg.channel import Channel, WorkerGone
 from raypg.checks import check_statement, check_timeout, rows_of
 from raypg.core.sql import classify, shorten
@@ -72,7 +73,7 @@ class LeasedConnection:
         # Forgotten, not released. Only the background loop may talk to Ray from here: this may run anywhere.
         if getattr(self, "_ended", "") is None:
             handle, token = self._channel.handle, self._token
-            background.soon(lambda: handle.release.remote(pack((token, None, True))))
+            background.soon(lambda: send(handle.release, pack((token, None, True))))
             self._dispatcher.soon(self._channel.lease_forgotten)
 
     @property
@@ -232,7 +233,7 @@ class LeasedConnection:
         try:
             kind, value = await self._channel.ask(method, self._token, number, *arguments)
         except asyncio.CancelledError:
-            self._channel.handle.lease_cancel.remote(self._token, number)
+            tell(self._channel.handle.lease_cancel, self._token, number)
             raise
         except WorkerGone:
             self._mark_ended("its worker died")
@@ -347,7 +348,7 @@ async def acquire(
             await asyncio.sleep(0.1)
             continue
         except asyncio.CancelledError:
-            channel.handle.cancel_acquire.remote(key)  # it leaves the queue, or what it was granted goes back at once
+            tell(channel.handle.cancel_acquire, key)  # it leaves the queue, or what it was granted goes back at once
             raise
         finally:
             channel.open -= 1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
+import functools
 import os
 import signal
 import subprocess
@@ -283,6 +285,66 @@ async def test_giving_up_a_wait_stops_nothing_but_ray_cancel_does(
     assert await asyncio.wait_for(actor.state.remote(), 10) == (1, 1), "cancelled once, and the connection is whole"
     assert await activity(direct, pid) == "idle"
     ray.kill(actor)
+
+
+class Calling:
+    """Calls another actor, and waits for long."""
+
+    async def call(self, other: Any, how: str) -> None:
+        send: Any = {"as its child": other.sleep.remote, "from an empty context": functools.partial(
+            contextvars.Context().run, other.sleep.remote
+        )}[how]  # fmt: skip
+        send(how)
+        await asyncio.sleep(60)
+
+
+class Called:
+    """Says who has slept, and who was woken up."""
+
+    def __init__(self) -> None:
+        self.slept: dict[str, str] = {}
+        self.over = asyncio.Event()
+
+    async def sleep(self, name: str) -> None:
+        self.slept[name] = "sleeps"
+        try:
+            await self.over.wait()
+        except asyncio.CancelledError:
+            self.slept[name] = "cancelled"
+            raise
+        self.slept[name] = "done"
+
+    async def wake(self) -> dict[str, str]:
+        self.over.set()
+        await asyncio.sleep(0)
+        return self.slept
+
+    async def who(self) -> dict[str, str]:
+        return self.slept
+
+
+async def test_ray_cancel_cancels_what_the_task_has_called_too() -> None:
+    """But for what it has called from an empty context; so that is how messages are sent that carry work of many."""
+    calling, called = remote(Calling).remote(), remote(Called).remote()
+    hows = ["as its child", "from an empty context"]
+    references = [calling.call.remote(called, how) for how in hows]
+
+    async def sleeps() -> bool:
+        return dict(await called.who.remote()) == dict.fromkeys(hows, "sleeps")
+
+    async def is_cancelled() -> bool:
+        return (await called.who.remote())[hows[0]] == "cancelled"
+
+    await eventually(sleeps)
+    for reference in references:
+        ray.cancel(reference)
+    for reference in references:
+        with pytest.raises(ray.exceptions.TaskCancelledError):
+            await actor_result(reference)
+    await eventually(is_cancelled)
+    assert await called.wake.remote() == {hows[0]: "cancelled", hows[1]: "done"}
+    for actor in (calling, called):
+        ray.kill(actor)
 
 
 async def actor_result(reference: Any) -> Any:
