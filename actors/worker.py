@@ -287,7 +287,7 @@ class PoolWorker:
         number: int,
         sql: str,
         arguments: tuple[Any, ...],
-        how: tuple[int, int, frozenset[int]],
+        how: tuple[int, int, dict[int, int | None]],
         timeout: float | None,
     ) -> Answer:
         """Begin to copy the result of a query on a leased connection; see :func:`raypg.server.copying.begin`."""

@@ -19,10 +19,11 @@ from raypg.calling import send
 from raypg.checks import check_statement, check_timeout
 from raypg.core.copy_text import check_query
 from raypg.errors import ConfigError, LeaseLostError
-from raypg.packing import pack
+from raypg.packing import OutOfBand, pack
 
 if TYPE_CHECKING:
     import pyarrow
+    from typing_extensions import Buffer
 
     from raypg.core.arrow_columns import Column
     from raypg.core.copy_binary import CopyDecoder
@@ -76,7 +77,7 @@ class ArrowStream:
         self._timeout = timeout
         self._connection: LeasedConnection | None = None
         self._decoder: CopyDecoder | None = None
-        self._ahead: asyncio.Future[bytes | None] | None = None
+        self._ahead: asyncio.Future[OutOfBand | None] | None = None
         self._begun = self._ended = False
         self._decimals = dict(decimals or {})
 
@@ -198,8 +199,8 @@ class ArrowStream:
         self._decoder = CopyDecoder(columns, key)
         self._fetch_ahead()
 
-    async def next_piece(self) -> bytes | None:
-        """What :meth:`decode` makes the next batch of; ``None`` at the end."""
+    async def next_piece(self) -> Buffer | None:
+        """What :meth:`decode` makes the next batch of, where Ray has put it; ``None`` at the end."""
         await self.begin()
         ahead = self._ahead
         if ahead is None:
@@ -215,9 +216,9 @@ class ArrowStream:
             await self._leave(None)
             return None
         self._fetch_ahead()  # while this one is decoded
-        return data
+        return data.data
 
-    def decode(self, data: bytes) -> pyarrow.RecordBatch | None:
+    def decode(self, data: Buffer) -> pyarrow.RecordBatch | None:
         """The batch in *data*; ``None`` if it holds no rows.
 
         Raises:

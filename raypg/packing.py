@@ -11,10 +11,13 @@ import io
 import pickle
 import sys
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import asyncpg
 from ray import cloudpickle
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 _PLAIN_MODULES = frozenset(
     {
@@ -30,6 +33,23 @@ _PLAIN_MODULES = frozenset(
     }
 )
 _PLAIN_TYPES = frozenset({bytearray, complex, frozenset, range, set, slice})
+
+
+class OutOfBand:
+    """Bytes that go beside an answer instead of in it (pickle's protocol 5): Ray copies them once, into shared memory,
+    and the receiver reads them there.
+
+    Args:
+        data: may be used for something else as soon as the answer has arrived.
+    """
+
+    __slots__ = ("data",)
+
+    def __init__(self, data: Buffer) -> None:
+        self.data = data
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return OutOfBand, (pickle.PickleBuffer(self.data),)
 
 
 class Unsendable:
@@ -91,18 +111,21 @@ def pack(message: Any) -> bytes:
     return buffer.getvalue()
 
 
-def unpack(data: bytes) -> Any:
-    """The message that :func:`pack` packed. Only for data from our own actors and handles."""
-    return pickle.loads(data)
+def unpack(data: Any) -> Any:
+    """The message that :func:`pack` packed, or an answer with an :class:`OutOfBand`. Only for data from our own actors
+    and handles."""
+    return pickle.loads(data) if isinstance(data, bytes) else data
 
 
 def packed(
     method: Callable[..., Awaitable[Any]],
-) -> Callable[..., Awaitable[bytes]]:
-    """Make an actor's method take its arguments, and give its answer, packed; references to objects come beside."""
+) -> Callable[..., Awaitable[Any]]:
+    """Make an actor's method take its arguments, and give its answer, packed; references to objects come beside. An
+    answer (kind, :class:`OutOfBand`) goes as it is."""
 
-    async def call(self: Any, data: bytes, *references: Any) -> bytes:
-        return pack(await method(self, *unpack(data), *references))
+    async def call(self: Any, data: bytes, *references: Any) -> Any:
+        answer = await method(self, *unpack(data), *references)
+        return answer if isinstance(answer, tuple) and isinstance(answer[-1], OutOfBand) else pack(answer)
 
     # Not functools.wraps: Ray would check calls against the signature of the wrapped method.
     functools.update_wrapper(call, method, updated=())

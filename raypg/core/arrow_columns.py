@@ -117,8 +117,9 @@ _ARRAYS = {
 """OID of an array type → OID of its elements (pg_type, which never changes these)."""
 
 
-NATIVE = frozenset(_KINDS) | frozenset(_ARRAYS)
-"""OIDs of the types that are decoded as the server sends them; it is asked to cast all others to text."""
+NATIVE: dict[int, int | None] = {oid: kind.width for oid, kind in _KINDS.items()} | dict.fromkeys(_ARRAYS)
+"""OIDs of the types that are decoded as the server sends them (it is asked to cast all others to text), with the bytes
+of a value if all have the same."""
 
 
 def column_of(name: str, oid: int, type_name: str, is_array: bool, decimal: tuple[int, int] | None = None) -> Column:

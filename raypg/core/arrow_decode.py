@@ -61,7 +61,7 @@ class Slices:
 
     __slots__ = ("data", "lengths", "missing", "starts")
 
-    def __init__(self, data: bytes, starts: Numbers, lengths: Numbers) -> None:
+    def __init__(self, data: memoryview, starts: Numbers, lengths: Numbers) -> None:
         self.data = data
         self.starts = starts
         self.lengths = lengths
@@ -74,7 +74,7 @@ class Slices:
     @property
     def ends(self) -> Numbers:
         """Index behind the last byte of each value."""
-        return self.starts + np.maximum(self.lengths, 0)
+        return self.starts + (self.lengths if self.missing is None else np.maximum(self.lengths, 0))
 
     @property
     def validity(self) -> pa.Buffer | None:
@@ -97,7 +97,7 @@ class Slices:
 Decoder: TypeAlias = Callable[[Slices, pa.DataType], pa.Array]
 
 
-def gather(data: bytes, kind: str, places: Numbers) -> Numbers:
+def gather(data: memoryview, kind: str, places: Numbers) -> Numbers:
     """The big-endian numbers of type *kind* that stand at *places* in *data*, however they are aligned.
 
     Raises:
@@ -228,7 +228,7 @@ def lists_of(element: Decoder, width: int | None) -> Decoder:
     return decode
 
 
-def _elements(data: bytes, first: Numbers, counts: Numbers, offsets: Numbers) -> tuple[Numbers, Numbers]:
+def _elements(data: memoryview, first: Numbers, counts: Numbers, offsets: Numbers) -> tuple[Numbers, Numbers]:
     """Where the elements of arrays lie: the first of all arrays at once, then the second …, and the rest of the few
     longest ones one by one."""
     starts = np.zeros(offsets[-1], np.int64)

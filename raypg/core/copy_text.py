@@ -27,15 +27,16 @@ def check_query(sql: str) -> None:
         )
 
 
-def copy_query(sql: str, casts: Sequence[str], key: int) -> str:
-    """*sql* with its columns cast to *casts* (empty: as they are), and *key* in front of each row."""
+def copy_query(sql: str, casts: Sequence[str], key: int | None = None) -> str:
+    """*sql* with its columns cast to *casts* (empty: as they are), and *key*, if given, in front of each row."""
+    if key is None and not any(casts):
+        return f"{without_semicolon(sql)}\n"  # as it is: the server copies whole rows as they lie on their pages
     names = [f"c{number}" for number in range(len(casts))]
     wanted = [f"q.{name}::pg_catalog.{cast}" if cast else f"q.{name}" for name, cast in zip(names, casts, strict=True)]
+    if key is not None:
+        wanted.insert(0, f"({key})::pg_catalog.int4")
     # The text ends with its line, or a comment at its end would hide what follows.
-    return (
-        f"SELECT {', '.join([f'({key})::pg_catalog.int4', *wanted])} FROM (\n{without_semicolon(sql)}\n) "
-        f"AS q({', '.join(names)})"
-    )
+    return f"SELECT {', '.join(wanted)} FROM (\n{without_semicolon(sql)}\n) AS q({', '.join(names)})"
 
 
 def without_semicolon(sql: str) -> str:

@@ -1,7 +1,7 @@
 """COPY of a query's result on a leased connection, fetched by its holder in pieces.
 
-At most two pieces are here at a time: the one that waits to be fetched, and the one that fills. Then nothing more is
-read from the socket, and the server waits.
+At most three pieces are here at a time: the one that is on its way, the one that waits to be fetched, and the one that
+fills. Then nothing more is read from the socket, and the server waits.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import functools
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import asyncpg
@@ -17,6 +18,7 @@ import asyncpg
 from raypg.core.copy_text import copy_query, literal, with_literals
 from raypg.core.sql_text import quoted_name
 from raypg.errors import LeaseLostError, QueryTimeoutError, StatementNotAllowedError
+from raypg.packing import OutOfBand
 from raypg.server.connection import STEP, ServerConnection
 from raypg.server.describe import describe
 
@@ -26,6 +28,42 @@ if TYPE_CHECKING:
 
 Described: TypeAlias = "list[tuple[str, int, str, bool]]"
 """(name, OID of its type, name of its type, whether that is an array), of each column of a result."""
+
+MORE = 1 << 19
+"""Bytes by which it may be larger than was asked for, since it ends with a message; rarely more."""
+
+SHORT = 1 << 16
+"""Bytes that are worth to be woken up for, when a result is longer."""
+
+PAUSE = 0.001
+"""Seconds in which more may arrive."""
+
+SPARE_BYTES = 24 << 20
+"""Bytes of memory that are kept for further pieces, in parts of at least ``SHORT``."""
+
+
+class _Memory:
+    """Memory for pieces, used again by all streams of this process: to ask the system for new memory for each costs
+    more than the copying."""
+
+    def __init__(self) -> None:
+        self._spare: list[bytearray] = []
+
+    def take(self, least: int) -> bytearray:
+        """At least that many bytes, with anything in them."""
+        while self._spare:
+            found = self._spare.pop()
+            if len(found) >= least:
+                return found
+        return bytearray(least)
+
+    def give(self, memory: bytearray) -> None:
+        """Nobody looks at this any more."""
+        if len(memory) >= SHORT and len(memory) + sum(map(len, self._spare)) <= SPARE_BYTES:
+            self._spare.append(memory)
+
+
+_memory = _Memory()
 
 
 class CopyOut:
@@ -41,9 +79,11 @@ class CopyOut:
         self._query = query
         self._connection = connection
         self._piece = piece
-        self._ready: asyncio.Queue[bytes] = asyncio.Queue(maxsize=1)
-        self._parts: list[bytes] = []
+        self._ready: asyncio.Queue[memoryview] = asyncio.Queue(maxsize=1)
+        self._filling = bytearray()
+        self._is_long = False
         self._size = 0
+        self._lent: bytearray | None = None
         self._unwanted = False
         self.task: asyncio.Task[Any] | None = None
         self.waited = 0.0
@@ -51,21 +91,33 @@ class CopyOut:
     async def run(self, raw: asyncpg.Connection) -> str:
         """Run it to its end; its command tag. Pieces are full messages: each holds whole rows."""
         status: str = await raw.copy_from_query(self._query, output=self._take, format="binary")
-        if self._parts:
+        if self._size:
             await self._put()
         return status
 
     async def _take(self, data: bytes) -> None:
         if self._unwanted:
             return  # until the server has heard that it is cancelled
-        self._parts.append(data)
-        self._size += len(data)
-        if self._size >= self._piece:
+        end = self._size + len(data)
+        if end > len(self._filling):
+            # Another one, since this one cannot grow as long as anything looks at it.
+            whole = self._piece + MORE
+            larger = _memory.take(max(end, whole if self._is_long else min(8 * end, whole)))
+            larger[: self._size] = memoryview(self._filling)[: self._size]
+            _memory.give(self._filling)
+            self._filling = larger
+        self._filling[self._size : end] = data
+        self._size = end
+        if end >= self._piece:
             await self._put()
+        elif end > SHORT and len(data) < SHORT:
+            # The server sends 8 kB at a time, and to be woken up for each costs more than to copy it. Nothing is read
+            # from the socket meanwhile, so that more comes in one go.
+            await asyncio.sleep(PAUSE)
 
     async def _put(self) -> None:
-        piece = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
-        self._parts, self._size = [], 0
+        piece = memoryview(self._filling)[: self._size]
+        self._filling, self._size, self._is_long = bytearray(), 0, True
         began = time.monotonic()
         if not self._unwanted:
             await self._ready.put(piece)
@@ -73,12 +125,22 @@ class CopyOut:
         self.waited += took
         self._connection.held_up += took
 
-    async def next(self) -> bytes | None:
-        """The next piece; ``None`` at the end.
+    async def next(self) -> memoryview | None:
+        """The next piece; ``None`` at the end. It may be looked at until the next call.
 
         Raises:
             What :meth:`LeaseTable.run` does.
         """
+        if self._lent is not None:
+            _memory.give(self._lent)
+            self._lent = None
+        piece = await self._next()
+        if piece is not None:
+            assert isinstance(piece.obj, bytearray)
+            self._lent = piece.obj
+        return piece
+
+    async def _next(self) -> memoryview | None:
         assert self.task is not None
         if self._ready.empty() and not self.task.done():
             getting = asyncio.ensure_future(self._ready.get())
@@ -96,7 +158,7 @@ class CopyOut:
     def stop(self) -> None:
         """Nobody wants the rest. What is under way is thrown away, or a full queue would hold up the end."""
         self._unwanted = True
-        self._parts.clear()
+        self._size = 0
         with contextlib.suppress(asyncio.QueueEmpty):
             self._ready.get_nowait()
 
@@ -109,15 +171,16 @@ async def begin(
     arguments: tuple[Any, ...],
     key: int,
     piece: int,
-    native: frozenset[int],
+    native: Mapping[int, int | None],
     timeout: float | None,
 ) -> Described:
     """Begin to copy the result of *sql* on the lease *token*; it goes on by :func:`fetch`.
 
     Args:
-        key: number in front of each row, see :mod:`raypg.core.copy_binary`.
+        key: number in front of each row if the first column has no fixed width, see :mod:`raypg.core.copy_binary`.
         piece: bytes of a piece, about.
-        native: OIDs of the types that are wanted as the server sends them; all others are wanted as text.
+        native: OIDs of the types that are wanted as the server sends them, with their width if all values have the
+            same; all others are wanted as text.
 
     Raises:
         StatementNotAllowedError: it returns no columns, or too many to be named.
@@ -131,7 +194,8 @@ async def begin(
     columns: Described
     (columns, text), _ = await engine.run_leased(token, number, STEP, sql, prepare, timeout)
     casts = ["" if oid in native else "text[]" if is_array else "text" for _, oid, _, is_array in columns]
-    copy = lease.copy = CopyOut(copy_query(text, casts, key), lease.connection, piece)
+    needs_key = native.get(columns[0][1]) is None
+    copy = lease.copy = CopyOut(copy_query(text, casts, key if needs_key else None), lease.connection, piece)
     copy.task = asyncio.get_running_loop().create_task(_copied(engine, lease, number, sql, copy))
     copy.task.add_done_callback(lambda task: task.cancelled() or task.exception())  # told by `next`, if anybody asks
     return columns
@@ -151,8 +215,9 @@ async def _copied(engine: Engine, lease: Lease, number: int, sql: str, copy: Cop
         engine.figures.ran(engine.now() - started - copy.waited, error is not None, sql, error)
 
 
-async def fetch(engine: Engine, token: str, timeout: float | None) -> bytes | None:
-    """The next piece of the COPY of the lease *token*; ``None`` at its end.
+async def fetch(engine: Engine, token: str, timeout: float | None) -> OutOfBand | None:
+    """The next piece of the COPY of the lease *token*; ``None`` at its end. Its memory is used again for the one after
+    the one after it, so who calls this must have received the one before.
 
     Args:
         timeout: seconds until it must be there; ``command_timeout`` of the pool by default.
@@ -167,7 +232,8 @@ async def fetch(engine: Engine, token: str, timeout: float | None) -> bytes | No
     if copy is None:
         raise LeaseLostError("no stream is open on this lease")
     try:
-        return await asyncio.wait_for(copy.next(), timeout)
+        piece = await asyncio.wait_for(copy.next(), timeout)
+        return None if piece is None else OutOfBand(piece)
     except TimeoutError:
         if copy.task is not None and copy.task.done():
             raise

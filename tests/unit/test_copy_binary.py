@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import struct
+import time
 from typing import Any
 
 import pyarrow as pa
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raypg.core.arrow_columns import Column, column_of
+from raypg.core.arrow_columns import NATIVE, Column, column_of
 from raypg.core.copy_binary import HEADER, KEY_ENDS_WITH, SIGNATURE, TRAILER, CopyDecoder
 from raypg.errors import ArrowValueError, RaypgError
 
@@ -22,9 +23,9 @@ TEXT = column_of("t", 25, "text", False)
 BYTES = column_of("b", 17, "bytea", False)
 
 
-def message(values: list[bytes | None], key: int = KEY) -> bytes:
+def message(values: list[bytes | None], key: int | None = KEY) -> bytes:
     """One row as the server sends it."""
-    fields = [struct.pack(">i", key), *values]
+    fields = values if key is None else [struct.pack(">i", key), *values]
     sent = struct.pack(">h", len(fields))
     for field in fields:
         sent += struct.pack(">i", -1) if field is None else struct.pack(">i", len(field)) + field
@@ -38,7 +39,8 @@ def number(value: int | None) -> bytes | None:
 def decoded(columns: list[Column], rows: list[list[bytes | None]], cuts: list[int] = []) -> list[dict[str, Any]]:  # noqa: B006
     """*rows*, cut into pieces before those numbers, decoded."""
     decoder = CopyDecoder(columns, KEY)
-    messages = [BEGIN, *map(message, rows), TRAILER]
+    key = KEY if NATIVE.get(columns[0].oid) is None else None
+    messages = [BEGIN, *(message(row, key) for row in rows), TRAILER]
     edges = [0, *sorted({min(cut, len(messages)) for cut in cuts}), len(messages)]
     batches = [decoder.decode(b"".join(messages[a:b])) for a, b in itertools.pairwise(edges) if a < b]
     return pa.Table.from_batches([batch for batch in batches if batch is not None], decoder.schema).to_pylist()
@@ -46,7 +48,10 @@ def decoded(columns: list[Column], rows: list[list[bytes | None]], cuts: list[in
 
 # What looks like a key, a header, a trailer or a length, and parts of that.
 tricky = st.sampled_from(
-    [message([None, b"x"]), message([])[2:], TRAILER, b"\xf9", struct.pack(">i", KEY), b"\0\0\0\4"]
+    [
+        *(message([None, b"x"]), message([])[2:], TRAILER, b"\xf9", struct.pack(">i", KEY), b"\0\0\0\4"),
+        *(message([number(1), b"y"], None), message([None, b"z"], None), b"\0\2\0\0\0\x08", b"\0\2\xff\xff\xff\xff"),
+    ]
 )
 blob = st.lists(st.one_of(st.binary(max_size=12), tricky), max_size=4).map(b"".join)
 
@@ -58,6 +63,35 @@ blob = st.lists(st.one_of(st.binary(max_size=12), tricky), max_size=4).map(b"".j
 def test_rows_are_found_whatever_is_in_them(rows: list[tuple[int | None, bytes | None]], cuts: list[int]) -> None:
     found = decoded([INT8, BYTES], [[number(n), b] for n, b in rows], cuts)
     assert found == [{"n": n, "b": b} for n, b in rows]
+
+
+@given(
+    st.lists(st.tuples(st.none() | blob, st.none() | st.integers(-(2**63), 2**63 - 1)), max_size=40),
+    st.lists(st.integers(1, 40), max_size=3),
+)
+def test_and_by_a_key_where_the_first_column_has_any_width(
+    rows: list[tuple[bytes | None, int | None]], cuts: list[int]
+) -> None:
+    found = decoded([BYTES, INT8], [[b, number(n)] for b, n in rows], cuts)
+    assert found == [{"b": b, "n": n} for b, n in rows]
+
+
+def test_a_whole_copy_within_a_value_takes_no_longer() -> None:
+    inner = b"".join(message([number(n), b"inner"], None) for n in range(20_000))
+    rows = [[number(1), inner], [number(2), b"outer"], [None, inner], [number(4), None]]
+    started = time.process_time()
+    found = decoded([INT8, BYTES], rows)
+    assert time.process_time() - started < 2, "it was walked through a row in each round"
+    assert found == [{"n": n, "b": b} for n, b in zip([1, 2, None, 4], [inner, b"outer", inner, None], strict=True)]
+
+
+@given(st.lists(st.tuples(*[st.sampled_from([None, 0, 4, 8, 0x400000008, 0x4FFFFFFFF, -1])] * 4), max_size=40))
+def test_numbers_that_look_like_the_beginning_of_a_row(rows: list[tuple[int | None, ...]]) -> None:
+    """Four columns of eight bytes, and the values that their headers are made of."""
+    columns = [column_of(name, 20, "int8", False) for name in "abcd"]
+    assert decoded(columns, [list(map(number, row)) for row in rows]) == [
+        dict(zip("abcd", row, strict=True)) for row in rows
+    ]
 
 
 @given(st.lists(st.none() | st.text(st.characters(exclude_categories=["Cs"]), max_size=9), max_size=30))
@@ -131,11 +165,13 @@ def test_numbers_that_are_none_do_not_become_a_decimal(text: str) -> None:
         BEGIN + message([b"1"])[:-1],
         BEGIN + message([b"1"], key=KEY + 1),
         BEGIN + b"x",
+        BEGIN + message([number(1)], None) + message([b"1"], None),
     ],
 )
 def test_anything_else_is_refused(data: bytes) -> None:
-    with pytest.raises(RaypgError, match=r"binary format|whole rows"):
-        CopyDecoder([BYTES], KEY).decode(data)
+    for columns in ([BYTES], [INT8]):
+        with pytest.raises(RaypgError, match=r"binary format|whole rows"):
+            CopyDecoder(columns, KEY).decode(data)
 
 
 def test_a_header_may_be_longer() -> None:

@@ -43,6 +43,13 @@ def test_columns_are_cast_by_place() -> None:
     )
 
 
+def test_without_key_and_casts_a_query_stays_as_it_is() -> None:
+    assert copy_query("select a from t -- all;", ["", ""]) == "select a from t\n"
+    assert copy_query("select a, b from t;", ["", "text"]) == (
+        "SELECT q.c0, q.c1::pg_catalog.text FROM (\nselect a, b from t\n) AS q(c0, c1)"
+    )
+
+
 @pytest.mark.parametrize("sql", ["select 1", "values (1)", "table t", "with a as (select 1) select * from a", "selekt"])
 def test_queries(sql: str) -> None:
     check_query(sql)
