@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import os
 import resource
@@ -15,12 +16,13 @@ from pathlib import Path
 import adbc_driver_postgresql.dbapi as adbc
 import asyncpg
 import numpy as np
+import psutil
 import pyarrow as pa
 import ray
 from measure import Setting, answer, compare, ratio, report
 from pgpq import ArrowToPostgresBinaryEncoder
 
-from raypg import QueryPipelineNode
+from raypg import PostgresDatasink, QueryPipelineNode
 
 ROWS = int(os.environ.get("RAYPG_BENCH_ROWS", "1000000"))
 WRITE_SQL_ROWS = 20_000
@@ -174,9 +176,54 @@ async def memory(here: Setting) -> None:
     )
 
 
+async def write_tasks(here: Setting) -> None:
+    """Peak size of the processes of Ray Data's write tasks, and of the worker, while 60 blocks of 65,536 rows pass."""
+    await here.pool.execute(f"CREATE UNLOGGED TABLE tasks ({COLUMNS})")
+    block = events(65_536)
+    (worker,) = [int(line.split()[0]) for line in workers()]
+    begun = resident(worker)
+
+    def write(blocks: int) -> None:
+        ray.data.from_arrow_refs([ray.put(block) for _ in range(blocks)]).write_datasink(
+            PostgresDatasink(here.pool, "tasks")
+        )
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    await asyncio.to_thread(write, 4)  # all is imported
+    idle = {pid: resident(pid) for pid in processes("ray::IDLE", "ray::Write")}
+    work = asyncio.ensure_future(asyncio.to_thread(write, 60))
+    tasks, sizes = [0.0], [0.0]
+    while not work.done():
+        for pid in processes("ray::Write"):
+            with contextlib.suppress(OSError):
+                tasks.append(resident(pid) - idle.get(pid, min(idle.values())))
+        sizes.append(resident(worker) - begun)
+        await asyncio.sleep(0.02)
+    await work
+    assert len(tasks) > 10
+    allowed = 2 * block.nbytes / 1e6 + 100
+    figures = {"write task": tasks, "worker": sizes}
+    report(
+        "Memory beyond idle, 60 blocks by Ray Data",
+        "MB",
+        figures,
+        [f"at most {max(map(max, figures.values())):.0f} ({allowed:.0f})"],
+    )
+
+
 def workers() -> list[str]:
-    shown = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
-    return [line for line in shown.splitlines() if "ray::PoolWorker" in line or "PoolWorker(bench" in line]
+    return [line for line in shown() if "ray::PoolWorker" in line or "PoolWorker(bench" in line]
+
+
+def processes(*names: str) -> list[int]:
+    """Those of our own cluster that are called so."""
+    ours = {process.pid for process in psutil.Process().children(recursive=True)}
+    found = [int(line.split()[0]) for line in shown() if any(name in line for name in names)]
+    return [pid for pid in found if pid in ours]
+
+
+def shown() -> list[str]:
+    return subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout.splitlines()
 
 
 def resident(pid: int) -> float:
@@ -185,7 +232,7 @@ def resident(pid: int) -> float:
     return (int(fields[1]) - int(fields[2])) * resource.getpagesize() / 1e6
 
 
-QUESTIONS = {"append": append, "write_sql": write_sql, "memory": memory}
+QUESTIONS = {"append": append, "write_sql": write_sql, "memory": memory, "write_tasks": write_tasks}
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ class PostgresDatasink(Datasink):  # type: ignore[misc]
     # --- what Ray Data asks ---
 
     def get_name(self) -> str:
-        """As the operator is called in Ray Data's progress bars."""
+        """As Ray Data calls it where it says what was written; its bar of write tasks is called ``Write``."""
         return f"PostgreSQL {self._order.into}"
 
     @property

@@ -245,13 +245,13 @@ def test_version_and_help(command: Command) -> None:
     assert command("wrong").returncode == 2
 
 
-def spawn(command: Command, *arguments: str) -> tuple[int, int]:
-    """Run ``raypg`` on a terminal of its own: (process id, terminal)."""
+def spawn(command: Command, *arguments: str, program: str = RAYPG) -> tuple[int, int]:
+    """Run ``raypg``, or another *program*, on a terminal of its own: (process id, terminal)."""
     pid, terminal = pty.fork()
     if pid == 0:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests that run in the background are deaf to it
         os.chdir(command.directory)
-        os.execve(RAYPG, [RAYPG, *arguments], {**command.environment, "TERM": "xterm", "COLUMNS": "200"})
+        os.execve(program, [program, *arguments], {**command.environment, "TERM": "xterm", "COLUMNS": "200"})
     return pid, terminal
 
 
@@ -267,6 +267,34 @@ async def shows(terminal: int, expected: str, timeout: float = 60.0) -> str:
 
     await eventually(more, timeout=timeout, what=f"the terminal shows {expected}")
     return seen
+
+
+WRITES = """
+import ray, raypg
+ray.init(address="auto", log_to_driver=False)
+pool = raypg.get_pool("{pool}")
+pool.sync.execute("create table numbers (id bigint)")
+context = ray.data.DataContext.get_current()
+context.enable_rich_progress_bars, context.use_ray_tqdm = True, False
+ray.data.range(8_000, override_num_blocks=8).write_datasink(raypg.PostgresDatasink(pool, "numbers", batch_rows=2_000))
+print("the write is over,", pool.sync.fetchval("select count(*) from numbers"), "rows")
+pool.sync.execute("drop table numbers")
+"""
+
+
+async def test_a_write_is_seen_in_ray_datas_own_bars(command: Command) -> None:
+    name = unique_name("bars")
+    command.good("up", name)
+    program = command.directory / "writes.py"
+    program.write_text(WRITES.format(pool=name))
+    pid, terminal = spawn(command, str(program), program=sys.executable)
+    seen = await shows(terminal, "the write is over, .*rows", timeout=120)
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen)
+    assert "the write is over, 8000 rows" in plain
+    assert re.search(r"Write +100% \S+ 4/4 ", plain), plain
+    assert "PostgreSQL numbers finished. 8000 rows" in plain
+    await asyncio.to_thread(os.waitpid, pid, 0)
+    command.good("down", name)
 
 
 async def test_watch_and_metrics(command: Command, running: str) -> None:

@@ -13,13 +13,16 @@ import asyncpg
 import numpy as np
 import pyarrow as pa
 import pytest
+import ray
 from pools import grant, pipeline_of, unique_name
+from shared_memory import are_shared
 from waiting import eventually
 
-from raypg import QueryPipelineNode, WorkflowConnectionPool
+from raypg import QueryPipelineNode, WorkflowConnectionPool, naming
 from raypg.actors.worker import PoolWorker
 from raypg.config import from_kwargs
 from raypg.embedded import EmbeddedServer
+from raypg.ingest import inputs
 from raypg.server.writing import Intake, Spec
 
 WAITING = "select count(*) from pg_stat_activity where wait_event_type = 'Lock' and query like '%' || $1 || '%'"
@@ -87,6 +90,14 @@ async def test_a_worker_holds_two_batches_and_drops_them_at_once(
 
     await eventually(dropped)  # the thread that looked at it has it for a moment
     await worker.close("the test is over")
+
+
+async def test_a_worker_encodes_from_rays_memory(single: WorkflowConnectionPool) -> None:
+    """What it gets by a reference lies in the object store still."""
+    data = pa.table({"id": range(50_000), "note": [f"note {n}" for n in range(50_000)]})
+    assert not are_shared(data)
+    worker = ray.get_actor(naming.worker_actor(single.name, 0), namespace=naming.NAMESPACE)
+    assert await worker.__ray_call__.remote(lambda _, given: are_shared(given), inputs.put(data))
 
 
 async def test_a_deadlock_is_tried_again(
