@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import time
 from collections.abc import Coroutine
 from typing import Any
@@ -31,15 +32,23 @@ class Asking:
             await asyncio.sleep(60)
 
 
+def hear_cancellations() -> None:
+    """``ray.cancel`` interrupts a plain task by what SIGINT does, which is nothing in what was started in the
+    background of a shell, and in all that inherits it from there."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @ray.remote(num_cpus=0)
 def ask_in_task(method: str, pool: str, query: str) -> Any:
     """Runs an event loop in the task's own thread."""
+    hear_cancellations()
     work: Coroutine[Any, Any, Any] = getattr(Asking(), method)(pool, query)
     return asyncio.run(work)
 
 
 @ray.remote(num_cpus=0)
 def ask_sync(pool: str, query: str) -> Any:
+    hear_cancellations()
     return raypg.get_pool(pool).sync.fetchval(query, timeout=30)
 
 
