@@ -234,7 +234,7 @@ async def test_pieces_are_read_where_ray_has_put_them(pool: WorkflowConnectionPo
         batch = stream.decode(data)
         rows += [] if batch is None else batch.column(0).to_pylist()
         pieces += 1
-    assert pieces > 5
+    assert pieces >= 4, "a piece is about as large as was asked for"
     assert rows == list(range(1, 200_001))
 
 
