@@ -118,9 +118,11 @@ class CopyDecoder:
         for _ in self.columns:
             try:
                 lengths = gather(data, "i4", places)
-            except IndexError:  # something that only looks like a row would go beyond the end
+            except IndexError:  # something that only looks like a row goes beyond the end, and must be seen to
+                beyond = places > len(data) - 4
                 places = np.minimum(places, len(data) - 4)
                 lengths = gather(data, "i4", places)
+                lengths[beyond] = len(data)
             places = places + 4
             values.append((places, lengths))
             places = places + (np.maximum(lengths, 0) if lengths.min(initial=0) < 0 else lengths)

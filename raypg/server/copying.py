@@ -30,7 +30,7 @@ Described: TypeAlias = "list[tuple[str, int, str, bool]]"
 """(name, OID of its type, name of its type, whether that is an array), of each column of a result."""
 
 MORE = 1 << 19
-"""Bytes by which it may be larger than was asked for, since it ends with a message; rarely more."""
+"""Bytes by which a piece may be larger than was asked for, since it ends with a message; rarely more."""
 
 SHORT = 1 << 16
 """Bytes that are worth to be woken up for, when a result is longer."""
@@ -216,8 +216,8 @@ async def _copied(engine: Engine, lease: Lease, number: int, sql: str, copy: Cop
 
 
 async def fetch(engine: Engine, token: str, timeout: float | None) -> OutOfBand | None:
-    """The next piece of the COPY of the lease *token*; ``None`` at its end. Its memory is used again for the one after
-    the one after it, so who calls this must have received the one before.
+    """The next piece of the COPY of the lease *token*; ``None`` at its end. Its memory is used again from the next call
+    on, so who calls this must have received the one before.
 
     Args:
         timeout: seconds until it must be there; ``command_timeout`` of the pool by default.

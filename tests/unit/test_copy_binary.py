@@ -166,10 +166,11 @@ def test_numbers_that_are_none_do_not_become_a_decimal(text: str) -> None:
         BEGIN + message([b"1"], key=KEY + 1),
         BEGIN + b"x",
         BEGIN + message([number(1)], None) + message([b"1"], None),
+        BEGIN + message([number(0), b""], None)[:-4],
     ],
 )
 def test_anything_else_is_refused(data: bytes) -> None:
-    for columns in ([BYTES], [INT8]):
+    for columns in ([BYTES], [INT8], [INT8, BYTES]):
         with pytest.raises(RaypgError, match=r"binary format|whole rows"):
             CopyDecoder(columns, KEY).decode(data)
 
