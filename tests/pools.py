@@ -109,6 +109,14 @@ async def backends_of(direct: asyncpg.Connection, name: str, *, control: bool = 
     return [row for row in rows if control or ":control:" not in row["application_name"]]
 
 
+RUNNING = "select count(*) from pg_stat_activity where state = 'active' and query like $1 and pid <> pg_backend_pid()"
+
+
+async def running(direct: asyncpg.Connection, mark: str) -> int:
+    """How many statements with *mark* in their text the server runs now, but for those of *direct*."""
+    return int(await direct.fetchval(RUNNING, f"%{mark}%"))
+
+
 async def all_open(pool: WorkflowConnectionPool, direct: asyncpg.Connection, count: int) -> None:
     """Wait until the workers have opened *count* connections."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import functools
 import os
 import signal
 import subprocess
@@ -291,10 +290,8 @@ class Calling:
     """Calls another actor, and waits for long."""
 
     async def call(self, other: Any, how: str) -> None:
-        send: Any = {"as its child": other.sleep.remote, "from an empty context": functools.partial(
-            contextvars.Context().run, other.sleep.remote
-        )}[how]  # fmt: skip
-        send(how)
+        context = contextvars.copy_context() if how == "as its child" else contextvars.Context()
+        context.run(other.sleep.remote, how)
         await asyncio.sleep(60)
 
 

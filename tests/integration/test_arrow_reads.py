@@ -227,15 +227,15 @@ async def test_a_stream_that_is_left_ends(pool: WorkflowConnectionPool) -> None:
 
 async def test_pieces_are_read_where_ray_has_put_them(pool: WorkflowConnectionPool) -> None:
     """And the worker uses its memory for the next ones, not before it may."""
-    stream = pool.stream(SERIES, 200_000, batch_bytes=1 << 20)
+    stream = pool.stream(SERIES, 400_000, batch_bytes=1 << 20)
     rows, pieces = [], 0
     while (data := await stream.next_piece()) is not None:
         assert is_shared(data) or len(data) < 100_000, "what is small comes with the answer"
         batch = stream.decode(data)
         rows += [] if batch is None else batch.column(0).to_pylist()
         pieces += 1
-    assert pieces >= 4, "a piece is about as large as was asked for"
-    assert rows == list(range(1, 200_001))
+    assert pieces > 5, "a piece is about as large as was asked for"
+    assert rows == list(range(1, 400_001))
 
 
 async def test_a_cancelled_reader_leaves_nothing(pool: WorkflowConnectionPool) -> None:

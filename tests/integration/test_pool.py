@@ -13,7 +13,7 @@ from typing import Any
 
 import asyncpg
 import pytest
-from pools import CapWatch, backends_of, own_pool
+from pools import CapWatch, backends_of, own_pool, running
 from waiting import eventually
 
 from raypg import QueryTimeoutError, Row, StatementNotAllowedError, WorkflowConnectionPool
@@ -166,10 +166,7 @@ async def test_a_timeout_ends_the_statement_on_the_server(
     assert time.monotonic() - started < 3
     assert isinstance(caught.value, TimeoutError)
     assert caught.value.timeout == pytest.approx(timeout, abs=0.05)
-    running = (
-        "select count(*) from pg_stat_activity where state = 'active' and pid <> pg_backend_pid() and query like $1"
-    )
-    assert await direct.fetchval(running, f"%{mark}%") == 0
+    assert await running(direct, mark) == 0
 
 
 @pytest.mark.parametrize("timeout", [0, 0.0, -1])
@@ -187,18 +184,13 @@ async def test_a_timed_out_write_had_no_effect(pool: WorkflowConnectionPool, tab
 async def test_a_cancelled_call_ends_on_the_server(pool: WorkflowConnectionPool, direct: asyncpg.Connection) -> None:
     mark = uuid.uuid4().hex
     call = asyncio.create_task(pool.fetch(f"select pg_sleep(30), '{mark}'"))
-
-    async def running() -> int:
-        count = "select count(*) from pg_stat_activity where state = 'active' and query like $1"
-        return int(await direct.fetchval(count + " and pid <> pg_backend_pid()", f"%{mark}%"))
-
-    await eventually(running, what="the statement runs")
+    await eventually(lambda: running(direct, mark), what="the statement runs")
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
         await call
 
     async def ended() -> bool:
-        return await running() == 0
+        return await running(direct, mark) == 0
 
     await eventually(ended, timeout=5, what="the statement was cancelled")
 

@@ -11,12 +11,12 @@ from typing import Any
 import asyncpg
 import pytest
 import ray
+from pools import running
 from waiting import eventually
 
 import raypg
 from raypg import WorkflowConnectionPool
 
-RUNNING = "select count(*) from pg_stat_activity where state = 'active' and query like $1 and pid <> pg_backend_pid()"
 HELD = "select count(*) from pg_stat_activity where state = 'idle in transaction' and query like $1"
 
 
@@ -56,8 +56,12 @@ def mark() -> str:
     return f"raypg_{time.monotonic_ns()}"
 
 
-async def count(direct: asyncpg.Connection, query: str, name: str) -> int:
-    return int(await direct.fetchval(query, f"%{name}%"))
+async def is_held(direct: asyncpg.Connection, name: str, expected: bool) -> bool:
+    return await direct.fetchval(HELD, f"%{name}%") == expected
+
+
+async def runs(direct: asyncpg.Connection, name: str, expected: bool) -> bool:
+    return await running(direct, name) == expected
 
 
 @pytest.fixture(scope="module")
@@ -75,10 +79,10 @@ async def test_in_an_async_actor_one_task_is_cancelled_and_no_other(
         # The first one's task is the one in which all that follows it in the same message is sent.
         cancelled = asking.ask.remote(pool.name, f"select pg_sleep(25) as {name}")
         others = [asking.ask.remote(pool.name, f"select {n} from pg_sleep(0.5) as {other}") for n in range(20)]
-        await eventually(lambda name=name: _is(direct, RUNNING, name, 1))
+        await eventually(lambda name=name: runs(direct, name, True))
         ray.cancel(cancelled)
         assert await asyncio.to_thread(ray.get, others, timeout=30) == list(range(20))
-        await eventually(lambda name=name: _is(direct, RUNNING, name, 0))
+        await eventually(lambda name=name: runs(direct, name, False))
 
 
 async def test_a_lease_held_by_a_cancelled_task_comes_back(
@@ -87,9 +91,9 @@ async def test_a_lease_held_by_a_cancelled_task_comes_back(
     for hold in (asking.hold.remote, lambda *args: ask_in_task.remote("hold", *args)):
         name = mark()
         reference = hold(pool.name, f"select 1 as {name}")
-        await eventually(lambda name=name: _is(direct, HELD, name, 1), timeout=30)
+        await eventually(lambda name=name: is_held(direct, name, True), timeout=30)
         ray.cancel(reference)
-        await eventually(lambda name=name: _is(direct, HELD, name, 0))
+        await eventually(lambda name=name: is_held(direct, name, False))
 
 
 async def test_the_statement_of_a_cancelled_plain_task_is_cancelled(
@@ -98,12 +102,8 @@ async def test_the_statement_of_a_cancelled_plain_task_is_cancelled(
     for ask in (lambda *args: ask_in_task.remote("ask", *args), ask_sync.remote):
         name = mark()
         reference = ask(pool.name, f"select pg_sleep(25) as {name}")
-        await eventually(lambda name=name: _is(direct, RUNNING, name, 1), timeout=30)
+        await eventually(lambda name=name: runs(direct, name, True), timeout=30)
         ray.cancel(reference)
-        await eventually(lambda name=name: _is(direct, RUNNING, name, 0))
+        await eventually(lambda name=name: runs(direct, name, False))
         with pytest.raises((ray.exceptions.TaskCancelledError, ray.exceptions.RayTaskError)):
             await asyncio.to_thread(ray.get, reference, timeout=20)
-
-
-async def _is(direct: asyncpg.Connection, query: str, name: str, expected: int) -> bool:
-    return await count(direct, query, name) == expected

@@ -14,7 +14,7 @@ import httpx
 import psutil
 import pytest
 import yaml
-from pools import unique_name
+from pools import running, unique_name
 from pydantic import ValidationError
 from ray import serve
 from ray.serve.schema import ServeDeploySchema
@@ -252,12 +252,9 @@ async def test_when_the_client_goes_away_its_statement_is_cancelled(
     client: httpx.AsyncClient, direct: asyncpg.Connection
 ) -> None:
     mark = f"raypg_{time.monotonic_ns()}"
-    running = (
-        "select count(*) from pg_stat_activity where state = 'active' and query like $1 and pid <> pg_backend_pid()"
-    )
 
     async def runs(count: int) -> bool:
-        return bool(await direct.fetchval(running, f"%{mark}%") == count)
+        return await running(direct, mark) == count
 
     asked = asyncio.create_task(ask(client, f"select pg_sleep(25) as {mark}"))
     await eventually(lambda: runs(1))

@@ -12,6 +12,7 @@ from typing import Any
 import asyncpg
 import pytest
 import ray
+from pools import RUNNING
 from waiting import wait_until
 
 from raypg import LeaseLostError, QueryTimeoutError, TransactionRolledBackError, WorkflowConnectionPool
@@ -123,6 +124,4 @@ def test_ctrl_c_ends_the_statement(pool: WorkflowConnectionPool) -> None:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-    running = "select count(*) from pg_stat_activity where state = 'active' and query like $1"
-    here = " and pid <> pg_backend_pid()"
-    wait_until(lambda: pool.sync.fetchval(running + here, f"%{mark}%") == 0, timeout=5, what="it was cancelled")
+    wait_until(lambda: pool.sync.fetchval(RUNNING, f"%{mark}%") == 0, timeout=5, what="it was cancelled")
