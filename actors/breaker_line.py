@@ -45,11 +45,11 @@ class BreakerLine(Line):
         while True:
             wanted = (guard.machine.config, self._workers)
             if joined != wanted:
+                if joined is None:
+                    guard.forget_order()  # before it is asked: what it orders meanwhile is newer than its answer
                 answer = await asyncio.wait_for(
                     breaker.join.remote(*where, me, asdict(wanted[0]), wanted[1]), ANSWER_WITHIN
                 )
-                if joined is None:
-                    guard.forget_order()
                 joined = wanted
                 guard.follow(Order(*answer), time.monotonic())
             report = guard.report()

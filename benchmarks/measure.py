@@ -7,6 +7,7 @@ reported is the median of each and the median of their ratios within a round.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import platform
@@ -113,11 +114,33 @@ async def rate(work: Callable[[int], Awaitable[Any]], count: int, clients: int) 
     return count / (time.perf_counter() - started)
 
 
+async def idle(least: float = 0.9, timeout: float = 10.0) -> None:
+    """Wait until the processors were idle for *least* of a fifth of a second, at most *timeout* seconds."""
+    gc.collect()
+    deadline = time.monotonic() + timeout
+    before = _processors()
+    while time.monotonic() < deadline:
+        await asyncio.sleep(0.2)
+        now = _processors()
+        if now[0] - before[0] >= least * (now[1] - before[1]):
+            return
+        before = now
+
+
+def _processors() -> tuple[int, int]:
+    """(ticks without work, all ticks) of all processors so far; see proc(5), ``/proc/stat``."""
+    with open("/proc/stat") as file:
+        _, *ticks = file.readline().split()
+    return int(ticks[3]) + int(ticks[4]), sum(map(int, ticks))
+
+
 async def compare(contenders: Mapping[str, Contender], rounds: int = ROUNDS) -> dict[str, list[float]]:
-    """Run all in turn, once to warm up and *rounds* times to count."""
+    """Run all in turn, once to warm up and *rounds* times to count, each when the machine has done with the one before:
+    Ray frees what that has left behind."""
     figures: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(rounds + 1):
         for name, contender in contenders.items():
+            await idle()
             figure = await contender()
             if turn:
                 figures[name].append(figure)

@@ -176,7 +176,8 @@ class ArrowStream:
             return
         self._begun = True
         from raypg.core.arrow_columns import NATIVE, column_of
-        from raypg.core.copy_binary import KEY_ENDS_WITH, CopyDecoder
+        from raypg.core.copy_binary import CopyDecoder
+        from raypg.core.copy_rows import KEY_ENDS_WITH
         from raypg.lease import LeasedConnection
 
         source = self._source

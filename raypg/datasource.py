@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import math
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -26,7 +28,8 @@ from raypg.errors import ConfigError, SnapshotLostError
 from raypg.lease import LeasedConnection
 from raypg.pool import WorkflowConnectionPool, get_pool
 from raypg.pushdown import split
-from raypg.snapshot import READ, Snapshot
+from raypg.snapshot import Snapshot
+from raypg.sync import inside
 
 if TYPE_CHECKING:
     from ray.data.context import DataContext
@@ -42,7 +45,17 @@ PAGE = 8192
 TID_RANGES = 140_000
 """Version since which PostgreSQL reads a range of pages without reading all others."""
 
+AGAIN_AFTER = 1.0
+"""Seconds after which a plan is made anew, and the snapshot is asked for."""
+
 _INTEGERS = {20, 21, 23}
+
+_NO_SNAPSHOT = (
+    asyncpg.InvalidParameterValueError,
+    asyncpg.UndefinedObjectError,
+    asyncpg.ObjectNotInPrerequisiteStateError,
+)
+"""What SET TRANSACTION SNAPSHOT fails with when the transaction that exported it has ended."""
 
 _TABLE = """
 SELECT format('%I.%I', n.nspname, c.relname) AS name, c.relkind::text AS kind,
@@ -98,27 +111,21 @@ class _Shard:
 
     def __call__(self) -> Iterator[pa.Table]:
         """Its blocks; an empty one if it has no rows."""
-        pool = get_pool(self.pool)
         empty = True
-        with pool.sync.transaction(
-            **READ,  # type: ignore[arg-type]
-            timeout=self.seconds,
-            lease_timeout=self.seconds,
-        ) as tx:
-            if self.snapshot is not None:
-                try:
-                    tx.execute(f"SET TRANSACTION SNAPSHOT '{self.snapshot.name}'")
-                except (asyncpg.InvalidParameterValueError, asyncpg.UndefinedObjectError) as error:
-                    raise SnapshotLostError(str(error)) from None
-            with tx.stream(self.sql, batch_bytes=self.batch_bytes, decimals=self.decimals) as stream:
-                for batch in stream:
-                    table = pa.Table.from_batches([batch])
-                    for predicate in self.rest:
-                        table = table.filter(predicate.to_pyarrow())
-                    table = table.select(self.schema.names)
-                    if table.num_rows:
-                        empty = False
-                        yield table
+        with contextlib.ExitStack() as stack:
+            try:
+                tx = stack.enter_context(inside(Snapshot.read(get_pool(self.pool), self.snapshot, self.seconds)))
+            except _NO_SNAPSHOT as error:
+                raise SnapshotLostError(str(error)) from None
+            stream = tx.stream(self.sql, batch_bytes=self.batch_bytes, decimals=self.decimals)
+            for batch in stack.enter_context(stream):
+                table = pa.Table.from_batches([batch])
+                for predicate in self.rest:
+                    table = table.filter(predicate.to_pyarrow())
+                table = table.select(self.schema.names)
+                if table.num_rows:
+                    empty = False
+                    yield table
         if empty:
             yield self.schema.empty_table()
 
@@ -129,6 +136,8 @@ class _View:
 
     snapshot: Snapshot | None = None
     source: _Source | None = None
+    conditions: dict[int, list[str]] = field(default_factory=dict)
+    planned_at: float = -math.inf
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -250,7 +259,7 @@ class PostgresDatasource(Datasource):  # type: ignore[misc]
 
     def close(self) -> None:
         """Give the snapshot's connection back. What was not read until now fails; a new read takes a new snapshot."""
-        snapshot, self._view.snapshot = self._view.snapshot, None
+        snapshot, self._view.snapshot, self._view.conditions = self._view.snapshot, None, {}
         if snapshot is not None:
             _blocking(snapshot.end)
 
@@ -276,19 +285,20 @@ class PostgresDatasource(Datasource):  # type: ignore[misc]
         Raises:
             ConfigError: no such table or column.
         """
-        known: dict[str, Any] = {}
-        decimals: dict[str, tuple[int, int]] = {}
-        if self._table is not None:
-            row = await self._pool.fetchrow(_TABLE, self._table)
-            if row is None:
-                raise ConfigError(f"table={self._table!r}: there is no such table in the database of {self._pool!r}")
-            known = dict(row)
-            decimals = {
-                name: (precision, scale) for name, precision, scale in await self._pool.fetch(_DECIMALS, self._table)
-            }
-        text = known["name"] if known else f"(\n{without_semicolon(str(self._query))}\n) AS q"
-        version = int(await self._pool.fetchval("SELECT current_setting('server_version_num')"))
-        stream = self._pool.stream(f"SELECT * FROM {text} LIMIT 0", decimals=decimals)
+        pool = self._pool
+        version, known, numerics = await asyncio.gather(
+            pool.fetchval("SELECT current_setting('server_version_num')::int"),
+            pool.fetchrow(_TABLE, self._table),
+            pool.fetch(_DECIMALS, self._table),
+        )
+        if self._table is None:
+            text = f"(\n{without_semicolon(str(self._query))}\n) AS q"
+        elif known is None:
+            raise ConfigError(f"table={self._table!r}: there is no such table in the database of {pool!r}")
+        else:
+            text = known["name"]
+        decimals = {name: (precision, scale) for name, precision, scale in numerics}
+        stream = pool.stream(f"SELECT * FROM {text} LIMIT 0", decimals=decimals)
         async with stream:
             schema, described = stream.schema, stream.columns
         columns = {column.name: column.oid for column in described}
@@ -297,30 +307,40 @@ class PostgresDatasource(Datasource):  # type: ignore[misc]
         for name in [*(self._columns or ()), *([self._key] if self._key else [])]:
             if name not in columns:
                 raise ConfigError(f"there is no column {name!r}{did_you_mean(name, columns)}")
-        plain = known.get("kind") in ("r", "m") and not known["parent"]
-        by_pages = plain and self._key is None and version >= TID_RANGES
-        pages = known["pages"] if plain else None
-        size = None if pages is None else int(min(pages * PAGE, known["values"] or math.inf))
+        if known is None or known["kind"] not in ("r", "m") or known["parent"]:
+            return _Source(text, columns, schema, decimals)
+        pages = known["pages"]
+        size = int(min(pages * PAGE, known["values"] or math.inf))
+        by_pages = self._key is None and version >= TID_RANGES
         return _Source(text, columns, schema, decimals, pages, size, by_pages)
 
     async def _plan(self, parallelism: int) -> tuple[_Source, list[str]]:
         """What to read, and the conditions of the shards, seen in the snapshot."""
-        source = await self._described()
-        size = None if source.pages is None else source.pages * PAGE
-        shards = sensible(parallelism, size) if self._shards is None else max(1, min(parallelism, self._shards))
-        async with self._view.lock:
-            if not self._consistent:
-                return source, await self._conditions(source, shards, self._pool)
-            connection = None if self._view.snapshot is None else await self._view.snapshot.use()
-            if connection is None:
-                if (await self._pool._dispatcher()).config.max_connections < 2:
-                    raise ConfigError(
-                        f"pool {self._pool.name!r} has one connection, which the snapshot would take: give the pool "
-                        "more, or consistent=False"
-                    )
-                self._view.snapshot = await Snapshot.take(self._pool, self._timeout)
-                connection = await self._view.snapshot.use()
-            return source, await self._conditions(source, shards, connection or self._pool)
+        source, view = await self._described(), self._view
+        async with view.lock:
+            # Ray Data plans one read several times over.
+            if parallelism not in view.conditions or time.monotonic() > view.planned_at + AGAIN_AFTER:
+                where = await self._snapshot() if self._consistent else self._pool
+                size = None if source.pages is None else source.pages * PAGE
+                most = self._shards
+                shards = sensible(parallelism, size) if most is None else max(1, min(parallelism, most))
+                view.conditions[parallelism] = await self._conditions(source, shards, where)
+                view.planned_at = time.monotonic()
+            return source, view.conditions[parallelism]
+
+    async def _snapshot(self) -> LeasedConnection | WorkflowConnectionPool:
+        """The connection that holds the snapshot, a new one if need be."""
+        view = self._view
+        connection = None if view.snapshot is None else await view.snapshot.use()
+        if connection is not None:
+            return connection
+        if (await self._pool._dispatcher()).config.max_connections < 2:
+            raise ConfigError(
+                f"pool {self._pool.name!r} has one connection, which the snapshot would take: give the pool more, or "
+                "consistent=False"
+            )
+        view.snapshot, view.conditions = await Snapshot.take(self._pool, self._timeout), {}
+        return view.snapshot.connection or self._pool
 
     async def _conditions(
         self, source: _Source, shards: int, where: LeasedConnection | WorkflowConnectionPool

@@ -11,11 +11,16 @@ from typing import Any
 import asyncpg
 
 from raypg.errors import RaypgError
-from raypg.lease import LeasedConnection
+from raypg.lease import LeasedConnection, PoolTransaction
 from raypg.pool import WorkflowConnectionPool
+from raypg.transaction import begin_text
 
-READ = {"isolation": "repeatable_read", "readonly": True}
-"""The properties of a transaction that may import a snapshot, and of that which exports it."""
+BEGIN = begin_text("repeatable_read", readonly=True, deferrable=False)
+"""Begins a transaction that may import a snapshot, and that which exports it."""
+
+_EXPORT = """
+SELECT pg_catalog.pg_export_snapshot() AS name, pg_catalog.set_config('idle_in_transaction_session_timeout', $1, true)
+"""
 
 
 class Snapshot:
@@ -23,11 +28,14 @@ class Snapshot:
 
     It ends with :meth:`end`, with this object, or after its time, whichever comes first. It takes one connection, and
     while it is there PostgreSQL cannot vacuum what it shows.
+
+    Attributes:
+        connection: what holds it; ``None`` if it has ended, and in other processes.
     """
 
     def __init__(self, name: str, connection: LeasedConnection | None) -> None:
         self.name = name
-        self._connection = connection
+        self.connection = connection
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Snapshot, (self.name, None)
@@ -42,23 +50,32 @@ class Snapshot:
         Raises:
             UnavailableError: no connection is to be had.
         """
-        connection = await pool.transaction(**READ, lease_timeout=seconds).__aenter__()  # type: ignore[arg-type]
+        connection = await PoolTransaction(pool._dispatcher, BEGIN, None, seconds, pool._users_name).__aenter__()
         # The server would end a transaction that is idle for longer than leases of this pool usually are.
-        limit = f"SET LOCAL idle_in_transaction_session_timeout = {int(seconds * 1000) + 30_000}"
-        await connection.execute(limit)
-        return cls(await connection.fetchval("SELECT pg_catalog.pg_export_snapshot()"), connection)
+        name: str = await connection.fetchval(_EXPORT, str(int(seconds * 1000) + 30_000))
+        return cls(name, connection)
+
+    @staticmethod
+    def read(pool: WorkflowConnectionPool, snapshot: Snapshot | None, seconds: float) -> PoolTransaction:
+        """A transaction of *pool* that sees *snapshot*; without one, what is committed when it begins.
+
+        Args:
+            seconds: for which it may wait for its connection, and then last.
+        """
+        begin = BEGIN if snapshot is None else f"{BEGIN}; SET TRANSACTION SNAPSHOT '{snapshot.name}'"
+        return PoolTransaction(pool._dispatcher, begin, seconds, seconds, pool._users_name)
 
     async def use(self) -> LeasedConnection | None:
         """The connection that holds it, for more questions to the same view; ``None`` if it has ended."""
-        if self._connection is not None:
+        if self.connection is not None:
             try:
-                await self._connection.fetchval("SELECT 1")
+                await self.connection.fetchval("SELECT 1")
             except (RaypgError, asyncpg.PostgresError):  # a question before may have failed, and the transaction
                 await self.end()
-        return self._connection
+        return self.connection
 
     async def end(self) -> None:
         """End it. Twice does nothing."""
-        connection, self._connection = self._connection, None
+        connection, self.connection = self.connection, None
         if connection is not None:
             await connection.release()

@@ -19,6 +19,7 @@ from raypg.sync_stream import SyncStream
 if TYPE_CHECKING:
     import pyarrow
 
+    from raypg.lease import PoolTransaction
     from raypg.pool import WorkflowConnectionPool
 
 
@@ -107,6 +108,20 @@ class SyncConnection:
     def release(self) -> None:
         """Give the connection back. Twice does nothing."""
         background.run(self._connection.release)
+
+
+@contextmanager
+def inside(transaction: PoolTransaction) -> Iterator[SyncConnection]:
+    """``with inside(pool.transaction()) as tx:`` — commits at the end of the block, rolls back if it raises."""
+    with owner.named():
+        connection = background.run(transaction.__aenter__)
+    try:
+        yield SyncConnection(connection)
+    except BaseException as error:
+        problem = error
+        background.run(lambda: transaction.__aexit__(type(problem), problem, None))
+        raise
+    background.run(lambda: transaction.__aexit__(None))
 
 
 class SyncPool:
@@ -226,15 +241,8 @@ class SyncPool:
             timeout=timeout,
             lease_timeout=lease_timeout,
         )
-        with owner.named():
-            connection = background.run(transaction.__aenter__)
-        try:
-            yield SyncConnection(connection)
-        except BaseException as error:
-            problem = error
-            background.run(lambda: transaction.__aexit__(type(problem), problem, None))
-            raise
-        background.run(lambda: transaction.__aexit__(None))
+        with inside(transaction) as connection:
+            yield connection
 
     def reconfigure(self, **changes: Any) -> None:
         """Change settings of the running pool for everybody; see :meth:`WorkflowConnectionPool.reconfigure`."""

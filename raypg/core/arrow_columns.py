@@ -17,7 +17,7 @@ from raypg.core.arrow_decode import (
     EPOCH_MICROSECONDS,
     Decoder,
     NotInArrow,
-    Slices,
+    Values,
     blobs,
     booleans,
     fixed,
@@ -149,8 +149,8 @@ def decimal_type(precision: int, scale: int) -> pa.DataType | None:
     return pa.decimal256(precision, scale) if precision <= 76 else None
 
 
-def _decimals(slices: Slices, arrow: pa.DataType) -> pa.Array:
-    written = _TEXT.decode(slices, pa.string())
+def _decimals(column: Values, arrow: pa.DataType) -> pa.Array:
+    written = _TEXT.decode(column, pa.string())
     try:
         return written.cast(arrow)
     except pa.ArrowInvalid:

@@ -18,13 +18,17 @@ __all__ = [
     "Decoder",
     "NotInArrow",
     "Numbers",
+    "Records",
     "Slices",
+    "Values",
     "blobs",
     "booleans",
     "fixed",
     "gather",
     "intervals",
     "lists_of",
+    "numbers_in",
+    "overlapping",
     "since_1970",
     "uuids",
 ]
@@ -50,8 +54,37 @@ class NotInArrow(ValueError):
     """A value has no equal in the Arrow type of its column. ``args``: (what it is,)."""
 
 
-class Slices:
-    """One column of some rows: where in *data* each of its values lies.
+class Values:
+    """One column of some rows.
+
+    Attributes:
+        missing: which of them are NULL; ``None`` if none is.
+    """
+
+    __slots__ = ("missing",)
+
+    def __init__(self, missing: Numbers | None) -> None:
+        self.missing = missing
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def validity(self) -> pa.Buffer | None:
+        """Arrow's bitmap of what is there; ``None`` if all is."""
+        return None if self.missing is None else pa.py_buffer(np.packbits(~self.missing, bitorder="little"))
+
+    def numbers(self, kind: str, offset: int = 0) -> Numbers:
+        """The numbers of type *kind* at *offset* in each value; anything where there is none."""
+        raise NotImplementedError
+
+    def array(self, kind: pa.DataType, *buffers: Any) -> pa.Array:
+        """An Arrow array of *kind* over these rows, from its buffers behind the validity."""
+        return pa.Array.from_buffers(kind, len(self), [self.validity, *map(pa.py_buffer, buffers)])
+
+
+class Slices(Values):
+    """Values of any length, wherever they lie.
 
     Args:
         data: the bytes.
@@ -59,14 +92,14 @@ class Slices:
         lengths: bytes of each value, -1 for NULL.
     """
 
-    __slots__ = ("data", "lengths", "missing", "starts")
+    __slots__ = ("data", "lengths", "starts")
 
     def __init__(self, data: memoryview, starts: Numbers, lengths: Numbers) -> None:
+        missing = lengths < 0
+        super().__init__(missing if missing.any() else None)
         self.data = data
         self.starts = starts
         self.lengths = lengths
-        missing = lengths < 0
-        self.missing = missing if missing.any() else None
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -76,25 +109,39 @@ class Slices:
         """Index behind the last byte of each value."""
         return self.starts + (self.lengths if self.missing is None else np.maximum(self.lengths, 0))
 
-    @property
-    def validity(self) -> pa.Buffer | None:
-        """Arrow's bitmap of what is there; ``None`` if all is."""
-        return None if self.missing is None else pa.py_buffer(np.packbits(~self.missing, bitorder="little"))
-
     def numbers(self, kind: str, offset: int = 0) -> Numbers:
-        """The numbers of type *kind* at *offset* in each value; anything where there is none."""
-        width = np.dtype(kind).itemsize
+        """See :meth:`Values.numbers`."""
         places = self.starts + offset if offset else self.starts
         if self.missing is not None:
-            places = np.minimum(places, len(self.data) - width)
+            places = np.minimum(places, len(self.data) - np.dtype(kind).itemsize)
         return gather(self.data, kind, places)
 
-    def array(self, kind: pa.DataType, *buffers: Any) -> pa.Array:
-        """An Arrow array of *kind* over these rows, from its buffers behind the validity."""
-        return pa.Array.from_buffers(kind, len(self), [self.validity, *map(pa.py_buffer, buffers)])
+
+class Records(Values):
+    """Values of a fixed width, at the same place in each of some records.
+
+    Args:
+        records: an array of type ``V``.
+        place: index of the first byte of the value in a record.
+        missing: which are NULL; ``None`` if none is.
+    """
+
+    __slots__ = ("_place", "_records")
+
+    def __init__(self, records: Numbers, place: int, missing: Numbers | None) -> None:
+        super().__init__(missing)
+        self._records = records
+        self._place = place
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def numbers(self, kind: str, offset: int = 0) -> Numbers:
+        """See :meth:`Values.numbers`."""
+        return numbers_in(self._records, kind, self._place + offset)
 
 
-Decoder: TypeAlias = Callable[[Slices, pa.DataType], pa.Array]
+Decoder: TypeAlias = Callable[[Values, pa.DataType], pa.Array]
 
 
 def gather(data: memoryview, kind: str, places: Numbers) -> Numbers:
@@ -104,33 +151,43 @@ def gather(data: memoryview, kind: str, places: Numbers) -> Numbers:
         IndexError: some stand outside of it.
     """
     native = np.dtype(kind)
-    overlapping: Numbers = np.ndarray(max(len(data) - native.itemsize + 1, 0), f"V{native.itemsize}", data, 0, (1,))
-    taken = overlapping[places].view(f"u{native.itemsize}")
-    return taken.byteswap().view(native)
+    return overlapping(data, f"V{native.itemsize}")[places].view(native.newbyteorder(">")).astype(native)
 
 
-def fixed(kind: str, change: Callable[[Numbers, Slices], Numbers] | None = None) -> Decoder:
+def overlapping(data: memoryview, kind: str) -> Numbers:
+    """What begins at each byte of *data*, as far as there is enough for the type *kind*; nothing is copied."""
+    return np.ndarray(max(len(data) - np.dtype(kind).itemsize + 1, 0), kind, data, 0, (1,))
+
+
+def numbers_in(records: Numbers, kind: str, place: int) -> Numbers:
+    """The big-endian numbers of type *kind* at *place* in each of *records*, an array of type ``V``."""
+    native = np.dtype(kind)
+    there: Numbers = np.ndarray(len(records), native.newbyteorder(">"), records, place, records.strides)
+    return there.astype(native)
+
+
+def fixed(kind: str, change: Callable[[Numbers, Values], Numbers] | None = None) -> Decoder:
     """Decodes values of a fixed width: numbers of type *kind*, which *change* makes Arrow's."""
 
-    def decode(slices: Slices, arrow: pa.DataType) -> pa.Array:
-        values = slices.numbers(kind)
-        return slices.array(arrow, values if change is None else change(values, slices))
+    def decode(column: Values, arrow: pa.DataType) -> pa.Array:
+        values = column.numbers(kind)
+        return column.array(arrow, values if change is None else change(values, column))
 
     return decode
 
 
-def since_1970(shift: int) -> Callable[[Numbers, Slices], Numbers]:
+def since_1970(shift: int) -> Callable[[Numbers, Values], Numbers]:
     """Moves dates (days) or timestamps (microseconds) from PostgreSQL's epoch to Arrow's.
 
     Raises:
         NotInArrow: ``infinity``, or a time of the last years that PostgreSQL knows.
     """
 
-    def change(values: Numbers, slices: Slices) -> Numbers:
+    def change(values: Numbers, column: Values) -> Numbers:
         limits = np.iinfo(values.dtype)
         beyond = (values > limits.max - shift) | (values == limits.min)
-        if slices.missing is not None:
-            beyond &= ~slices.missing
+        if column.missing is not None:
+            beyond &= ~column.missing
         if beyond.any():
             ends = values[beyond]
             raise NotInArrow("infinity" if ends[0] in (limits.max, limits.min) else "a time after 294246")
@@ -139,42 +196,43 @@ def since_1970(shift: int) -> Callable[[Numbers, Slices], Numbers]:
     return change
 
 
-def booleans(slices: Slices, arrow: pa.DataType) -> pa.Array:
+def booleans(column: Values, arrow: pa.DataType) -> pa.Array:
     """bool: a byte each, a bit each in Arrow."""
-    return slices.array(arrow, np.packbits(slices.numbers("u1") != 0, bitorder="little"))
+    return column.array(arrow, np.packbits(column.numbers("u1") != 0, bitorder="little"))
 
 
-def intervals(slices: Slices, arrow: pa.DataType) -> pa.Array:
+def intervals(column: Values, arrow: pa.DataType) -> pa.Array:
     """interval: microseconds, days and months, in Arrow months, days and nanoseconds.
 
     Raises:
         NotInArrow: more than 292 years in microseconds, ``infinity`` too.
     """
-    micros = slices.numbers("i8")
+    micros = column.numbers("i8")
     limit = np.iinfo(np.int64).max // 1000
     beyond = (micros > limit) | (micros < -limit)
-    if slices.missing is not None:
-        beyond &= ~slices.missing
+    if column.missing is not None:
+        beyond &= ~column.missing
     if beyond.any():
         raise NotInArrow("an interval of more than 292 years that is not in months and days")
-    parts = np.empty(len(slices), [("months", "i4"), ("days", "i4"), ("nanoseconds", "i8")])
-    parts["months"], parts["days"], parts["nanoseconds"] = slices.numbers("i4", 12), slices.numbers("i4", 8), micros
+    parts = np.empty(len(column), [("months", "i4"), ("days", "i4"), ("nanoseconds", "i8")])
+    parts["months"], parts["days"], parts["nanoseconds"] = column.numbers("i4", 12), column.numbers("i4", 8), micros
     parts["nanoseconds"] *= 1000
-    return slices.array(arrow, parts)
+    return column.array(arrow, parts)
 
 
-def uuids(slices: Slices, arrow: pa.DataType) -> pa.Array:
+def uuids(column: Values, arrow: pa.DataType) -> pa.Array:
     """uuid: 16 bytes, in Arrow its usual text."""
-    digits = _HEX[np.stack([slices.numbers("u1", place) for place in range(16)], axis=1)].reshape(-1, 32)
-    written = np.full((len(slices), 36), ord("-"), np.uint8)
+    digits = _HEX[np.stack([column.numbers("u1", place) for place in range(16)], axis=1)].reshape(-1, 32)
+    written = np.full((len(column), 36), ord("-"), np.uint8)
     written[:, _DIGITS] = digits
-    return slices.array(arrow, np.arange(0, 36 * len(slices) + 1, 36, dtype=np.int32), written)
+    return column.array(arrow, np.arange(0, 36 * len(column) + 1, 36, dtype=np.int32), written)
 
 
 def blobs(skip: int = 0) -> Decoder:
     """Decodes values of any length, without their first *skip* bytes (the version of a jsonb)."""
 
-    def decode(slices: Slices, arrow: pa.DataType) -> pa.Array:
+    def decode(slices: Values, arrow: pa.DataType) -> pa.Array:
+        assert isinstance(slices, Slices), "values of any length"
         starts, ends = slices.starts, slices.ends
         if skip:
             starts = np.minimum(starts + skip, ends)
@@ -203,7 +261,8 @@ def lists_of(element: Decoder, width: int | None) -> Decoder:
         NotInArrow: an array of more dimensions.
     """
 
-    def decode(slices: Slices, arrow: pa.DataType) -> pa.Array:
+    def decode(slices: Values, arrow: pa.DataType) -> pa.Array:
+        assert isinstance(slices, Slices), "values of any length"
         dimensions = slices.numbers("i4")
         nulls = slices.numbers("i4", 4)
         if slices.missing is not None:

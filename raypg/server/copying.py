@@ -33,9 +33,12 @@ MORE = 1 << 19
 """Bytes by which a piece may be larger than was asked for, since it ends with a message; rarely more."""
 
 SHORT = 1 << 16
-"""Bytes that are worth to be woken up for, when a result is longer."""
+"""Bytes up to which a result is passed on as it comes, and memory is not kept."""
 
-PAUSE = 0.001
+ENOUGH = 200_000
+"""Bytes that are worth to be woken up for in a longer result; uvloop reads no more than 256,000 at a time."""
+
+PAUSE = 0.002
 """Seconds in which more may arrive."""
 
 SPARE_BYTES = 24 << 20
@@ -110,7 +113,7 @@ class CopyOut:
         self._size = end
         if end >= self._piece:
             await self._put()
-        elif end > SHORT and len(data) < SHORT:
+        elif end > SHORT and len(data) < ENOUGH:
             # The server sends 8 kB at a time, and to be woken up for each costs more than to copy it. Nothing is read
             # from the socket meanwhile, so that more comes in one go.
             await asyncio.sleep(PAUSE)

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raypg.core.arrow_columns import NATIVE, Column, column_of
-from raypg.core.copy_binary import HEADER, KEY_ENDS_WITH, SIGNATURE, TRAILER, CopyDecoder
+from raypg.core.copy_binary import HEADER, SIGNATURE, CopyDecoder
+from raypg.core.copy_rows import KEY_ENDS_WITH, TRAILER
 from raypg.errors import ArrowValueError, RaypgError
 
 KEY = 0x123400 | KEY_ENDS_WITH
@@ -92,6 +93,55 @@ def test_numbers_that_look_like_the_beginning_of_a_row(rows: list[tuple[int | No
     assert decoded(columns, [list(map(number, row)) for row in rows]) == [
         dict(zip("abcd", row, strict=True)) for row in rows
     ]
+
+
+EVERY = [
+    (column_of("id", 20, "int8", False), st.integers(-(2**63), 2**63 - 1), struct.Struct(">q")),
+    (column_of("small", 21, "int2", False), st.integers(-(2**15), 2**15 - 1), struct.Struct(">h")),
+    (column_of("label", 17, "bytea", False), blob, None),
+    (column_of("more", 17, "bytea", False), blob, None),
+    (column_of("count", 23, "int4", False), st.integers(-(2**31), 2**31 - 1), struct.Struct(">i")),
+    (column_of("score", 701, "float8", False), st.floats(allow_nan=False), struct.Struct(">d")),
+    (column_of("so", 16, "bool", False), st.booleans(), struct.Struct(">?")),
+]
+
+
+@given(
+    st.data(),
+    st.lists(st.sampled_from(range(len(EVERY))), min_size=1, max_size=7, unique=True),
+    st.sampled_from([0, 1, 10]),
+    st.lists(st.integers(1, 60), max_size=3),
+)
+def test_values_of_fixed_and_other_widths_side_by_side(
+    data: st.DataObject, which: list[int], nulls: int, cuts: list[int]
+) -> None:
+    """Columns in any order, and no, few or many NULLs among them."""
+    columns = [EVERY[number] for number in which]
+    null = st.integers(0, 19).map(lambda drawn: drawn < nulls)
+    rows = data.draw(
+        st.lists(
+            st.tuples(
+                *(st.tuples(null, values).map(lambda drawn: None if drawn[0] else drawn[1]) for _, values, _ in columns)
+            ),
+            max_size=60,
+        )
+    )
+    sent: list[list[bytes | None]] = [
+        [
+            value if value is None or packed is None else packed.pack(value)
+            for value, (_, _, packed) in zip(row, columns, strict=True)
+        ]
+        for row in rows
+    ]
+    named = [column for column, _, _ in columns]
+    names = [column.name for column in named]
+    assert decoded(named, sent, cuts) == [dict(zip(names, row, strict=True)) for row in rows]
+
+
+def test_a_null_in_the_first_column_after_many_rows_without() -> None:
+    rows: list[list[bytes | None]] = [[number(n), b"x"] for n in range(100)]
+    rows += [[None, b"y"], [number(1), None], [None, None]]
+    assert [row["n"] for row in decoded([INT8, BYTES], rows, [50])] == [*range(100), None, 1, None]
 
 
 @given(st.lists(st.none() | st.text(st.characters(exclude_categories=["Cs"]), max_size=9), max_size=30))
