@@ -287,16 +287,16 @@ class PoolWorker:
         number: int,
         sql: str,
         arguments: tuple[Any, ...],
-        how: tuple[int, int, dict[int, int | None]],
+        how: tuple[int, int, dict[int, int | None], tuple[str, ...] | None],
         timeout: float | None,
     ) -> Answer:
         """Begin to copy the result of a query on a leased connection; see :func:`raypg.server.copying.begin`."""
         return await _answer(copying.begin(self._engine, token, number, sql, arguments, *how, timeout))
 
     @packed
-    async def lease_piece(self, token: str, number: int, timeout: float | None) -> Answer:
-        """The next piece of it; ``None`` at the end."""
-        return await _answer(copying.fetch(self._engine, token, timeout))
+    async def lease_piece(self, token: str, number: int, timeout: float | None, again: bool = False) -> Answer:
+        """The next piece of it, or the last one *again*; ``None`` at the end."""
+        return await _answer(copying.fetch(self._engine, token, timeout, again))
 
     @packed
     async def lease_copy_end(self, token: str, number: int) -> Answer:

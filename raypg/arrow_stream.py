@@ -19,6 +19,7 @@ from raypg.calling import send
 from raypg.checks import check_statement, check_timeout
 from raypg.core.copy_text import check_query
 from raypg.errors import ConfigError, LeaseLostError
+from raypg.lent_memory import Place, borrow, here
 from raypg.packing import OutOfBand, pack
 
 if TYPE_CHECKING:
@@ -77,7 +78,8 @@ class ArrowStream:
         self._timeout = timeout
         self._connection: LeasedConnection | None = None
         self._decoder: CopyDecoder | None = None
-        self._ahead: asyncio.Future[OutOfBand | None] | None = None
+        self._ahead: asyncio.Future[OutOfBand | Place | None] | None = None
+        self._borrowed: dict[int, memoryview] = {}
         self._begun = self._ended = False
         self._decimals = dict(decimals or {})
 
@@ -187,7 +189,7 @@ class ArrowStream:
                 connection = source
             else:
                 connection = self._connection = await source.__aenter__()
-            how = (key, self._batch_bytes, NATIVE)
+            how = (key, self._batch_bytes, NATIVE, here())
             described: list[tuple[str, int, str, bool]] = await connection._in_turn(
                 self._query, "lease_copy", self._query, self._args, how, self._timeout
             )
@@ -201,13 +203,15 @@ class ArrowStream:
         self._fetch_ahead()
 
     async def next_piece(self) -> Buffer | None:
-        """What :meth:`decode` makes the next batch of, where Ray has put it; ``None`` at the end."""
+        """What :meth:`decode` makes the next batch of, where the worker or Ray has put it; ``None`` at the end. It may
+        be looked at until the next call."""
         await self.begin()
         ahead = self._ahead
         if ahead is None:
             return None
         try:
-            data = await ahead
+            piece = await ahead
+            data = None if piece is None else await self._received(piece)
         except BaseException as error:
             self._ended = True
             await self._leave(error)
@@ -217,7 +221,20 @@ class ArrowStream:
             await self._leave(None)
             return None
         self._fetch_ahead()  # while this one is decoded
-        return data.data
+        return data
+
+    async def _received(self, piece: OutOfBand | Place) -> Buffer:
+        if isinstance(piece, OutOfBand):
+            return piece.data
+        memory = self._borrowed.get(piece.inode)
+        if memory is None:
+            try:
+                memory = self._borrowed[piece.inode] = borrow(piece)
+            except OSError:  # what the kernel allows may be less than we know of
+                assert self._connection is not None
+                again: OutOfBand = await self._connection._ask(self._query, "lease_piece", self._timeout, True)
+                return again.data
+        return memory[: piece.size]
 
     def decode(self, data: Buffer) -> pyarrow.RecordBatch | None:
         """The batch in *data*; ``None`` if it holds no rows.
@@ -237,6 +254,7 @@ class ArrowStream:
     async def _leave(self, error: BaseException | None) -> None:
         """The COPY is over: give back the lease, if it is ours."""
         self._ahead = None
+        self._borrowed.clear()
         connection, self._connection = self._connection, None
         if connection is None:
             return

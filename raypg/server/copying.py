@@ -1,7 +1,7 @@
 """COPY of a query's result on a leased connection, fetched by its holder in pieces.
 
-At most three pieces are here at a time: the one that is on its way, the one that waits to be fetched, and the one that
-fills. Then nothing more is read from the socket, and the server waits.
+At most four pieces are here at a time: two that are lent to the holder, the one that waits to be fetched, and the one
+that fills. Then nothing more is read from the socket, and the server waits.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import functools
 import time
+from collections import deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -18,6 +19,7 @@ import asyncpg
 from raypg.core.copy_text import copy_query, literal, with_literals
 from raypg.core.sql_text import quoted_name
 from raypg.errors import LeaseLostError, QueryTimeoutError, StatementNotAllowedError
+from raypg.lent_memory import LentMemory, Place, here
 from raypg.packing import OutOfBand
 from raypg.server.connection import STEP, ServerConnection
 from raypg.server.describe import describe
@@ -41,7 +43,10 @@ ENOUGH = 200_000
 PAUSE = 0.002
 """Seconds in which more may arrive."""
 
-SPARE_BYTES = 24 << 20
+LENT = 100_000
+"""Bytes from which on a piece is lent: to pass on less with the answer, as Ray does, costs less."""
+
+SPARE_BYTES = 48 << 20
 """Bytes of memory that are kept for further pieces, in parts of at least ``SHORT``."""
 
 
@@ -50,21 +55,36 @@ class _Memory:
     more than the copying."""
 
     def __init__(self) -> None:
-        self._spare: list[bytearray] = []
+        self._spare: list[_Space] = []
 
-    def take(self, least: int) -> bytearray:
+    def take(self, least: int) -> _Space:
         """At least that many bytes, with anything in them."""
         while self._spare:
             found = self._spare.pop()
             if len(found) >= least:
                 return found
-        return bytearray(least)
+        if least >= LENT and here() is not None:
+            with contextlib.suppress(OSError):  # there are no more files to be had, say
+                return LentMemory(least)
+        return _OwnMemory(least)
 
-    def give(self, memory: bytearray) -> None:
+    def give(self, memory: _Space) -> None:
         """Nobody looks at this any more."""
         if len(memory) >= SHORT and len(memory) + sum(map(len, self._spare)) <= SPARE_BYTES:
             self._spare.append(memory)
 
+
+class _OwnMemory:
+    """Memory that cannot be lent."""
+
+    def __init__(self, size: int) -> None:
+        self.bytes = memoryview(bytearray(size))
+
+    def __len__(self) -> int:
+        return len(self.bytes)
+
+
+_Space: TypeAlias = _OwnMemory | LentMemory
 
 _memory = _Memory()
 
@@ -76,17 +96,19 @@ class CopyOut:
         query: whose result is copied, see :func:`raypg.core.copy_text.copy_query`.
         connection: the lease's.
         piece: bytes after which a piece is full.
+        lends: whether the holder can read our memory, see :mod:`raypg.lent_memory`.
     """
 
-    def __init__(self, query: str, connection: ServerConnection, piece: int) -> None:
+    def __init__(self, query: str, connection: ServerConnection, piece: int, lends: bool) -> None:
         self._query = query
         self._connection = connection
         self._piece = piece
-        self._ready: asyncio.Queue[memoryview] = asyncio.Queue(maxsize=1)
-        self._filling = bytearray()
+        self._lends = lends
+        self._ready: asyncio.Queue[tuple[_Space, int]] = asyncio.Queue(maxsize=1)
+        self._filling: _Space = _OwnMemory(0)
         self._is_long = False
         self._size = 0
-        self._lent: bytearray | None = None
+        self._lent: deque[tuple[_Space, int]] = deque()
         self._unwanted = False
         self.task: asyncio.Task[Any] | None = None
         self.waited = 0.0
@@ -106,10 +128,10 @@ class CopyOut:
             # Another one, since this one cannot grow as long as anything looks at it.
             whole = self._piece + MORE
             larger = _memory.take(max(end, whole if self._is_long else min(8 * end, whole)))
-            larger[: self._size] = memoryview(self._filling)[: self._size]
+            larger.bytes[: self._size] = self._filling.bytes[: self._size]
             _memory.give(self._filling)
             self._filling = larger
-        self._filling[self._size : end] = data
+        self._filling.bytes[self._size : end] = data
         self._size = end
         if end >= self._piece:
             await self._put()
@@ -119,8 +141,8 @@ class CopyOut:
             await asyncio.sleep(PAUSE)
 
     async def _put(self) -> None:
-        piece = memoryview(self._filling)[: self._size]
-        self._filling, self._size, self._is_long = bytearray(), 0, True
+        piece = self._filling, self._size
+        self._filling, self._size, self._is_long = _OwnMemory(0), 0, True
         began = time.monotonic()
         if not self._unwanted:
             await self._ready.put(piece)
@@ -128,22 +150,32 @@ class CopyOut:
         self.waited += took
         self._connection.held_up += took
 
-    async def next(self) -> memoryview | None:
-        """The next piece; ``None`` at the end. It may be looked at until the next call.
+    async def next(self) -> OutOfBand | Place | None:
+        """The next piece; ``None`` at the end. It may be looked at until the call after the next one.
 
         Raises:
             What :meth:`LeaseTable.run` does.
         """
-        if self._lent is not None:
-            _memory.give(self._lent)
-            self._lent = None
+        if len(self._lent) == 2:
+            _memory.give(self._lent.popleft()[0])
         piece = await self._next()
-        if piece is not None:
-            assert isinstance(piece.obj, bytearray)
-            self._lent = piece.obj
-        return piece
+        if piece is None:
+            return None
+        self._lent.append(piece)
+        return self._sent(*piece)
 
-    async def _next(self) -> memoryview | None:
+    def again(self) -> OutOfBand:
+        """The last piece as a part of the answer, and so from now on: what was lent cannot be read."""
+        self._lends = False
+        memory, size = self._lent[-1]
+        return OutOfBand(memory.bytes[:size])
+
+    def _sent(self, memory: _Space, size: int) -> OutOfBand | Place:
+        if self._lends and size >= LENT and isinstance(memory, LentMemory):
+            return memory.place(size)
+        return OutOfBand(memory.bytes[:size])
+
+    async def _next(self) -> tuple[_Space, int] | None:
         assert self.task is not None
         if self._ready.empty() and not self.task.done():
             getting = asyncio.ensure_future(self._ready.get())
@@ -175,6 +207,7 @@ async def begin(
     key: int,
     piece: int,
     native: Mapping[int, int | None],
+    reader: tuple[str, ...] | None,
     timeout: float | None,
 ) -> Described:
     """Begin to copy the result of *sql* on the lease *token*; it goes on by :func:`fetch`.
@@ -184,6 +217,7 @@ async def begin(
         piece: bytes of a piece, about.
         native: OIDs of the types that are wanted as the server sends them, with their width if all values have the
             same; all others are wanted as text.
+        reader: where the holder's process is, see :func:`raypg.lent_memory.here`.
 
     Raises:
         StatementNotAllowedError: it returns no columns, or too many to be named.
@@ -198,7 +232,8 @@ async def begin(
     (columns, text), _ = await engine.run_leased(token, number, STEP, sql, prepare, timeout)
     casts = ["" if oid in native else "text[]" if is_array else "text" for _, oid, _, is_array in columns]
     needs_key = native.get(columns[0][1]) is None
-    copy = lease.copy = CopyOut(copy_query(text, casts, key if needs_key else None), lease.connection, piece)
+    lends = reader is not None and reader == here()
+    copy = lease.copy = CopyOut(copy_query(text, casts, key if needs_key else None), lease.connection, piece, lends)
     copy.task = asyncio.get_running_loop().create_task(_copied(engine, lease, number, sql, copy))
     copy.task.add_done_callback(lambda task: task.cancelled() or task.exception())  # told by `next`, if anybody asks
     return columns
@@ -218,12 +253,13 @@ async def _copied(engine: Engine, lease: Lease, number: int, sql: str, copy: Cop
         engine.figures.ran(engine.now() - started - copy.waited, error is not None, sql, error)
 
 
-async def fetch(engine: Engine, token: str, timeout: float | None) -> OutOfBand | None:
-    """The next piece of the COPY of the lease *token*; ``None`` at its end. Its memory is used again from the next call
-    on, so who calls this must have received the one before.
+async def fetch(engine: Engine, token: str, timeout: float | None, again: bool) -> OutOfBand | Place | None:
+    """The next piece of the COPY of the lease *token*; ``None`` at its end. Its memory is used again from the call
+    after the next one on.
 
     Args:
         timeout: seconds until it must be there; ``command_timeout`` of the pool by default.
+        again: give the last piece once more, since it could not be read where it was.
 
     Raises:
         QueryTimeoutError: it was not, and the COPY was cancelled.
@@ -234,9 +270,10 @@ async def fetch(engine: Engine, token: str, timeout: float | None) -> OutOfBand 
     timeout = engine.config.command_timeout if timeout is None else timeout
     if copy is None:
         raise LeaseLostError("no stream is open on this lease")
+    if again:
+        return copy.again()
     try:
-        piece = await asyncio.wait_for(copy.next(), timeout)
-        return None if piece is None else OutOfBand(piece)
+        return await asyncio.wait_for(copy.next(), timeout)
     except TimeoutError:
         if copy.task is not None and copy.task.done():
             raise

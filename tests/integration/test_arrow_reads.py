@@ -28,8 +28,11 @@ from raypg import (
     QueryTimeoutError,
     StatementNotAllowedError,
     WorkflowConnectionPool,
+    arrow_stream,
 )
+from raypg.arrow_stream import ArrowStream
 from raypg.embedded import EmbeddedServer
+from raypg.lent_memory import Place, borrow
 
 SERIES = "select n, 'name ' || n as t from generate_series(1, $1::bigint) n"
 
@@ -225,17 +228,65 @@ async def test_a_stream_that_is_left_ends(pool: WorkflowConnectionPool) -> None:
     await eventually(lambda: nothing_leased(pool))
 
 
-async def test_pieces_are_read_where_ray_has_put_them(pool: WorkflowConnectionPool) -> None:
-    """And the worker uses its memory for the next ones, not before it may."""
-    stream = pool.stream(SERIES, 400_000, batch_bytes=1 << 20)
+async def read_pieces(stream: ArrowStream) -> tuple[list[int], int]:
+    """Its first column, and the number of its pieces."""
     rows, pieces = [], 0
     while (data := await stream.next_piece()) is not None:
         assert is_shared(data) or len(data) < 100_000, "what is small comes with the answer"
         batch = stream.decode(data)
         rows += [] if batch is None else batch.column(0).to_pylist()
         pieces += 1
+    return rows, pieces
+
+
+async def test_pieces_are_read_where_the_worker_has_them(
+    pool: WorkflowConnectionPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the worker uses its memory for the next ones, not before it may."""
+    lent: list[Place] = []
+
+    def noted(place: Place) -> memoryview:
+        lent.append(place)
+        return borrow(place)
+
+    monkeypatch.setattr(arrow_stream, "borrow", noted)
+    rows, pieces = await read_pieces(pool.stream(SERIES, 400_000, batch_bytes=1 << 20))
     assert pieces > 5, "a piece is about as large as was asked for"
     assert rows == list(range(1, 400_001))
+    assert 1 < len(lent) <= 5, "each part of the memory is borrowed once"
+
+
+@pytest.mark.parametrize("how", ["it runs elsewhere", "the kernel does not allow it"])
+async def test_pieces_are_read_where_ray_has_put_them(
+    pool: WorkflowConnectionPool, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """A reader that cannot see the memory of the worker. Both run on this machine as the same user: so the reader says
+    that it does not, or meets the error that the kernel would give."""
+
+    def refused(place: Place) -> memoryview:
+        raise PermissionError(13, "Permission denied", f"/proc/{place.pid}/fd/{place.fd}")
+
+    if how == "it runs elsewhere":
+        monkeypatch.setattr(arrow_stream, "here", lambda: ("another machine", "its container", "0"))
+    else:
+        monkeypatch.setattr(arrow_stream, "borrow", refused)
+    rows, pieces = await read_pieces(pool.stream(SERIES, 400_000, batch_bytes=1 << 20))
+    assert pieces > 5
+    assert rows == list(range(1, 400_001))
+
+
+async def test_what_is_looked_at_stays_though_its_lease_ends(pool: WorkflowConnectionPool) -> None:
+    stream = pool.stream(SERIES, 400_000, batch_bytes=1 << 20, lease_timeout=1.0)
+    data = await stream.next_piece()
+    assert data is not None
+    seen = bytes(data)
+    await eventually(lambda: nothing_leased(pool))  # its deadline has passed
+    assert await stream.next_piece() is not None  # that was on its way
+    with pytest.raises(LeaseLostError):
+        await stream.next_piece()
+    for _ in range(3):  # the worker needs memory for others
+        assert (await pool.fetch_arrow(SERIES, 400_000)).num_rows == 400_000
+    assert bytes(data) == seen
 
 
 async def test_a_cancelled_reader_leaves_nothing(pool: WorkflowConnectionPool) -> None:
