@@ -12,7 +12,8 @@ from typing import Any
 import asyncpg
 import psycopg
 import ray
-from measure import ROUNDS, Setting, answer, compare, ratio, report
+from measure import ROUNDS, Setting, answer, compare, idle, ratio, report
+from shared_memory import memory_of
 
 from raypg import PostgresDatasource, naming
 
@@ -25,10 +26,11 @@ most that it takes for ``read_sql`` on PostgreSQL is 1."""
 MEGABYTE = 1024 * 1024
 
 
-def timed(read: Callable[[], int]) -> float:
-    """Rows per second."""
+async def timed(read: Callable[[], int]) -> float:
+    """Rows per second, when Ray has freed what the read before has left behind."""
+    await idle()
     started = time.perf_counter()
-    assert read() == ROWS
+    assert await asyncio.to_thread(read) == ROWS
     return ROWS / (time.perf_counter() - started)
 
 
@@ -47,23 +49,16 @@ def by_read_sql(parameters: dict[str, Any], blocks: int | None = None) -> int:
     return int(ray.data.read_sql(QUERY, connect, override_num_blocks=blocks).materialize().count())
 
 
-def memory_of(pid: int) -> float:
-    """Megabytes of a process's own memory."""
-    with open(f"/proc/{pid}/statm") as file:
-        _, resident, shared, *_ = map(int, file.read().split())
-    return (resident - shared) * os.sysconf("SC_PAGE_SIZE") / MEGABYTE
-
-
 async def stream_memory(here: Setting, worker: int, rows: int) -> tuple[float, float]:
     """Most megabytes that the worker and this process grew by while *rows* rows of 1 kB were streamed."""
     before, own = memory_of(worker), memory_of(os.getpid())
-    most = mine = 0.0
+    most = mine = 0
     seen = 0
     async for batch in here.pool.stream(f"SELECT n, repeat('x', 1000) AS t FROM generate_series(1, {rows}) n"):
         seen += batch.num_rows
         most, mine = max(most, memory_of(worker) - before), max(mine, memory_of(os.getpid()) - own)
     assert seen == rows
-    return most, mine
+    return most / MEGABYTE, mine / MEGABYTE
 
 
 async def make_events(here: Setting) -> None:
@@ -91,7 +86,7 @@ async def ray_data_reads(here: Setting) -> None:
         "ray.data.read_sql, 1 block": lambda: by_read_sql(parameters, 1),
     }
     figures = await compare(
-        {what: functools.partial(asyncio.to_thread, timed, read) for what, read in contenders.items()},
+        {what: functools.partial(timed, read) for what, read in contenders.items()},
         rounds=min(ROUNDS, 3),
     )
     few = (f"PostgresDatasource, {BLOCKS} blocks", "ray.data.read_sql, 1 block")

@@ -135,12 +135,10 @@ def _processors() -> tuple[int, int]:
 
 
 async def compare(contenders: Mapping[str, Contender], rounds: int = ROUNDS) -> dict[str, list[float]]:
-    """Run all in turn, once to warm up and *rounds* times to count, each when the machine has done with the one before:
-    Ray frees what that has left behind."""
+    """Run all in turn, once to warm up and *rounds* times to count."""
     figures: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(rounds + 1):
         for name, contender in contenders.items():
-            await idle()
             figure = await contender()
             if turn:
                 figures[name].append(figure)

@@ -59,6 +59,7 @@ _NO_SNAPSHOT = (
 
 _TABLE = """
 SELECT format('%I.%I', n.nspname, c.relname) AS name, c.relkind::text AS kind,
+       current_setting('server_version_num')::int AS version,
        pg_catalog.pg_relation_size(c.oid) / current_setting('block_size')::int AS pages,
        EXISTS (SELECT FROM pg_catalog.pg_inherits i WHERE i.inhparent = c.oid) AS parent,
        nullif(c.reltuples, -1) * (
@@ -285,19 +286,17 @@ class PostgresDatasource(Datasource):  # type: ignore[misc]
         Raises:
             ConfigError: no such table or column.
         """
-        pool = self._pool
-        version, known, numerics = await asyncio.gather(
-            pool.fetchval("SELECT current_setting('server_version_num')::int"),
-            pool.fetchrow(_TABLE, self._table),
-            pool.fetch(_DECIMALS, self._table),
-        )
+        pool, known, decimals = self._pool, None, {}
         if self._table is None:
             text = f"(\n{without_semicolon(str(self._query))}\n) AS q"
-        elif known is None:
-            raise ConfigError(f"table={self._table!r}: there is no such table in the database of {pool!r}")
         else:
+            known, numerics = await asyncio.gather(
+                pool.fetchrow(_TABLE, self._table), pool.fetch(_DECIMALS, self._table)
+            )
+            if known is None:
+                raise ConfigError(f"table={self._table!r}: there is no such table in the database of {pool!r}")
             text = known["name"]
-        decimals = {name: (precision, scale) for name, precision, scale in numerics}
+            decimals = {name: (precision, scale) for name, precision, scale in numerics}
         stream = pool.stream(f"SELECT * FROM {text} LIMIT 0", decimals=decimals)
         async with stream:
             schema, described = stream.schema, stream.columns
@@ -311,21 +310,22 @@ class PostgresDatasource(Datasource):  # type: ignore[misc]
             return _Source(text, columns, schema, decimals)
         pages = known["pages"]
         size = int(min(pages * PAGE, known["values"] or math.inf))
-        by_pages = self._key is None and version >= TID_RANGES
+        by_pages = self._key is None and known["version"] >= TID_RANGES
         return _Source(text, columns, schema, decimals, pages, size, by_pages)
 
     async def _plan(self, parallelism: int) -> tuple[_Source, list[str]]:
         """What to read, and the conditions of the shards, seen in the snapshot."""
         source, view = await self._described(), self._view
         async with view.lock:
-            # Ray Data plans one read several times over.
-            if parallelism not in view.conditions or time.monotonic() > view.planned_at + AGAIN_AFTER:
+            now = time.monotonic()
+            if now > view.planned_at + AGAIN_AFTER:
+                view.conditions, view.planned_at = {}, now
+            if parallelism not in view.conditions:  # Ray Data plans one read several times over
                 where = await self._snapshot() if self._consistent else self._pool
                 size = None if source.pages is None else source.pages * PAGE
                 most = self._shards
                 shards = sensible(parallelism, size) if most is None else max(1, min(parallelism, most))
                 view.conditions[parallelism] = await self._conditions(source, shards, where)
-                view.planned_at = time.monotonic()
             return source, view.conditions[parallelism]
 
     async def _snapshot(self) -> LeasedConnection | WorkflowConnectionPool:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from raypg import background, owner
-from raypg.lease import Isolation, LeasedConnection
+from raypg.lease import Isolation, LeasedConnection, PoolTransaction
 from raypg.row import Row
 from raypg.sync_statements import SyncCursor, SyncListener, SyncPreparedStatement
 from raypg.sync_stream import SyncStream
@@ -19,7 +19,6 @@ from raypg.sync_stream import SyncStream
 if TYPE_CHECKING:
     import pyarrow
 
-    from raypg.lease import PoolTransaction
     from raypg.pool import WorkflowConnectionPool
 
 

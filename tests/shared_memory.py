@@ -1,4 +1,4 @@
-"""Where bytes lie: in Ray's object store, or in memory of the process's own."""
+"""Where bytes lie: in memory that processes share, or of a process's own; and how much of it a process takes."""
 
 from __future__ import annotations
 
@@ -23,3 +23,17 @@ def are_shared(table: pa.Table | pa.RecordBatch) -> bool:
     """Whether all values of *table* do."""
     arrays = [array for column in table.columns for array in (column.chunks if hasattr(column, "chunks") else [column])]
     return all(is_shared(buffer) for array in arrays for buffer in array.buffers() if buffer is not None)
+
+
+def memory_of(pid: int) -> int:
+    """Bytes of a process that are in memory: its own, and what it lends to others or has borrowed, which counts for
+    both. What it maps of the object store is none of its own."""
+    found = 0
+    lends = False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        words = line.split()
+        if not words[0].endswith(":"):
+            lends = "memfd:raypg" in line  # the head of a mapping
+        elif words[0] == "Anonymous:" or (words[0] == "Rss:" and lends):
+            found += int(words[1]) * 1024
+    return found

@@ -124,6 +124,8 @@ class RowFinder:
         rows = self._looks(parts[0].records) & (parts[0].ends <= len(data))
         if not rows.all():
             starts, parts = starts[rows], [parts[0].of(rows)]
+            if not len(starts):
+                return None
         for layout in self._layouts[1:]:
             parts.append(_read(data, _behind(parts[-1]), layout))
         ends = _behind(parts[-1])
@@ -186,8 +188,6 @@ def _behind(part: _Part) -> Numbers:
 
 def _read(data: memoryview, places: Numbers, layout: _Layout) -> _Part:
     """The part of *layout* that begins at *places*."""
-    if not len(places):
-        return _Part(layout, np.empty(0, f"V{layout.size}"), {}, places, places if layout.is_open else None)
     last = len(data) - layout.size
     if last >= 0:
         records = overlapping(data, f"V{layout.size}")[np.minimum(places, last)]

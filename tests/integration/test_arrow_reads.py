@@ -18,7 +18,7 @@ import values
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pools import nothing_leased, own_pool, worker_pids
-from shared_memory import is_shared
+from shared_memory import is_shared, memory_of
 from waiting import eventually
 
 from raypg import (
@@ -317,23 +317,20 @@ def test_without_an_event_loop(pool: WorkflowConnectionPool) -> None:
 
 
 async def test_a_large_result_is_never_in_memory_as_a_whole(ray_cluster: Any, pg: EmbeddedServer) -> None:
-    """400 MB through a worker of their own. What both map of the object store is no memory of theirs."""
-
-    def memory_of(pid: int) -> int:
-        with open(f"/proc/{pid}/status") as status:
-            lines = dict(line.split(":", 1) for line in status)
-        return int(lines["RssAnon"].split()[0]) // 1024
-
+    """400 MB through a worker of their own."""
     async with own_pool(pg, max_connections=2) as pool:
         (worker,) = (await worker_pids(pool.name)).values()
         assert (await pool.fetch_arrow("select 1 as one")).num_rows == 1
-        before, here = memory_of(worker), memory_of(os.getpid())
-        size, grown = 0, [0, 0]
+        processes = (worker, os.getpid())
+        before = [memory_of(pid) for pid in processes]
+        size, grown = 0, [0.0, 0.0]
         async for batch in pool.stream("select repeat('x', 2000) as t from generate_series(1, 200000)"):
             size += batch.num_rows
-            grown = [max(grown[0], memory_of(worker) - before), max(grown[1], memory_of(os.getpid()) - here)]
+            now = [(memory_of(pid) - was) / 1024**2 for pid, was in zip(processes, before, strict=True)]
+            grown = [max(pair) for pair in zip(grown, now, strict=True)]
         assert size == 200_000
         print(f"worker and caller grew by {grown} MB")
+        assert grown[0] > 4, "what is lent is counted"
         assert max(grown) < 100
 
 
