@@ -46,7 +46,7 @@ class ArrowStream:
     Args:
         source: a leased connection, or a transaction for this stream alone.
         query, args: SQL and the values of its parameters.
-        batch_bytes: bytes of a batch as the server sends it, about; a row is never divided.
+        batch_bytes: bytes of a batch as the server sends it, at most, about; a row is never divided.
         timeout: seconds for each batch.
         decimals: column → precision and scale, of those of type numeric that are to be decimals in Arrow.
 

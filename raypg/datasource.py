@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import math
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import asyncpg
 import pyarrow as pa
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
@@ -22,25 +20,22 @@ from raypg.arrow_stream import BATCH_BYTES
 from raypg.checks import check_statement
 from raypg.core.copy_text import check_query, without_semicolon
 from raypg.core.nearest import did_you_mean
-from raypg.core.shards import integer_bounds, key_ranges, page_ranges, sensible
+from raypg.core.shards import integer_bounds, key_ranges, page_shards, parts, sensible
 from raypg.core.sql_text import quoted_name
-from raypg.errors import ConfigError, SnapshotLostError
+from raypg.errors import ConfigError
 from raypg.lease import LeasedConnection
 from raypg.pool import WorkflowConnectionPool, get_pool
 from raypg.pushdown import split
+from raypg.row import Row
+from raypg.shard import Shard
 from raypg.snapshot import Snapshot
-from raypg.sync import inside
 
 if TYPE_CHECKING:
     from ray.data.context import DataContext
-    from ray.data.expressions import Expr
 
 __all__ = ["PostgresDatasource"]
 
 T = TypeVar("T")
-
-PAGE = 8192
-"""Bytes of a page, unless PostgreSQL was built with others; only sizes are guessed by it."""
 
 TID_RANGES = 140_000
 """Version since which PostgreSQL reads a range of pages without reading all others."""
@@ -50,17 +45,12 @@ AGAIN_AFTER = 1.0
 
 _INTEGERS = {20, 21, 23}
 
-_NO_SNAPSHOT = (
-    asyncpg.InvalidParameterValueError,
-    asyncpg.UndefinedObjectError,
-    asyncpg.ObjectNotInPrerequisiteStateError,
-)
-"""What SET TRANSACTION SNAPSHOT fails with when the transaction that exported it has ended."""
-
 _TABLE = """
 SELECT format('%I.%I', n.nspname, c.relname) AS name, c.relkind::text AS kind,
        current_setting('server_version_num')::int AS version,
        pg_catalog.pg_relation_size(c.oid) / current_setting('block_size')::int AS pages,
+       pg_catalog.pg_relation_size(c.oid) AS paged,
+       coalesce(pg_catalog.pg_relation_size(nullif(c.reltoastrelid, 0)), 0) AS toasted,
        EXISTS (SELECT FROM pg_catalog.pg_inherits i WHERE i.inhparent = c.oid) AS parent,
        nullif(c.reltuples, -1) * (
            SELECT sum(s.avg_width + CASE WHEN a.attlen < 0 THEN 4 ELSE 0 END)
@@ -84,7 +74,7 @@ class _Source:
     """What is known of a table or query.
 
     Attributes:
-        pages: of a table.
+        stored: bytes of a table.
         size: bytes of its rows as Arrow, about.
     """
 
@@ -92,43 +82,9 @@ class _Source:
     columns: dict[str, int]
     schema: pa.Schema
     decimals: dict[str, tuple[int, int]]
-    pages: int | None = None
+    stored: int | None = None
     size: int | None = None
     by_pages: bool = False
-
-
-@dataclass(frozen=True)
-class _Shard:
-    """What one read task does, wherever it runs."""
-
-    pool: str
-    sql: str
-    snapshot: Snapshot | None
-    decimals: dict[str, tuple[int, int]]
-    schema: pa.Schema
-    rest: tuple[Expr, ...]
-    batch_bytes: int
-    seconds: float
-
-    def __call__(self) -> Iterator[pa.Table]:
-        """Its blocks; an empty one if it has no rows."""
-        empty = True
-        with contextlib.ExitStack() as stack:
-            try:
-                tx = stack.enter_context(inside(Snapshot.read(get_pool(self.pool), self.snapshot, self.seconds)))
-            except _NO_SNAPSHOT as error:
-                raise SnapshotLostError(str(error)) from None
-            stream = tx.stream(self.sql, batch_bytes=self.batch_bytes, decimals=self.decimals)
-            for batch in stack.enter_context(stream):
-                table = pa.Table.from_batches([batch])
-                for predicate in self.rest:
-                    table = table.filter(predicate.to_pyarrow())
-                table = table.select(self.schema.names)
-                if table.num_rows:
-                    empty = False
-                    yield table
-        if empty:
-            yield self.schema.empty_table()
 
 
 @dataclass
@@ -137,7 +93,7 @@ class _View:
 
     snapshot: Snapshot | None = None
     source: _Source | None = None
-    conditions: dict[int, list[str]] = field(default_factory=dict)
+    shards: dict[int, list[list[str]]] = field(default_factory=dict)
     planned_at: float = -math.inf
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -160,8 +116,9 @@ class PostgresDatasource(Datasource):  # type: ignore[misc]
         columns: those to read; all by default.
         filter: a condition in SQL.
         key: a column by whose ranges to divide a query, view or partitioned table; without it one task reads these.
-        shards: how many to make, at most. By default as many as Ray Data wants, but no more than 8 or one for each
-            32 MB; Ray Data divides their blocks further if it wants more.
+        shards: how many to make, at most: one read task each, which reads a large table over two connections if the
+            pool has them. By default as many as Ray Data wants, but no more than one for each 96 MB of a table, or 8
+            of anything else; Ray Data divides their blocks further if it wants more.
         consistent: read one snapshot. It takes one connection, and holds up VACUUM, until the dataset is dropped or
             ``close()`` is called, for at most *timeout* seconds. Without, each shard sees what is committed when it
             begins.
@@ -237,20 +194,28 @@ class PostgresDatasource(Datasource):  # type: ignore[misc]
         data_context: DataContext | None = None,
     ) -> list[ReadTask]:
         """One task for each shard."""
-        source, conditions = _blocking(functools.partial(self._plan, parallelism))
+        source, shards = _blocking(functools.partial(self._plan, parallelism))
         snapshot = self._view.snapshot
         pushed, rest = split(self._predicate_expr, source.columns)
         wanted = self._wanted(source)
         read = list(source.columns) if rest else wanted  # what is left to filter by may not be wanted
         schema = pa.schema([source.schema.field(name) for name in wanted])
-        size = None if source.size is None else source.size // len(conditions)
+        given = [self._filter] if self._filter else []
+        size = None if source.size is None else source.size // len(shards)
         tasks = []
-        for condition in conditions:
-            sql = _select(source, read, [condition, *pushed, *([self._filter] if self._filter else [])])
-            if per_task_row_limit is not None and not rest:
-                sql += f"\nLIMIT {per_task_row_limit}"
-            shard = _Shard(
-                self._pool.name, sql, snapshot, source.decimals, schema, tuple(rest), self._batch_bytes, self._timeout
+        for conditions in shards:
+            limit = None if per_task_row_limit is None or rest else per_task_row_limit
+            queries = [_select(source, read, [condition, *pushed, *given], limit) for condition in conditions]
+            shard = Shard(
+                self._pool.name,
+                tuple(queries),
+                snapshot,
+                source.decimals,
+                schema,
+                tuple(rest),
+                self._batch_bytes,
+                self._timeout,
+                per_task_row_limit,
             )
             metadata = BlockMetadata(num_rows=None, size_bytes=size, input_files=None, exec_stats=None)
             tasks.append(ReadTask(shard, metadata, schema=schema, per_task_row_limit=per_task_row_limit))
@@ -260,7 +225,7 @@ class PostgresDatasource(Datasource):  # type: ignore[misc]
 
     def close(self) -> None:
         """Give the snapshot's connection back. What was not read until now fails; a new read takes a new snapshot."""
-        snapshot, self._view.snapshot, self._view.conditions = self._view.snapshot, None, {}
+        snapshot, self._view.snapshot, self._view.shards = self._view.snapshot, None, {}
         if snapshot is not None:
             _blocking(snapshot.end)
 
@@ -274,6 +239,9 @@ class PostgresDatasource(Datasource):  # type: ignore[misc]
         # Rows are counted, say: a block without columns would have none.
         return wanted or names[:1]
 
+    def _where(self) -> str:
+        return f" WHERE ({self._filter}\n)" if self._filter else ""
+
     async def _described(self) -> _Source:
         async with self._view.lock:
             if self._view.source is None:
@@ -285,6 +253,7 @@ class PostgresDatasource(Datasource):  # type: ignore[misc]
 
         Raises:
             ConfigError: no such table or column.
+            asyncpg.PostgresError: the server does not understand the query or the filter.
         """
         pool, known, decimals = self._pool, None, {}
         if self._table is None:
@@ -297,7 +266,7 @@ class PostgresDatasource(Datasource):  # type: ignore[misc]
                 raise ConfigError(f"table={self._table!r}: there is no such table in the database of {pool!r}")
             text = known["name"]
             decimals = {name: (precision, scale) for name, precision, scale in numerics}
-        stream = pool.stream(f"SELECT * FROM {text} LIMIT 0", decimals=decimals)
+        stream = pool.stream(f"SELECT * FROM {text}{self._where()} LIMIT 0", decimals=decimals)
         async with stream:
             schema, described = stream.schema, stream.columns
         columns = {column.name: column.oid for column in described}
@@ -308,25 +277,23 @@ class PostgresDatasource(Datasource):  # type: ignore[misc]
                 raise ConfigError(f"there is no column {name!r}{did_you_mean(name, columns)}")
         if known is None or known["kind"] not in ("r", "m") or known["parent"]:
             return _Source(text, columns, schema, decimals)
-        pages = known["pages"]
-        size = int(min(pages * PAGE, known["values"] or math.inf))
+        size = int(min(known["paged"], known["values"] or math.inf)) + known["toasted"]
         by_pages = self._key is None and known["version"] >= TID_RANGES
-        return _Source(text, columns, schema, decimals, pages, size, by_pages)
+        return _Source(text, columns, schema, decimals, _stored(known), size, by_pages)
 
-    async def _plan(self, parallelism: int) -> tuple[_Source, list[str]]:
-        """What to read, and the conditions of the shards, seen in the snapshot."""
+    async def _plan(self, parallelism: int) -> tuple[_Source, list[list[str]]]:
+        """What to read, and the conditions of the ranges of each shard, seen in the snapshot."""
         source, view = await self._described(), self._view
         async with view.lock:
             now = time.monotonic()
             if now > view.planned_at + AGAIN_AFTER:
-                view.conditions, view.planned_at = {}, now
-            if parallelism not in view.conditions:  # Ray Data plans one read several times over
+                view.shards, view.planned_at = {}, now
+            if parallelism not in view.shards:  # Ray Data plans one read several times over
                 where = await self._snapshot() if self._consistent else self._pool
-                size = None if source.pages is None else source.pages * PAGE
                 most = self._shards
-                shards = sensible(parallelism, size) if most is None else max(1, min(parallelism, most))
-                view.conditions[parallelism] = await self._conditions(source, shards, where)
-            return source, view.conditions[parallelism]
+                shards = sensible(parallelism, source.stored) if most is None else max(1, min(parallelism, most))
+                view.shards[parallelism] = await self._conditions(source, shards, where)
+            return source, view.shards[parallelism]
 
     async def _snapshot(self) -> LeasedConnection | WorkflowConnectionPool:
         """The connection that holds the snapshot, a new one if need be."""
@@ -339,23 +306,23 @@ class PostgresDatasource(Datasource):  # type: ignore[misc]
                 f"pool {self._pool.name!r} has one connection, which the snapshot would take: give the pool more, or "
                 "consistent=False"
             )
-        view.snapshot, view.conditions = await Snapshot.take(self._pool, self._timeout), {}
+        view.snapshot, view.shards = await Snapshot.take(self._pool, self._timeout), {}
         return view.snapshot.connection or self._pool
 
     async def _conditions(
         self, source: _Source, shards: int, where: LeasedConnection | WorkflowConnectionPool
-    ) -> list[str]:
+    ) -> list[list[str]]:
         if source.by_pages:
             row = await where.fetchrow(_TABLE, self._table)
-            return page_ranges(0 if row is None else row["pages"], shards)
+            return [["true"]] if row is None else page_shards(row["pages"], shards, parts(_stored(row), shards))
         if self._key is None or shards == 1:
-            return ["true"]
+            return [["true"]]
         key = quoted_name(self._key)
-        condition = f" WHERE ({self._filter}\n)" if self._filter else ""
+        condition = self._where()
         if source.columns[self._key] in _INTEGERS:
             row = await where.fetchrow(f"SELECT min({key}), max({key}) FROM {source.text}{condition}")
             if row is None or row[0] is None:
-                return ["true"]
+                return [["true"]]
             bounds = integer_bounds(row[0], row[1], shards)
         else:
             places = [number / shards for number in range(1, shards)]
@@ -363,13 +330,18 @@ class PostgresDatasource(Datasource):  # type: ignore[misc]
             found = await where.fetchval(f"SELECT ({ranked})::text[] FROM {source.text}{condition}", places)
             bounds = [bound for bound in found or () if bound is not None]
         kind = await where.fetchval(f"SELECT pg_typeof((SELECT {key} FROM {source.text} LIMIT 1))::text")
-        return key_ranges(key, bounds, kind)
+        return [[condition] for condition in key_ranges(key, bounds, kind)]
 
 
-def _select(source: _Source, columns: Sequence[str], conditions: Sequence[str]) -> str:
+def _stored(table: Row) -> int:
+    return int(table["paged"] + table["toasted"])
+
+
+def _select(source: _Source, columns: Sequence[str], conditions: Sequence[str], limit: int | None) -> str:
     wanted = ", ".join(quoted_name(name) for name in columns)
     met = " AND ".join(f"({condition}\n)" for condition in conditions if condition != "true")
-    return f"SELECT {wanted} FROM {source.text}{f' WHERE {met}' if met else ''}"
+    most = "" if limit is None else f"\nLIMIT {limit}"
+    return f"SELECT {wanted} FROM {source.text}{f' WHERE {met}' if met else ''}{most}"
 
 
 def _blocking(work: Callable[[], Coroutine[Any, Any, T]]) -> T:

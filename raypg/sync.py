@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from raypg import background, owner
-from raypg.lease import Isolation, LeasedConnection, PoolTransaction
+from raypg.lease import Isolation, LeasedConnection
 from raypg.row import Row
 from raypg.sync_statements import SyncCursor, SyncListener, SyncPreparedStatement
 from raypg.sync_stream import SyncStream
@@ -107,20 +107,6 @@ class SyncConnection:
     def release(self) -> None:
         """Give the connection back. Twice does nothing."""
         background.run(self._connection.release)
-
-
-@contextmanager
-def inside(transaction: PoolTransaction) -> Iterator[SyncConnection]:
-    """``with inside(pool.transaction()) as tx:`` — commits at the end of the block, rolls back if it raises."""
-    with owner.named():
-        connection = background.run(transaction.__aenter__)
-    try:
-        yield SyncConnection(connection)
-    except BaseException as error:
-        problem = error
-        background.run(lambda: transaction.__aexit__(type(problem), problem, None))
-        raise
-    background.run(lambda: transaction.__aexit__(None))
 
 
 class SyncPool:
@@ -240,8 +226,15 @@ class SyncPool:
             timeout=timeout,
             lease_timeout=lease_timeout,
         )
-        with inside(transaction) as connection:
-            yield connection
+        with owner.named():
+            connection = background.run(transaction.__aenter__)
+        try:
+            yield SyncConnection(connection)
+        except BaseException as error:
+            problem = error
+            background.run(lambda: transaction.__aexit__(type(problem), problem, None))
+            raise
+        background.run(lambda: transaction.__aexit__(None))
 
     def reconfigure(self, **changes: Any) -> None:
         """Change settings of the running pool for everybody; see :meth:`WorkflowConnectionPool.reconfigure`."""

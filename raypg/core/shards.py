@@ -3,34 +3,51 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 from raypg.core.sql_text import quoted
 
-__all__ = ["integer_bounds", "key_ranges", "page_ranges", "sensible"]
+__all__ = ["integer_bounds", "key_ranges", "page_shards", "parts", "sensible"]
 
 FEW = 8
-"""As many shards are made as are wanted, however small they are: so that all processors of a node may take part."""
+"""As many shards are made as are wanted where nobody knows how much there is: so that all processors of a node may take
+part."""
 
-LEAST_BYTES = 32 * 1024 * 1024
-"""Bytes of a table for which one more shard is worth while: each costs a task, a lease and a transaction, which take as
-long as some megabytes."""
+LEAST_BYTES = 96 * 1024 * 1024
+"""Bytes of a table for which one more shard is worth while. Each costs a task and a lease, and Ray Data (2.60) runs one
+task at a time in the first second of a read."""
+
+SMALL_BYTES = 16 * 1024 * 1024
+"""Bytes of a shard that one connection reads as fast as two."""
+
+RANGE_BYTES = 64 * 1024 * 1024
+"""Bytes of the ranges of a larger one, at most: what a second connection may read ahead."""
 
 
 def sensible(wanted: int, size: int | None) -> int:
     """How many shards to make where *wanted* would do, of *size* bytes (``None``: nobody knows)."""
-    return max(1, min(wanted, max(FEW, (size or 0) // LEAST_BYTES)))
+    return max(1, min(wanted, FEW if size is None else size // LEAST_BYTES))
 
 
-def page_ranges(pages: int, shards: int) -> list[str]:
-    """Conditions on ``ctid`` that divide a table of *pages* pages; the last has no upper end, since it may grow.
+def parts(size: int, shards: int) -> int:
+    """Into how many ranges to divide each of *shards* shards of a table of *size* bytes."""
+    each = size / shards
+    return 1 if each < SMALL_BYTES else max(2, math.ceil(each / RANGE_BYTES))
+
+
+def page_shards(pages: int, shards: int, ranges: int) -> list[list[str]]:
+    """Conditions on ``ctid`` that divide a table of *pages* pages into *shards*, and each of them into *ranges*; the
+    last has no upper end, since it may grow.
 
     PostgreSQL reads just those pages (since version 14).
     """
     count = max(1, min(shards, pages))
-    edges = [pages * number // count for number in range(1, count)]
+    ranges = max(1, min(ranges, pages // count))
+    edges = [pages * number // (count * ranges) for number in range(1, count * ranges)]
     bounds = [f"'({edge},0)'::pg_catalog.tid" for edge in edges]
-    return _between("ctid", bounds, "")
+    conditions = _between("ctid", bounds, "")
+    return [conditions[begin : begin + ranges] for begin in range(0, len(conditions), ranges)]
 
 
 def key_ranges(key: str, bounds: Sequence[str], kind: str) -> list[str]:

@@ -1,7 +1,7 @@
 """COPY of a query's result on a leased connection, fetched by its holder in pieces.
 
-At most four pieces are here at a time: two that are lent to the holder, the one that waits to be fetched, and the one
-that fills. Then nothing more is read from the socket, and the server waits.
+At most ``PIECES`` pieces are here at a time: two that are lent to the holder, the one that waits to be fetched, and
+the one that fills. Then nothing more is read from the socket, and the server waits.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 Described: TypeAlias = "list[tuple[str, int, str, bool]]"
 """(name, OID of its type, name of its type, whether that is an array), of each column of a result."""
 
+PIECES = 4
+
 MORE = 1 << 19
 """Bytes by which a piece may be larger than was asked for, since it ends with a message; rarely more."""
 
@@ -50,12 +52,29 @@ SPARE_BYTES = 48 << 20
 """Bytes of memory that are kept for further pieces, in parts of at least ``SHORT``."""
 
 
+FILLED_BYTES = 40 << 20
+"""Bytes of all pieces that are here together, about: where many streams are open, their pieces are smaller."""
+
+LEAST_PIECE = 1 << 18
+"""Bytes of the first piece of a stream, so that its reader can begin; each may have twice as many as the one before it.
+No piece is made smaller than this for others."""
+
+
 class _Memory:
     """Memory for pieces, used again by all streams of this process: to ask the system for new memory for each costs
-    more than the copying."""
+    more than the copying.
+
+    Attributes:
+        streams: that are open.
+    """
 
     def __init__(self) -> None:
         self._spare: list[_Space] = []
+        self.streams = 0
+
+    def share(self) -> int:
+        """Bytes that a piece of one of the open streams may have."""
+        return max(LEAST_PIECE, FILLED_BYTES // (PIECES * max(1, self.streams)))
 
     def take(self, least: int) -> _Space:
         """At least that many bytes, with anything in them."""
@@ -95,7 +114,7 @@ class CopyOut:
     Args:
         query: whose result is copied, see :func:`raypg.core.copy_text.copy_query`.
         connection: the lease's.
-        piece: bytes after which a piece is full.
+        piece: bytes after which a piece is full, at most.
         lends: whether the holder can read our memory, see :mod:`raypg.lent_memory`.
     """
 
@@ -103,6 +122,7 @@ class CopyOut:
         self._query = query
         self._connection = connection
         self._piece = piece
+        self._full = min(piece, LEAST_PIECE)
         self._lends = lends
         self._ready: asyncio.Queue[tuple[_Space, int]] = asyncio.Queue(maxsize=1)
         self._filling: _Space = _OwnMemory(0)
@@ -115,9 +135,13 @@ class CopyOut:
 
     async def run(self, raw: asyncpg.Connection) -> str:
         """Run it to its end; its command tag. Pieces are full messages: each holds whole rows."""
-        status: str = await raw.copy_from_query(self._query, output=self._take, format="binary")
-        if self._size:
-            await self._put()
+        _memory.streams += 1
+        try:
+            status: str = await raw.copy_from_query(self._query, output=self._take, format="binary")
+            if self._size:
+                await self._put()
+        finally:
+            _memory.streams -= 1
         return status
 
     async def _take(self, data: bytes) -> None:
@@ -126,14 +150,14 @@ class CopyOut:
         end = self._size + len(data)
         if end > len(self._filling):
             # Another one, since this one cannot grow as long as anything looks at it.
-            whole = self._piece + MORE
+            whole = self._full + MORE
             larger = _memory.take(max(end, whole if self._is_long else min(8 * end, whole)))
             larger.bytes[: self._size] = self._filling.bytes[: self._size]
             _memory.give(self._filling)
             self._filling = larger
         self._filling.bytes[self._size : end] = data
         self._size = end
-        if end >= self._piece:
+        if end >= self._full:
             await self._put()
         elif end > SHORT and len(data) < ENOUGH:
             # The server sends 8 kB at a time, and to be woken up for each costs more than to copy it. Nothing is read
@@ -143,6 +167,7 @@ class CopyOut:
     async def _put(self) -> None:
         piece = self._filling, self._size
         self._filling, self._size, self._is_long = _OwnMemory(0), 0, True
+        self._full = min(2 * self._full, self._piece, _memory.share())
         began = time.monotonic()
         if not self._unwanted:
             await self._ready.put(piece)

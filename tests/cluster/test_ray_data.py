@@ -36,7 +36,7 @@ async def test_all_workers_take_part(
         sink = PostgresDatasink(pool, target, batch_rows=2_000)
 
         def copy() -> None:
-            rows = PostgresDatasource(pool, table=source)
+            rows = PostgresDatasource(pool, table=source, shards=6)
             ray.data.read_datasource(rows, override_num_blocks=6).write_datasink(sink)
             rows.close()
 

@@ -232,7 +232,7 @@ async def read_pieces(stream: ArrowStream) -> tuple[list[int], int]:
     """Its first column, and the number of its pieces."""
     rows, pieces = [], 0
     while (data := await stream.next_piece()) is not None:
-        assert is_shared(data) or len(data) < 100_000, "what is small comes with the answer"
+        assert is_shared(data) or len(data) < 110_000, "what is small comes with the answer"
         batch = stream.decode(data)
         rows += [] if batch is None else batch.column(0).to_pylist()
         pieces += 1
@@ -251,9 +251,9 @@ async def test_pieces_are_read_where_the_worker_has_them(
 
     monkeypatch.setattr(arrow_stream, "borrow", noted)
     rows, pieces = await read_pieces(pool.stream(SERIES, 400_000, batch_bytes=1 << 20))
-    assert pieces > 5, "a piece is about as large as was asked for"
+    assert pieces > 8, "a piece is about as large as was asked for"
     assert rows == list(range(1, 400_001))
-    assert 1 < len(lent) <= 5, "each part of the memory is borrowed once"
+    assert 1 < len(lent) <= 8, "each part of the memory is borrowed once; the first ones are smaller"
 
 
 @pytest.mark.parametrize("how", ["it runs elsewhere", "the kernel does not allow it"])
@@ -275,15 +275,20 @@ async def test_pieces_are_read_where_ray_has_put_them(
     assert rows == list(range(1, 400_001))
 
 
+async def read_on(stream: ArrowStream) -> None:
+    """To its end."""
+    while await stream.next_piece() is not None:
+        pass
+
+
 async def test_what_is_looked_at_stays_though_its_lease_ends(pool: WorkflowConnectionPool) -> None:
     stream = pool.stream(SERIES, 400_000, batch_bytes=1 << 20, lease_timeout=1.0)
     data = await stream.next_piece()
     assert data is not None
     seen = bytes(data)
     await eventually(lambda: nothing_leased(pool))  # its deadline has passed
-    assert await stream.next_piece() is not None  # that was on its way
     with pytest.raises(LeaseLostError):
-        await stream.next_piece()
+        await read_on(stream)
     for _ in range(3):  # the worker needs memory for others
         assert (await pool.fetch_arrow(SERIES, 400_000)).num_rows == 400_000
     assert bytes(data) == seen
@@ -332,6 +337,28 @@ async def test_a_large_result_is_never_in_memory_as_a_whole(ray_cluster: Any, pg
         print(f"worker and caller grew by {grown} MB")
         assert grown[0] > 4, "what is lent is counted"
         assert max(grown) < 100
+
+
+async def test_many_streams_share_the_memory_of_a_worker(ray_cluster: Any, pg: EmbeddedServer) -> None:
+    """16 streams of 20 MB at once. With pieces of 4 MB each they would have 256 MB in it."""
+    text = "select n, repeat('x', 2000) as t from generate_series(1, 10000) n"
+    async with own_pool(pg, max_connections=20) as pool:
+        (worker,) = (await worker_pids(pool.name)).values()
+        assert (await pool.fetch_arrow("select 1 as one")).num_rows == 1
+        before = memory_of(worker)
+        streams = [pool.stream(text) for _ in range(16)]
+        grown, rows, left = 0, [0] * 16, set(range(16))
+        while left:  # all of them go on at the same pace
+            for number in tuple(left):
+                batch = await anext(streams[number], None)
+                if batch is None:
+                    left.remove(number)
+                else:
+                    rows[number] += batch.num_rows
+            grown = max(grown, memory_of(worker) - before)
+        assert rows == [10_000] * 16
+        print(f"the worker grew by {grown / 1024**2:.0f} MB")
+        assert 20 << 20 < grown < 108 << 20
 
 
 async def test_its_rows_are_counted(pool: WorkflowConnectionPool) -> None:

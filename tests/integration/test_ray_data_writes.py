@@ -55,7 +55,7 @@ class DiesOnce(PostgresDatasink):
 async def test_from_postgresql_to_postgresql(
     pool: WorkflowConnectionPool, direct: asyncpg.Connection, source: str, table: str
 ) -> None:
-    rows = PostgresDatasource(pool, table=source)
+    rows = PostgresDatasource(pool, table=source, shards=4)
     sink = PostgresDatasink(pool, table, batch_rows=3_000)
     changed = ray.data.read_datasource(rows, override_num_blocks=4).map_batches(doubled, batch_format="pyarrow")
     changed.write_datasink(sink)

@@ -64,7 +64,7 @@ async def test_ray_data_there_and_back(
     await direct.execute(
         f"create table {schema}.source as select n as id, 'x' as label from generate_series(1, 9000) n"
     )
-    source = PostgresDatasource(behind, table=f"{schema}.source")
+    source = PostgresDatasource(behind, table=f"{schema}.source", shards=3)
     sink = PostgresDatasink(behind, table, mode="upsert", batch_rows=2_000)
     dataset = ray.data.read_datasource(source, override_num_blocks=3)
     await asyncio.to_thread(lambda: dataset.write_datasink(sink))

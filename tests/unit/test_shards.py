@@ -8,7 +8,16 @@ import re
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raypg.core.shards import LEAST_BYTES, integer_bounds, key_ranges, page_ranges, sensible
+from raypg.core.shards import (
+    LEAST_BYTES,
+    RANGE_BYTES,
+    SMALL_BYTES,
+    integer_bounds,
+    key_ranges,
+    page_shards,
+    parts,
+    sensible,
+)
 
 
 def meets(value: int | None, condition: str) -> bool | None:
@@ -26,10 +35,13 @@ def meets(value: int | None, condition: str) -> bool | None:
     return bool(eval(code.replace(" AND ", " and "), {name: value}))
 
 
-@given(st.integers(0, 5000), st.integers(1, 40))
-def test_pages(pages: int, shards: int) -> None:
-    conditions = page_ranges(pages, shards)
-    assert len(conditions) == max(1, min(pages, shards))
+@given(st.integers(0, 5000), st.integers(1, 40), st.integers(1, 5))
+def test_pages(pages: int, shards: int, ranges: int) -> None:
+    divided = page_shards(pages, shards, ranges)
+    assert len(divided) == max(1, min(pages, shards))
+    conditions = [condition for shard in divided for condition in shard]
+    assert len(conditions) <= max(1, pages)
+    assert {len(shard) for shard in divided} == {max(1, min(ranges, pages // len(divided)))}
     for page in {0, 1, pages // 2, max(pages - 1, 0), pages, pages + 100}:  # it may have grown
         assert [meets(page, condition) for condition in conditions].count(True) == 1
 
@@ -55,7 +67,12 @@ def test_repeated_bounds_and_none() -> None:
 
 
 def test_shards_are_not_small() -> None:
-    assert [sensible(wanted, 0) for wanted in (0, 1, 8, 200)] == [1, 1, 8, 8]
-    assert sensible(200, None) == 8
-    assert sensible(200, 20 * LEAST_BYTES) == 20
+    assert [sensible(wanted, None) for wanted in (0, 1, 8, 200)] == [1, 1, 8, 8]
+    assert [sensible(200, size) for size in (0, LEAST_BYTES, 2 * LEAST_BYTES - 1, 20 * LEAST_BYTES)] == [1, 1, 1, 20]
     assert sensible(5, 20 * LEAST_BYTES) == 5
+
+
+def test_ranges_are_neither_small_nor_large() -> None:
+    assert [parts(size, 1) for size in (0, SMALL_BYTES - 1, SMALL_BYTES, 2 * RANGE_BYTES)] == [1, 1, 2, 2]
+    assert parts(10 * RANGE_BYTES, 2) == 5
+    assert parts(10 * SMALL_BYTES, 11) == 1
