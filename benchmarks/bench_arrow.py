@@ -87,7 +87,7 @@ async def ray_data_reads(here: Setting) -> None:
     }
     figures = await compare(
         {what: functools.partial(timed, read) for what, read in contenders.items()},
-        rounds=min(ROUNDS, 3),
+        rounds=min(ROUNDS, 5),
     )
     few = (f"PostgresDatasource, {BLOCKS} blocks", "ray.data.read_sql, 1 block")
     report(

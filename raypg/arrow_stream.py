@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import secrets
 from collections.abc import AsyncIterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 
 BATCH_BYTES = 4 * 1024 * 1024
 """Bytes of PostgreSQL's format that become one record batch, about."""
+
+_decoding = ThreadPoolExecutor(thread_name_prefix="raypg-decoding")
+"""Threads of its own: those of an event loop may all be waiting for what is decoded here."""
 
 LEAST_BATCH = 1024
 MOST_BATCH = 1 << 29
@@ -125,7 +129,7 @@ class ArrowStream:
                 raise StopAsyncIteration
             assert self._decoder is not None
             try:  # not self.decode: the thread keeps what it is given for a moment, and would keep a stream open
-                batch = await asyncio.to_thread(self._decoder.decode, data)
+                batch = await asyncio.get_running_loop().run_in_executor(_decoding, self._decoder.decode, data)
             except BaseException:
                 await asyncio.shield(self.aclose())
                 raise

@@ -116,12 +116,12 @@ class PostgresDatasource(Datasource):  # type: ignore[misc]
         columns: those to read; all by default.
         filter: a condition in SQL.
         key: a column by whose ranges to divide a query, view or partitioned table; without it one task reads these.
-        shards: how many to make, at most: one read task each, which reads a large table over two connections if the
-            pool has them. By default as many as Ray Data wants, but no more than one for each 96 MB of a table, or 8
-            of anything else; Ray Data divides their blocks further if it wants more.
+        shards: how many to make, at most: one read task each. By default as many as Ray Data wants, but no more than
+            one for each 96 MB of a table, or 8 of what is divided by *key*; Ray Data divides their blocks further if it
+            wants more. Of a table, a task reads the next pages ahead over a second connection while the pool has one.
         consistent: read one snapshot. It takes one connection, and holds up VACUUM, until the dataset is dropped or
             ``close()`` is called, for at most *timeout* seconds. Without, each shard sees what is committed when it
-            begins.
+            begins, and reads over one connection.
         batch_bytes: bytes that are fetched at a time, about; Ray Data makes larger blocks of them.
         timeout: seconds for which a shard may wait for its connection, and read; and for which the snapshot is held.
 
@@ -200,22 +200,22 @@ class PostgresDatasource(Datasource):  # type: ignore[misc]
         wanted = self._wanted(source)
         read = list(source.columns) if rest else wanted  # what is left to filter by may not be wanted
         schema = pa.schema([source.schema.field(name) for name in wanted])
-        given = [self._filter] if self._filter else []
         size = None if source.size is None else source.size // len(shards)
         tasks = []
         for conditions in shards:
-            limit = None if per_task_row_limit is None or rest else per_task_row_limit
-            queries = [_select(source, read, [condition, *pushed, *given], limit) for condition in conditions]
             shard = Shard(
                 self._pool.name,
-                tuple(queries),
+                f"SELECT {', '.join(map(quoted_name, read))} FROM {source.text}",
+                tuple(conditions),
+                (*pushed, *([self._filter] if self._filter else [])),
+                None if rest else per_task_row_limit,
                 snapshot,
                 source.decimals,
                 schema,
                 tuple(rest),
                 self._batch_bytes,
+                per_task_row_limit is None,
                 self._timeout,
-                per_task_row_limit,
             )
             metadata = BlockMetadata(num_rows=None, size_bytes=size, input_files=None, exec_stats=None)
             tasks.append(ReadTask(shard, metadata, schema=schema, per_task_row_limit=per_task_row_limit))
@@ -291,7 +291,8 @@ class PostgresDatasource(Datasource):  # type: ignore[misc]
             if parallelism not in view.shards:  # Ray Data plans one read several times over
                 where = await self._snapshot() if self._consistent else self._pool
                 most = self._shards
-                shards = sensible(parallelism, source.stored) if most is None else max(1, min(parallelism, most))
+                stored = source.stored if source.by_pages else None
+                shards = sensible(parallelism, stored) if most is None else max(1, min(parallelism, most))
                 view.shards[parallelism] = await self._conditions(source, shards, where)
             return source, view.shards[parallelism]
 
@@ -335,13 +336,6 @@ class PostgresDatasource(Datasource):  # type: ignore[misc]
 
 def _stored(table: Row) -> int:
     return int(table["paged"] + table["toasted"])
-
-
-def _select(source: _Source, columns: Sequence[str], conditions: Sequence[str], limit: int | None) -> str:
-    wanted = ", ".join(quoted_name(name) for name in columns)
-    met = " AND ".join(f"({condition}\n)" for condition in conditions if condition != "true")
-    most = "" if limit is None else f"\nLIMIT {limit}"
-    return f"SELECT {wanted} FROM {source.text}{f' WHERE {met}' if met else ''}{most}"
 
 
 def _blocking(work: Callable[[], Coroutine[Any, Any, T]]) -> T:

@@ -217,7 +217,7 @@ class WorkflowConnectionPool:
         Args:
             query: one SELECT, VALUES, TABLE or WITH; *args* as for :meth:`fetch`.
             batch_bytes: bytes of a batch as the server sends it, at most, about: the first ones are smaller, and all
-                are while a worker has many streams. Up to four are in the worker's memory at a time.
+                are while a worker has several streams. Up to four are in the worker's memory at a time.
             timeout: seconds for each batch.
             lease_timeout: seconds for the whole; ``lease_timeout`` of the pool by default.
             decimals: column → precision and scale: these, of type numeric, arrive as decimals.

@@ -1,8 +1,8 @@
 """What one read task of Ray Data reads: some ranges of a table, or a query, as blocks in their order.
 
-Two connections read two ranges at the same time where the pool has them: the server then works with two processes for
-a task, and Ray Data begins a read with one task alone. The order of the rows does not depend on it, since Ray makes a
-block that it has lost by running the task again.
+A second connection reads the next range ahead where the pool has one: the server then works with two processes for a
+task, and Ray Data begins a read with one task alone. Neither the rows nor how they are divided into tables depends on
+it, since Ray makes a block that it has lost by running the task again, and counts on the others to be the same.
 """
 
 from __future__ import annotations
@@ -31,11 +31,14 @@ __all__ = ["OrderedReader", "Shard"]
 
 T = TypeVar("T")
 
-CONNECTIONS = 2
-"""Most that one read task reads over."""
+AHEAD_BYTES = 64 * 1024 * 1024
+"""Bytes of Arrow that a range may have to be read ahead; twice as many as its pages have."""
 
-HELD_BYTES = 64 * 1024 * 1024
-"""As many as the ranges of a shard have at most, in pages."""
+TABLE_BYTES = 64 * 1024 * 1024
+"""Bytes of Arrow above which a range is not one table; Ray Data makes blocks of twice as many."""
+
+PATIENCE = 0.25
+"""Seconds that the second connection is waited for. It must not stand in the way of those who need one."""
 
 _NO_SNAPSHOT = (
     asyncpg.InvalidParameterValueError,
@@ -50,61 +53,97 @@ class Shard:
     """What one read task does, wherever it runs.
 
     Attributes:
-        queries: of its ranges, in the order of their rows.
+        select: the query, but for its conditions.
+        ranges: conditions that divide it, in the order of their rows.
+        conditions: those of all ranges.
+        limit: rows of a range that the server sends.
         rest: conditions that rows must meet besides.
-        row_limit: rows after which no more are wanted.
+        ahead: whether a second connection may be used.
         seconds: for which it may wait for a connection, and then hold it.
     """
 
     pool: str
-    queries: tuple[str, ...]
+    select: str
+    ranges: tuple[str, ...]
+    conditions: tuple[str, ...]
+    limit: int | None
     snapshot: Snapshot | None
     decimals: dict[str, tuple[int, int]]
     schema: pa.Schema
     rest: tuple[Expr, ...]
     batch_bytes: int
+    ahead: bool
     seconds: float
-    row_limit: int | None
+
+    @property
+    def queries(self) -> list[str]:
+        """Those of its ranges."""
+        most = "" if self.limit is None else f"\nLIMIT {self.limit}"
+        queries = []
+        for bounds in self.ranges:
+            met = " AND ".join(f"({condition}\n)" for condition in (bounds, *self.conditions) if condition != "true")
+            queries.append(f"{self.select}{f' WHERE {met}' if met else ''}{most}")
+        return queries
 
     def __call__(self) -> Iterator[pa.Table]:
         """Its blocks; an empty one if it has no rows."""
+        empty = True
+        for batches in self._read():
+            table = pa.Table.from_batches(batches)
+            for predicate in self.rest:
+                table = table.filter(predicate.to_pyarrow())
+            table = table.select(self.schema.names)
+            if table.num_rows:
+                empty = False
+                yield table
+        if empty:
+            yield self.schema.empty_table()
+
+    def _read(self) -> Iterator[list[pa.RecordBatch]]:
+        """The batches of one range after the other: how many come at a time must not divide blocks."""
         pool = get_pool(self.pool)
         reader = OrderedReader(
             lambda: Snapshot.read(pool, self.snapshot, self.seconds),
             lambda connection, query: connection.stream(query, batch_bytes=self.batch_bytes, decimals=self.decimals),
             self.queries,
-            CONNECTIONS if self.row_limit is None else 1,
+            # Without a snapshot, two connections would see two states of the table.
+            reads_ahead=self.ahead and self.snapshot is not None,
         )
-        empty = True
+        gathered: list[pa.RecordBatch] = []
+        size = last = 0
         with contextlib.closing(reader.batches()) as batches:
             try:
-                for batch in batches:
-                    table = pa.Table.from_batches([batch])
-                    for predicate in self.rest:
-                        table = table.filter(predicate.to_pyarrow())
-                    table = table.select(self.schema.names)
-                    if table.num_rows:
-                        empty = False
-                        yield table
+                for number, batch in batches:
+                    if gathered and (number != last or size > TABLE_BYTES):
+                        yield gathered
+                        gathered, size = [], 0
+                    gathered.append(batch)
+                    size, last = size + batch.nbytes, number
             except _NO_SNAPSHOT as error:
                 if reader.has_begun:
                     raise
                 raise SnapshotLostError(str(error)) from None
-        if empty:
-            yield self.schema.empty_table()
+        if gathered:
+            yield gathered
 
 
 class OrderedReader:
-    """Reads queries over some connections at the same time, and gives their rows in the order of the queries.
+    """Reads queries one after the other, the next one ahead over a second connection, and gives their rows in order.
 
-    It goes on with the connections that it gets: each takes the next query when it has one, and none waits for another.
+    The second connection helps, and nothing depends on it: it is given up if it is not to be had at once, if it meets
+    an error, or if its query has more than can be held; the first one reads that query then. It never waits for whoever
+    takes the rows.
 
     Args:
         begin: makes a transaction that is not begun.
         stream: makes the stream of a query on its connection.
         queries: what to read.
-        connections: most of them.
-        held_bytes: of Arrow that may be read before it is wanted, about.
+        reads_ahead: whether to use a second connection.
+        ahead_bytes: of Arrow that a query may have to be read ahead.
+
+    Attributes:
+        alone: whether it goes on with one connection.
+        has_begun: whether it has had one, and begun a transaction on it.
     """
 
     def __init__(
@@ -112,37 +151,42 @@ class OrderedReader:
         begin: Callable[[], PoolTransaction],
         stream: Callable[[LeasedConnection, str], ArrowStream],
         queries: Sequence[str],
-        connections: int,
-        held_bytes: int = HELD_BYTES,
+        *,
+        reads_ahead: bool = True,
+        ahead_bytes: int = AHEAD_BYTES,
     ) -> None:
         self._begin = begin
         self._stream = stream
         self._queries = queries
-        self._connections = min(connections, len(queries))
-        self._most = held_bytes
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._begun: set[asyncio.Task[None] | None] = set()
+        self._most = ahead_bytes
+        self._left = list(range(len(queries)))
         self._batches: list[list[pa.RecordBatch]] = [[] for _ in queries]
         self._read: set[int] = set()
-        self._taken = self._turn = self._bytes = 0
+        self._turn = self._bytes = self._given = 0
+        self._reading: asyncio.Task[None] | None = None
+        self._helping: asyncio.Task[None] | None = None
         self._news, self._room = asyncio.Event(), asyncio.Event()
+        self.alone = not reads_ahead
+        self.has_begun = False
 
-    @property
-    def has_begun(self) -> bool:
-        """Whether it has had a connection, and begun a transaction on it."""
-        return bool(self._begun)
-
-    def batches(self) -> Generator[pa.RecordBatch, None, None]:
-        """All of them, once, for a thread without an event loop.
+    def batches(self) -> Generator[tuple[int, pa.RecordBatch], None, None]:
+        """All of them, once, with the number of their query; for a thread without an event loop.
 
         Raises:
-            What a transaction and a stream do; that no connection is to be had only if there was none at all.
+            What a transaction and a stream do.
         """
         try:
             while batches := self._run(self._next):
-                yield from batches
+                number = self._turn
+                while batches:
+                    yield number, batches.pop(0)
         finally:
-            self._run(self._stop)
+            try:
+                asyncio.get_running_loop()
+            except RuntimeError:
+                self._run(self._stop)
+            else:  # it was dropped where nothing may wait
+                background.soon(lambda: asyncio.ensure_future(self._stop()))
 
     def _run(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         with owner.named():
@@ -150,55 +194,101 @@ class OrderedReader:
 
     async def _next(self) -> list[pa.RecordBatch]:
         """What is there of the query whose turn it is; nothing at the end of all."""
-        if not self._tasks:
-            self._tasks = {asyncio.ensure_future(self._lane()) for _ in range(self._connections)}
+        if self._reading is None:
+            self._reading = asyncio.ensure_future(self._read_all())
+        self._bytes, self._given = self._bytes - self._given, 0
+        self._room.set()
         while self._turn < len(self._queries):
             batches, self._batches[self._turn] = self._batches[self._turn], []
-            self._bytes -= sum(batch.nbytes for batch in batches)
-            self._room.set()
             if batches:
+                self._given = _size_of(batches)
                 return batches
             if self._turn in self._read:
                 self._turn += 1
-            else:
-                await self._wait()
-        for task in self._tasks - self._begun:
-            task.cancel()  # it waits for a connection that nobody needs any more
-        await asyncio.gather(*self._tasks & self._begun)
+                self._room.set()
+                continue
+            news = asyncio.ensure_future(self._news.wait())
+            try:
+                await asyncio.wait((news, self._reading), return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                news.cancel()
+            self._news.clear()
+            if self._reading.done():
+                self._reading.result()
+        await self._reading
         return []
 
-    async def _wait(self) -> None:
-        """Until there is something new, or a lane has failed."""
-        news = asyncio.ensure_future(self._news.wait())
-        try:
-            await asyncio.wait((news, *self._tasks), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            news.cancel()
-        self._news.clear()
-        for task in [task for task in self._tasks if task.done()]:
-            self._tasks.remove(task)
-            if task in self._begun or not self._tasks:
-                task.result()
-
-    async def _lane(self) -> None:
-        """Read with one connection, until nothing is left to be read."""
+    async def _read_all(self) -> None:
+        """Read with the first connection whatever is not read ahead."""
         async with self._begin() as connection:
-            self._begun.add(asyncio.current_task())
-            while self._taken < len(self._queries):
-                number, self._taken = self._taken, self._taken + 1
+            self.has_begun = True
+            while self._left:
+                number = self._left.pop(0)
+                self._get_help()
                 async with self._stream(connection, self._queries[number]) as stream:
                     async for batch in stream:
+                        self._get_help()
                         while self._bytes >= self._most and (number != self._turn or self._batches[number]):
                             self._room.clear()
                             await self._room.wait()
-                        self._batches[number].append(batch)
-                        self._bytes += batch.nbytes
-                        self._news.set()
-                self._read.add(number)
-                self._news.set()
+                        self._keep(number, [batch])
+                self._is_read(number)
+                if self._helping is not None:
+                    await asyncio.wait((self._helping,))  # if it gives up, what it had comes next
+
+    def _get_help(self) -> None:
+        if not self.alone and self._left and self._helping is None and 2 * self._bytes < self._most:
+            self._helping = asyncio.ensure_future(self._read_ahead())
+
+    async def _read_ahead(self) -> None:
+        """Read one query with a second connection: all of it, or nothing."""
+        number = None
+        try:
+            async with contextlib.AsyncExitStack() as stack:
+                async with asyncio.timeout(PATIENCE):
+                    connection = await stack.enter_async_context(self._begin())
+                if self._left:
+                    number = self._left.pop(0)
+                    await self._read_whole(connection, number)
+        except Exception:
+            self.alone = True
+            if number is not None and number not in self._read:
+                self._left.insert(0, number)
+        finally:
+            self._helping = None
+
+    async def _read_whole(self, connection: LeasedConnection, number: int) -> None:
+        held: list[pa.RecordBatch] = []
+        size = 0
+        async with self._stream(connection, self._queries[number]) as stream:
+            async for batch in stream:
+                held.append(batch)
+                size += batch.nbytes
+                if size > self._most:
+                    raise _TooMuchError
+        self._keep(number, held)
+        self._is_read(number)
+
+    def _keep(self, number: int, batches: list[pa.RecordBatch]) -> None:
+        self._batches[number] += batches
+        self._bytes += _size_of(batches)
+        self._news.set()
+
+    def _is_read(self, number: int) -> None:
+        self._read.add(number)
+        self._news.set()
 
     async def _stop(self) -> None:
         """End what is under way, and give all connections back."""
-        for task in self._tasks:
+        tasks = [task for task in (self._reading, self._helping) if task is not None]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class _TooMuchError(Exception):
+    """A query has more than can be held."""
+
+
+def _size_of(batches: list[pa.RecordBatch]) -> int:
+    return sum(batch.nbytes for batch in batches)

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import functools
 import time
+import weakref
 from collections import deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -65,16 +66,18 @@ class _Memory:
     more than the copying.
 
     Attributes:
-        streams: that are open.
+        streams: those that have pieces here.
     """
 
     def __init__(self) -> None:
         self._spare: list[_Space] = []
-        self.streams = 0
+        self.streams: weakref.WeakSet[CopyOut] = weakref.WeakSet()
 
-    def share(self) -> int:
-        """Bytes that a piece of one of the open streams may have."""
-        return max(LEAST_PIECE, FILLED_BYTES // (PIECES * max(1, self.streams)))
+    def share(self, wanted: int) -> int:
+        """Bytes that a piece of one of the streams may have, at most those that are *wanted*."""
+        if len(self.streams) < 2:
+            return wanted
+        return min(wanted, max(LEAST_PIECE, FILLED_BYTES // (PIECES * len(self.streams))))
 
     def take(self, least: int) -> _Space:
         """At least that many bytes, with anything in them."""
@@ -132,16 +135,13 @@ class CopyOut:
         self._unwanted = False
         self.task: asyncio.Task[Any] | None = None
         self.waited = 0.0
+        _memory.streams.add(self)
 
     async def run(self, raw: asyncpg.Connection) -> str:
         """Run it to its end; its command tag. Pieces are full messages: each holds whole rows."""
-        _memory.streams += 1
-        try:
-            status: str = await raw.copy_from_query(self._query, output=self._take, format="binary")
-            if self._size:
-                await self._put()
-        finally:
-            _memory.streams -= 1
+        status: str = await raw.copy_from_query(self._query, output=self._take, format="binary")
+        if self._size:
+            await self._put()
         return status
 
     async def _take(self, data: bytes) -> None:
@@ -167,7 +167,7 @@ class CopyOut:
     async def _put(self) -> None:
         piece = self._filling, self._size
         self._filling, self._size, self._is_long = _OwnMemory(0), 0, True
-        self._full = min(2 * self._full, self._piece, _memory.share())
+        self._full = _memory.share(min(2 * self._full, self._piece))
         began = time.monotonic()
         if not self._unwanted:
             await self._ready.put(piece)
@@ -185,6 +185,7 @@ class CopyOut:
             _memory.give(self._lent.popleft()[0])
         piece = await self._next()
         if piece is None:
+            _memory.streams.discard(self)
             return None
         self._lent.append(piece)
         return self._sent(*piece)
@@ -217,6 +218,7 @@ class CopyOut:
 
     def stop(self) -> None:
         """Nobody wants the rest. What is under way is thrown away, or a full queue would hold up the end."""
+        _memory.streams.discard(self)
         self._unwanted = True
         self._size = 0
         with contextlib.suppress(asyncio.QueueEmpty):

@@ -11,7 +11,7 @@ from typing import Any
 import asyncpg
 import pyarrow as pa
 import pytest
-from pools import nothing_leased, own_pool, running, unique_name
+from pools import CapWatch, nothing_leased, own_pool, running, unique_name
 from shared_memory import memory_of
 from waiting import eventually
 
@@ -19,8 +19,8 @@ from raypg import PostgresDatasource, WorkflowConnectionPool
 from raypg.embedded import EmbeddedServer
 from raypg.shard import OrderedReader
 
-WAITS = "select 0 as n, 0 as pid from pg_advisory_xact_lock({})"
-"""A query whose rows come when nobody else has the lock."""
+WAITS = "select 0 as n, pg_backend_pid() as pid, 'x' as t from pg_advisory_xact_lock({})"
+"""A query whose row comes when nobody else has the lock."""
 
 
 def ranges(count: int, rows: int = 20_000) -> list[str]:
@@ -29,31 +29,24 @@ def ranges(count: int, rows: int = 20_000) -> list[str]:
     return [f"{what} from generate_series({k * rows}, {(k + 1) * rows - 1}) n" for k in range(count)]
 
 
-def reader(
-    pool: WorkflowConnectionPool, queries: Sequence[str], connections: int = 2, held: int = 1 << 26, **how: Any
-) -> OrderedReader:
+def reader(pool: WorkflowConnectionPool, queries: Sequence[str], **how: Any) -> OrderedReader:
     return OrderedReader(
-        lambda: pool.transaction(**how),
-        lambda connection, query: connection.stream(query, batch_bytes=1 << 20),
-        queries,
-        connections,
-        held,
+        pool.transaction, lambda connection, query: connection.stream(query, batch_bytes=1 << 20), queries, **how
     )
 
 
 async def all_of(reader: OrderedReader) -> pa.Table:
     """What it reads; not in this thread, whose event loop it would block."""
-    return await asyncio.to_thread(lambda: pa.Table.from_batches(reader.batches()))
+    return await asyncio.to_thread(lambda: pa.Table.from_batches([batch for _, batch in reader.batches()]))
 
 
 def numbers(table: pa.Table) -> list[int]:
     return table.column("n").to_pylist()  # type: ignore[no-any-return]
 
 
-async def refusals(pool: WorkflowConnectionPool) -> int:
-    """How often no connection became free in time."""
-    status = await pool.process({"operation": "get_comprehensive_status"})
-    return int(status["detailed_metrics"]["counters"]["pool_exhaustion_events"])
+def readers(table: pa.Table) -> int:
+    """How many connections have read it."""
+    return len(set(table.column("pid").to_pylist()))
 
 
 @contextlib.asynccontextmanager
@@ -67,65 +60,97 @@ async def locked(direct: asyncpg.Connection) -> AsyncIterator[tuple[int, Callabl
         await direct.execute("select pg_advisory_unlock_all()")
 
 
-async def test_the_rows_come_in_order_from_two_connections(pool: WorkflowConnectionPool) -> None:
-    for held in (1 << 26, 1 << 20):  # with room for all, and for one batch
-        found = await all_of(reader(pool, ranges(6), held=held))
-        assert numbers(found) == list(range(120_000))
-        assert len(set(found.column("pid").to_pylist())) == 2
-    alone = await all_of(reader(pool, ranges(2), connections=1))
+async def test_the_rows_come_in_order_from_two_connections(
+    pool: WorkflowConnectionPool, direct: asyncpg.Connection
+) -> None:
+    async with locked(direct) as (key, unlock):
+        read = reader(pool, [WAITS.format(key), *ranges(6)])
+        reading = asyncio.create_task(all_of(read))
+        await eventually(lambda: read._read == {1})  # before the first one
+        await unlock()
+        found = await reading
+    assert numbers(found) == [0, *range(120_000)]
+    assert readers(found) >= 2
+    assert not read.alone
+    alone = await all_of(reader(pool, ranges(2), reads_ahead=False))
     assert numbers(alone) == list(range(40_000))
-    assert len(set(alone.column("pid").to_pylist())) == 1
+    assert readers(alone) == 1
     await eventually(lambda: nothing_leased(pool))
 
 
-async def test_one_connection_does_where_there_is_no_other(
-    ray_cluster: Any, pg: EmbeddedServer, direct: asyncpg.Connection
-) -> None:
+async def test_one_connection_does_where_there_is_no_other(ray_cluster: Any, pg: EmbeddedServer) -> None:
     async with own_pool(pg, max_connections=2) as own:
         async with own.acquire():
-            found = await all_of(reader(own, ranges(5)))
-            assert numbers(found) == list(range(100_000))
-            assert len(set(found.column("pid").to_pylist())) == 1
-            # The other lane waited, and left when there was nothing more to do.
-            assert await refusals(own) == 0
-            async with locked(direct) as (key, unlock):
-                # And if it was told that there is none, while the first one waits for its rows.
-                reading = asyncio.create_task(all_of(reader(own, [WAITS.format(key)] * 2, timeout=0.2)))
-
-                async def refused() -> bool:
-                    return await refusals(own) == 1
-
-                await eventually(refused)
-                await unlock()
-                assert numbers(await reading) == [0, 0]
+            read = reader(own, ranges(8, 100_000))
+            found = await all_of(read)
+            assert numbers(found) == list(range(800_000))
+            assert readers(found) == 1
+            assert read.alone, "it has waited, and has left the queue"
+            status = await own.process({"operation": "get_comprehensive_status"})
+            assert status["detailed_metrics"]["counters"]["pool_exhaustion_events"] == 0
         await eventually(lambda: nothing_leased(own))
 
 
-async def test_only_so_much_is_read_ahead(pool: WorkflowConnectionPool, direct: asyncpg.Connection) -> None:
+async def test_others_are_not_kept_waiting(ray_cluster: Any, pg: EmbeddedServer) -> None:
+    """Three readers that nobody takes anything from, in a pool in which each has one connection."""
+    async with own_pool(pg, max_connections=5) as own, CapWatch(pg, own.name) as watch:
+        # Each query has more than may be read ahead, and the server is held up with the first one.
+        reads = [reader(own, ranges(3, 100_000), ahead_bytes=4 << 20) for _ in range(3)]
+        batches = [read.batches() for read in reads]
+        firsts = await asyncio.gather(*(asyncio.to_thread(next, one) for one in batches))
+        assert [number for number, _ in firsts] == [0, 0, 0]
+        await eventually(lambda: all(read.alone for read in reads))
+        assert await own.fetchval("select 1", timeout=10) == 1
+        for one, (_, first) in zip(batches, firsts, strict=True):
+            rest = await asyncio.to_thread(lambda one=one: [batch for _, batch in one])
+            assert numbers(pa.Table.from_batches([first, *rest])) == list(range(300_000))
+    watch.held(5)
+
+
+async def test_what_is_too_much_to_be_held_is_read_later(
+    pool: WorkflowConnectionPool, direct: asyncpg.Connection
+) -> None:
     """The second query has 200 MB; the first waits for a lock."""
-    mark = unique_name("ahead")
-    large = f"select n, pg_backend_pid() as pid, repeat('x', 2000) as t /* {mark} */ from generate_series(1, 100000) n"
+    large = "select n, pg_backend_pid() as pid, repeat('x', 2000) as t from generate_series(1, 100000) n"
+    before = memory_of(os.getpid())
     async with locked(direct) as (key, unlock):
-        first = f"select 0 as n, 0 as pid, 'x' as t from pg_advisory_xact_lock({key})"
-        reading = asyncio.create_task(all_of(reader(pool, [first, large], held=8 << 20)))
-        stuck = "select count(*) from pg_stat_activity where query like $1 and wait_event = 'ClientWrite'"
-        before = memory_of(os.getpid())
-
-        async def held_up() -> bool:
-            return bool(await direct.fetchval(stuck, f"%{mark}%") == 1)
-
-        await eventually(held_up)
+        read = reader(pool, [WAITS.format(key), large], ahead_bytes=8 << 20)
+        reading = asyncio.create_task(all_of(read))
+        await eventually(lambda: read.alone)
         assert memory_of(os.getpid()) - before < 60 << 20
         await unlock()
-        assert numbers(await reading) == list(range(100_001))
+        found = await reading
+    assert numbers(found) == list(range(100_001))
+    assert readers(found) == 1
 
 
-async def test_an_error_ends_all_of_it(pool: WorkflowConnectionPool, direct: asyncpg.Connection) -> None:
-    mark = unique_name("other")
+async def test_an_error_is_that_of_the_first_connection(
+    pool: WorkflowConnectionPool, direct: asyncpg.Connection
+) -> None:
     broken = "select n / (n - 1000) as n, 0 as pid, 'x' as t from generate_series(1, 100000) n"
-    long = f"select 1 as n, 0 as pid, 'x' as t from pg_sleep(60) /* {mark} */"
-    with pytest.raises(asyncpg.DivisionByZeroError):
-        await all_of(reader(pool, [long, broken]))
+    async with locked(direct) as (key, unlock):
+        read = reader(pool, [WAITS.format(key), broken, *ranges(1)])
+        batches = read.batches()
+        first = asyncio.create_task(asyncio.to_thread(next, batches))
+        await eventually(lambda: read.alone)  # it has met the error, which is not the turn of yet
+        await unlock()
+        assert (await first)[0] == 0
+        with pytest.raises(asyncpg.DivisionByZeroError):
+            await asyncio.to_thread(lambda: list(batches))
+    # And whatever is read ahead then ends too.
+    mark = unique_name("other")
+    long = f"select 1 as n, 0 as pid, '{mark}' as t from pg_sleep(60)"
+    async with locked(direct) as (key, unlock):
+        failing = f"select 1 / (pid - pg_backend_pid()) as n, pid, t from ({WAITS.format(key)}) q"
+        reading = asyncio.create_task(all_of(reader(pool, [failing, long])))
+
+        async def is_running() -> bool:
+            return await running(direct, mark) == 1
+
+        await eventually(is_running)
+        await unlock()
+        with pytest.raises(asyncpg.DivisionByZeroError):
+            await reading
     await eventually(lambda: nothing_leased(pool))
     assert await running(direct, mark) == 0
 
@@ -133,11 +158,15 @@ async def test_an_error_ends_all_of_it(pool: WorkflowConnectionPool, direct: asy
 async def test_whoever_stops_early_leaves_nothing(pool: WorkflowConnectionPool, direct: asyncpg.Connection) -> None:
     def first_of(read: OrderedReader) -> int:
         batches = read.batches()
-        number = next(batches).column("n")[0].as_py()
+        _, first = next(batches)
         batches.close()
-        return int(number)
+        return int(first.column("n")[0].as_py())
 
-    assert await asyncio.to_thread(first_of, reader(pool, ranges(4, 100_000), held=1 << 20)) == 0
+    assert await asyncio.to_thread(first_of, reader(pool, ranges(4, 100_000))) == 0
+    # Or where it may not wait: a generator ends in the thread that drops it last.
+    dropped = reader(pool, ranges(4, 100_000)).batches()
+    assert (await asyncio.to_thread(next, dropped))[0] == 0
+    del dropped
     await eventually(lambda: nothing_leased(pool))
     assert await direct.fetchval("select count(*) from pg_stat_activity where wait_event = 'ClientWrite'") == 0
 
@@ -149,14 +178,18 @@ async def test_a_shard_of_a_table_is_read_in_ranges(
         f"create table {schema}.wide as select n, pg_backend_pid() as pid, repeat('x', 1000) as t "
         "from generate_series(0, 19999) n"
     )
-    source = PostgresDatasource(pool, table=f"{schema}.wide")
     for shards, each in ((1, 2), (2, 1)):
         source = PostgresDatasource(pool, table=f"{schema}.wide", shards=shards)
         tasks = source.get_read_tasks(shards)
         assert [len(task.read_fn.queries) for task in tasks] == [each] * shards
         blocks = await asyncio.to_thread(lambda tasks=tasks: [block for task in tasks for block in task()])
         assert numbers(pa.concat_tables(blocks)) == list(range(20_000))
+        assert len(blocks) == shards * each, "how much comes at a time does not divide blocks"
         source.close()
+    loose = PostgresDatasource(pool, table=f"{schema}.wide", consistent=False)
+    (task,) = loose.get_read_tasks(1)
+    assert len(task.read_fn.queries) == 2
+    assert numbers(pa.concat_tables(await asyncio.to_thread(lambda: list(task())))) == list(range(20_000))
     (limited,) = source.get_read_tasks(1, per_task_row_limit=3)
     assert numbers(pa.concat_tables(await asyncio.to_thread(lambda: list(limited())))) == [0, 1, 2]
     source.close()
