@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import os
 import secrets
 from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,12 +36,16 @@ if TYPE_CHECKING:
 BATCH_BYTES = 4 * 1024 * 1024
 """Bytes of PostgreSQL's format that become one record batch, about."""
 
-_decoding = ThreadPoolExecutor(thread_name_prefix="raypg-decoding")
-"""Threads of its own: those of an event loop may all be waiting for what is decoded here."""
-
 LEAST_BATCH = 1024
 MOST_BATCH = 1 << 29
 """Limits of ``batch_bytes``."""
+
+
+@functools.lru_cache(maxsize=1)
+def _decoding(process: int) -> ThreadPoolExecutor:
+    """Threads of its own: those of an event loop may all be waiting for what is decoded here. A forked child has the
+    object, but not the threads."""
+    return ThreadPoolExecutor(thread_name_prefix=f"raypg-decoding-{process}")
 
 
 class ArrowStream:
@@ -129,7 +135,9 @@ class ArrowStream:
                 raise StopAsyncIteration
             assert self._decoder is not None
             try:  # not self.decode: the thread keeps what it is given for a moment, and would keep a stream open
-                batch = await asyncio.get_running_loop().run_in_executor(_decoding, self._decoder.decode, data)
+                batch = await asyncio.get_running_loop().run_in_executor(
+                    _decoding(os.getpid()), self._decoder.decode, data
+                )
             except BaseException:
                 await asyncio.shield(self.aclose())
                 raise

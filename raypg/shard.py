@@ -1,14 +1,16 @@
 """What one read task of Ray Data reads: some ranges of a table, or a query, as blocks in their order.
 
 A second connection reads the next range ahead where the pool has one: the server then works with two processes for a
-task, and Ray Data begins a read with one task alone. Neither the rows nor how they are divided into tables depends on
-it, since Ray makes a block that it has lost by running the task again, and counts on the others to be the same.
+task, and Ray Data begins a read with one task alone. The order of the rows does not depend on it, and a range is one
+table however it came, since Ray makes a block that it has lost by running the task again, and counts on the others to
+be the same. Only ranges of more than ``TABLE_BYTES`` are divided where a batch ends.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -32,7 +34,8 @@ __all__ = ["OrderedReader", "Shard"]
 T = TypeVar("T")
 
 AHEAD_BYTES = 64 * 1024 * 1024
-"""Bytes of Arrow that a range may have to be read ahead; twice as many as its pages have."""
+"""Bytes of Arrow that a range may have to be read ahead: as many as its pages have at most, see
+:mod:`raypg.core.shards`."""
 
 TABLE_BYTES = 64 * 1024 * 1024
 """Bytes of Arrow above which a range is not one table; Ray Data makes blocks of twice as many."""
@@ -90,12 +93,14 @@ class Shard:
         empty = True
         for batches in self._read():
             table = pa.Table.from_batches(batches)
+            del batches  # or they would be kept while the next ones are read
             for predicate in self.rest:
                 table = table.filter(predicate.to_pyarrow())
             table = table.select(self.schema.names)
             if table.num_rows:
                 empty = False
                 yield table
+            del table
         if empty:
             yield self.schema.empty_table()
 
@@ -110,7 +115,7 @@ class Shard:
             reads_ahead=self.ahead and self.snapshot is not None,
         )
         gathered: list[pa.RecordBatch] = []
-        size = last = 0
+        size = last = rows = 0
         with contextlib.closing(reader.batches()) as batches:
             try:
                 for number, batch in batches:
@@ -118,7 +123,9 @@ class Shard:
                         yield gathered
                         gathered, size = [], 0
                     gathered.append(batch)
-                    size, last = size + batch.nbytes, number
+                    size, last, rows = size + batch.nbytes, number, rows + batch.num_rows
+                    if self.limit is not None and rows >= self.limit:
+                        break
             except _NO_SNAPSHOT as error:
                 if reader.has_begun:
                     raise
@@ -140,6 +147,7 @@ class OrderedReader:
         queries: what to read.
         reads_ahead: whether to use a second connection.
         ahead_bytes: of Arrow that a query may have to be read ahead.
+        patience: seconds that the second connection is waited for.
 
     Attributes:
         alone: whether it goes on with one connection.
@@ -154,17 +162,20 @@ class OrderedReader:
         *,
         reads_ahead: bool = True,
         ahead_bytes: int = AHEAD_BYTES,
+        patience: float = PATIENCE,
     ) -> None:
         self._begin = begin
         self._stream = stream
         self._queries = queries
         self._most = ahead_bytes
+        self._patience = patience
         self._left = list(range(len(queries)))
         self._batches: list[list[pa.RecordBatch]] = [[] for _ in queries]
         self._read: set[int] = set()
         self._turn = self._bytes = self._given = 0
         self._reading: asyncio.Task[None] | None = None
         self._helping: asyncio.Task[None] | None = None
+        self._is_ahead = False
         self._news, self._room = asyncio.Event(), asyncio.Event()
         self.alone = not reads_ahead
         self.has_begun = False
@@ -184,7 +195,8 @@ class OrderedReader:
             try:
                 asyncio.get_running_loop()
             except RuntimeError:
-                self._run(self._stop)
+                if not sys.is_finalizing():
+                    self._run(self._stop)
             else:  # it was dropped where nothing may wait
                 background.soon(lambda: asyncio.ensure_future(self._stop()))
 
@@ -215,7 +227,8 @@ class OrderedReader:
             self._news.clear()
             if self._reading.done():
                 self._reading.result()
-        await self._reading
+        # All is read. If its transaction cannot be committed, there was nothing in it to be lost.
+        await asyncio.gather(self._reading, return_exceptions=True)
         return []
 
     async def _read_all(self) -> None:
@@ -233,7 +246,7 @@ class OrderedReader:
                             await self._room.wait()
                         self._keep(number, [batch])
                 self._is_read(number)
-                if self._helping is not None:
+                if self._helping is not None and self._is_ahead:
                     await asyncio.wait((self._helping,))  # if it gives up, what it had comes next
 
     def _get_help(self) -> None:
@@ -245,17 +258,17 @@ class OrderedReader:
         number = None
         try:
             async with contextlib.AsyncExitStack() as stack:
-                async with asyncio.timeout(PATIENCE):
+                async with asyncio.timeout(self._patience):
                     connection = await stack.enter_async_context(self._begin())
                 if self._left:
-                    number = self._left.pop(0)
+                    number, self._is_ahead = self._left.pop(0), True
                     await self._read_whole(connection, number)
         except Exception:
             self.alone = True
             if number is not None and number not in self._read:
                 self._left.insert(0, number)
         finally:
-            self._helping = None
+            self._helping, self._is_ahead = None, False
 
     async def _read_whole(self, connection: LeasedConnection, number: int) -> None:
         held: list[pa.RecordBatch] = []
@@ -280,9 +293,12 @@ class OrderedReader:
 
     async def _stop(self) -> None:
         """End what is under way, and give all connections back."""
-        tasks = [task for task in (self._reading, self._helping) if task is not None]
-        for task in tasks:
-            task.cancel()
+        tasks = {task for task in (self._reading, self._helping) if task is not None}
+        left = tasks
+        while left:  # asyncio.wait_for of Python 3.11 may lose a cancellation
+            for task in left:
+                task.cancel()
+            _, left = await asyncio.wait(left, timeout=1.0)
         await asyncio.gather(*tasks, return_exceptions=True)
 
 

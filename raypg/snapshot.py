@@ -51,8 +51,7 @@ class Snapshot:
             UnavailableError: no connection is to be had.
         """
         connection = await PoolTransaction(pool._dispatcher, BEGIN, None, seconds, pool._users_name).__aenter__()
-        # The server would end a transaction that is idle for longer than leases of this pool usually are.
-        name: str = await connection.fetchval(_EXPORT, str(int(seconds * 1000) + 30_000))
+        name: str = await connection.fetchval(_EXPORT, str(_idle(seconds)))
         return cls(name, connection)
 
     @staticmethod
@@ -63,6 +62,7 @@ class Snapshot:
             seconds: for which it may wait for its connection, and then last.
         """
         begin = BEGIN if snapshot is None else f"{BEGIN}; SET TRANSACTION SNAPSHOT '{snapshot.name}'"
+        begin += f"; SET LOCAL idle_in_transaction_session_timeout = {_idle(seconds)}"
         return PoolTransaction(pool._dispatcher, begin, seconds, seconds, pool._users_name)
 
     async def use(self) -> LeasedConnection | None:
@@ -79,3 +79,9 @@ class Snapshot:
         connection, self.connection = self.connection, None
         if connection is not None:
             await connection.release()
+
+
+def _idle(seconds: float) -> int:
+    """Milliseconds for which a transaction may be idle: the server would end one that is for longer than leases of its
+    pool usually are."""
+    return int(seconds * 1000) + 30_000
