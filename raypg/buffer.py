@@ -163,7 +163,7 @@ class Buffer:
     def take(self, most: int, most_bytes: int, alone: bool) -> Message:
         """The next message: at most *most* statements and about *most_bytes*, of one run if it is to be *alone*."""
         taken: list[tuple[str, list[tuple[Any, ...]]]] = []
-        count = size = 0
+        count = size = kept = 0
         while self.runs and count < most and size < most_bytes:
             run = self.runs[0]
             rows = run.rows
@@ -187,6 +187,7 @@ class Buffer:
                 self._forget(run)  # what is added from now on must not change a message under way
             else:
                 run.rows = rows[len(part) :]
+                kept += len(run.sql)  # the text is in the message, and here for the rest
             if alone:
                 break
         numbers = range(self.first, self.first + count)
@@ -194,7 +195,7 @@ class Buffer:
         if not self.rows:
             size, self.bytes = self.bytes, 0
         else:
-            self.bytes = max(0, self.bytes - size)
+            self.bytes = max(0, self.bytes - size + kept)
         self.first += count
         return Message(numbers, taken, size, alone)
 

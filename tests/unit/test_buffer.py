@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from raypg.buffer import TAKEN, Buffer, Message, size_of_row
@@ -36,6 +36,7 @@ def flat(messages: list[Message]) -> list[tuple[int, str, tuple[Any, ...]]]:
     st.integers(200, 20_000),
     st.booleans(),
 )
+@example([(INSERT, 0), (INSERT, 0), ("a $1", 0), ("a $1", 0)], 2, 257, False)
 def test_messages(added: list[tuple[str, int]], most: int, most_bytes: int, alone: bool) -> None:
     buffer = Buffer()
     messages = []
