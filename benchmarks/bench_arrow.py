@@ -17,9 +17,9 @@ from shared_memory import memory_of
 
 from raypg import PostgresDatasource, naming
 
-ROWS = int(os.environ.get("RAYPG_BENCH_ROWS", "10000000"))
+ROWS = int(os.environ.get("RAYPG_BENCH_ROWS", "5000000"))
 """Of the table. What Ray Data does for a dataset before the first row and after the last one is most of a small one:
-``results.md`` has 1 and 5 million too."""
+``results.md`` has 1 and 10 million too."""
 RESULT = min(ROWS, 500_000)
 QUERY = "SELECT * FROM events"
 BLOCKS = 16

@@ -191,8 +191,7 @@ class PoolConfig(Tunables):
             # Without it a backend outlives its client by the whole statement.
             "client_connection_check_interval": "500ms",
             "tcp_user_timeout": "30s",
-            # The backstop of a lease's own deadline: late enough never to come before it.
-            "idle_in_transaction_session_timeout": f"{int(self.lease_timeout * 1000) + 30_000}ms",
+            "idle_in_transaction_session_timeout": f"{idle_limit(self.lease_timeout)}ms",
         }
         taken = {name.lower() for name in (*self.server_settings, *self.target.server_settings)}
         return {name: value for name, value in ours.items() if name not in taken}
@@ -248,6 +247,12 @@ class PoolConfig(Tunables):
 
     def __reduce__(self) -> tuple[Callable[[Mapping[str, Any]], PoolConfig], tuple[dict[str, Any]]]:
         return PoolConfig.from_dict, (self.to_dict(),)
+
+
+def idle_limit(seconds: float) -> int:
+    """Milliseconds after which the server ends a transaction that is idle: the backstop of the deadline of a lease that
+    lasts *seconds*, late enough never to come before it."""
+    return int(seconds * 1000) + 30_000
 
 
 def from_kwargs(*, environ: Mapping[str, str] | None = None, **given: Any) -> PoolConfig:

@@ -201,20 +201,21 @@ class PostgresDatasource(Datasource):  # type: ignore[misc]
         read = list(source.columns) if rest else wanted  # what is left to filter by may not be wanted
         schema = pa.schema([source.schema.field(name) for name in wanted])
         size = None if source.size is None else source.size // len(shards)
+        select = f"SELECT {', '.join(map(quoted_name, read))} FROM {source.text}"
+        conditions = (*pushed, *([self._filter] if self._filter else []))
         tasks = []
-        for conditions in shards:
+        for ranges in shards:
             shard = Shard(
                 self._pool.name,
-                f"SELECT {', '.join(map(quoted_name, read))} FROM {source.text}",
-                tuple(conditions),
-                (*pushed, *([self._filter] if self._filter else [])),
-                None if rest else per_task_row_limit,
+                select,
+                tuple(ranges),
+                conditions,
                 snapshot,
                 source.decimals,
                 schema,
                 tuple(rest),
                 self._batch_bytes,
-                per_task_row_limit is None,
+                per_task_row_limit,
                 self._timeout,
             )
             metadata = BlockMetadata(num_rows=None, size_bytes=size, input_files=None, exec_stats=None)

@@ -59,9 +59,8 @@ class Shard:
         select: the query, but for its conditions.
         ranges: conditions that divide it, in the order of their rows.
         conditions: those of all ranges.
-        limit: rows of a range that the server sends.
         rest: conditions that rows must meet besides.
-        ahead: whether a second connection may be used.
+        row_limit: rows after which no more are wanted.
         seconds: for which it may wait for a connection, and then hold it.
     """
 
@@ -69,19 +68,23 @@ class Shard:
     select: str
     ranges: tuple[str, ...]
     conditions: tuple[str, ...]
-    limit: int | None
     snapshot: Snapshot | None
     decimals: dict[str, tuple[int, int]]
     schema: pa.Schema
     rest: tuple[Expr, ...]
     batch_bytes: int
-    ahead: bool
+    row_limit: int | None
     seconds: float
+
+    @property
+    def _most(self) -> int | None:
+        """Rows of all that are read; what is left to be filtered may be any number."""
+        return None if self.rest else self.row_limit
 
     @property
     def queries(self) -> list[str]:
         """Those of its ranges."""
-        most = "" if self.limit is None else f"\nLIMIT {self.limit}"
+        most = "" if self._most is None else f"\nLIMIT {self._most}"
         queries = []
         for bounds in self.ranges:
             met = " AND ".join(f"({condition}\n)" for condition in (bounds, *self.conditions) if condition != "true")
@@ -112,7 +115,7 @@ class Shard:
             lambda connection, query: connection.stream(query, batch_bytes=self.batch_bytes, decimals=self.decimals),
             self.queries,
             # Without a snapshot, two connections would see two states of the table.
-            reads_ahead=self.ahead and self.snapshot is not None,
+            reads_ahead=self.row_limit is None and self.snapshot is not None,
         )
         gathered: list[pa.RecordBatch] = []
         size = last = rows = 0
@@ -124,7 +127,7 @@ class Shard:
                         gathered, size = [], 0
                     gathered.append(batch)
                     size, last, rows = size + batch.nbytes, number, rows + batch.num_rows
-                    if self.limit is not None and rows >= self.limit:
+                    if self._most is not None and rows >= self._most:
                         break
             except _NO_SNAPSHOT as error:
                 if reader.has_begun:

@@ -10,6 +10,7 @@ from typing import Any
 
 import asyncpg
 
+from raypg.config import idle_limit
 from raypg.errors import RaypgError
 from raypg.lease import LeasedConnection, PoolTransaction
 from raypg.pool import WorkflowConnectionPool
@@ -51,7 +52,7 @@ class Snapshot:
             UnavailableError: no connection is to be had.
         """
         connection = await PoolTransaction(pool._dispatcher, BEGIN, None, seconds, pool._users_name).__aenter__()
-        name: str = await connection.fetchval(_EXPORT, str(_idle(seconds)))
+        name: str = await connection.fetchval(_EXPORT, str(idle_limit(seconds)))
         return cls(name, connection)
 
     @staticmethod
@@ -62,7 +63,8 @@ class Snapshot:
             seconds: for which it may wait for its connection, and then last.
         """
         begin = BEGIN if snapshot is None else f"{BEGIN}; SET TRANSACTION SNAPSHOT '{snapshot.name}'"
-        begin += f"; SET LOCAL idle_in_transaction_session_timeout = {_idle(seconds)}"
+        # Or the server takes what is usual for leases of this pool.
+        begin += f"; SET LOCAL idle_in_transaction_session_timeout = {idle_limit(seconds)}"
         return PoolTransaction(pool._dispatcher, begin, seconds, seconds, pool._users_name)
 
     async def use(self) -> LeasedConnection | None:
@@ -79,9 +81,3 @@ class Snapshot:
         connection, self.connection = self.connection, None
         if connection is not None:
             await connection.release()
-
-
-def _idle(seconds: float) -> int:
-    """Milliseconds for which a transaction may be idle: the server would end one that is for longer than leases of its
-    pool usually are."""
-    return int(seconds * 1000) + 30_000

@@ -33,6 +33,7 @@ Described: TypeAlias = "list[tuple[str, int, str, bool]]"
 """(name, OID of its type, name of its type, whether that is an array), of each column of a result."""
 
 PIECES = 4
+"""Those of a stream that are here at a time, at most."""
 
 MORE = 1 << 19
 """Bytes by which a piece may be larger than was asked for, since it ends with a message; rarely more."""
@@ -51,7 +52,6 @@ LENT = 100_000
 
 SPARE_BYTES = 48 << 20
 """Bytes of memory that are kept for further pieces, in parts of at least ``SHORT``."""
-
 
 FILLED_BYTES = 40 << 20
 """Bytes of all pieces that are here together, about: where many streams are open, their pieces are smaller."""

@@ -228,11 +228,15 @@ async def test_a_stream_that_is_left_ends(pool: WorkflowConnectionPool) -> None:
     await eventually(lambda: nothing_leased(pool))
 
 
+INLINE = 100 * 1024
+"""Bytes up to which Ray sends an answer in its message (``max_direct_call_object_size``)."""
+
+
 async def read_pieces(stream: ArrowStream) -> tuple[list[int], int]:
     """Its first column, and the number of its pieces."""
     rows, pieces = [], 0
     while (data := await stream.next_piece()) is not None:
-        assert is_shared(data) or len(data) < 110_000, "what is small comes with the answer"
+        assert is_shared(data) or len(data) < INLINE, "what is small comes with the answer"
         batch = stream.decode(data)
         rows += [] if batch is None else batch.column(0).to_pylist()
         pieces += 1
