@@ -9,8 +9,9 @@ from typing import Any
 
 from raypg.actors.reaper import NoRoomError
 
-WITHIN = 0.6
-"""Seconds that a watcher waits for the server's answer. The question itself goes on: there is never more than one."""
+WITHIN = 0.45
+"""Seconds that a watcher waits for the server's answer, well below those for which the dashboard waits for ours: what
+comes after its frame is seen a second later. The question itself goes on: there is never more than one."""
 
 
 class Looking:

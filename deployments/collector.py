@@ -26,7 +26,7 @@ __all__ = ["STATEMENTS", "Collector"]
 
 logger = logging.getLogger(__name__)
 
-WITHIN = 0.75
+WITHIN = 0.8
 """Seconds that a look takes at most."""
 
 TOO_OLD = 4.0
