@@ -112,7 +112,8 @@ class PostgresDatasource(Datasource):  # type: ignore[misc]
     Args:
         pool: a running pool, or its name.
         table: name of a table, as in SQL; may have a schema.
-        query: or one SELECT, VALUES, TABLE or WITH, without parameters.
+        query: or one SELECT, VALUES, TABLE or WITH, without parameters. It runs without parallel workers; let its rows
+            have the same order whenever it runs, since Ray makes a block that it has lost by running its task again.
         columns: those to read; all by default.
         filter: a condition in SQL.
         key: a column by whose ranges to divide a query, view or partitioned table; without it one task reads these.

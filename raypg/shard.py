@@ -1,9 +1,8 @@
 """What one read task of Ray Data reads: some ranges of a table, or a query, as blocks in their order.
 
 A second connection reads the next range ahead where the pool has one: the server then works with two processes for a
-task, and Ray Data begins a read with one task alone. The order of the rows does not depend on it, and a range is one
-table however it came, since Ray makes a block that it has lost by running the task again, and counts on the others to
-be the same. Only ranges of more than ``TABLE_BYTES`` are divided where a batch ends.
+task, and Ray Data begins a read with one task alone. Neither the order of the rows nor where they are divided depends
+on it, see :mod:`raypg.core.block_cuts`.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
-from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,6 +18,7 @@ import asyncpg
 import pyarrow as pa
 
 from raypg import background, owner
+from raypg.core.block_cuts import cut
 from raypg.errors import SnapshotLostError
 from raypg.pool import get_pool
 from raypg.snapshot import Snapshot
@@ -38,7 +38,7 @@ AHEAD_BYTES = 64 * 1024 * 1024
 :mod:`raypg.core.shards`."""
 
 TABLE_BYTES = 64 * 1024 * 1024
-"""Bytes of Arrow above which a range is not one table; Ray Data makes blocks of twice as many."""
+"""Bytes of values that a table holds at most; Ray Data makes blocks of twice as many."""
 
 PATIENCE = 0.25
 """Seconds that the second connection is waited for. It must not stand in the way of those who need one."""
@@ -108,7 +108,7 @@ class Shard:
             yield self.schema.empty_table()
 
     def _read(self) -> Iterator[list[pa.RecordBatch]]:
-        """The batches of one range after the other: how many come at a time must not divide blocks."""
+        """The batches of one table after the other."""
         pool = get_pool(self.pool)
         reader = OrderedReader(
             lambda: Snapshot.read(pool, self.snapshot, self.seconds),
@@ -117,24 +117,22 @@ class Shard:
             # Without a snapshot, two connections would see two states of the table.
             reads_ahead=self.row_limit is None and self.snapshot is not None,
         )
-        gathered: list[pa.RecordBatch] = []
-        size = last = rows = 0
         with contextlib.closing(reader.batches()) as batches:
             try:
-                for number, batch in batches:
-                    if gathered and (number != last or size > TABLE_BYTES):
-                        yield gathered
-                        gathered, size = [], 0
-                    gathered.append(batch)
-                    size, last, rows = size + batch.nbytes, number, rows + batch.num_rows
-                    if self._most is not None and rows >= self._most:
-                        break
+                yield from cut(self._wanted(batches), TABLE_BYTES)
             except _NO_SNAPSHOT as error:
                 if reader.has_begun:
                     raise
                 raise SnapshotLostError(str(error)) from None
-        if gathered:
-            yield gathered
+
+    def _wanted(self, batches: Iterable[tuple[int, pa.RecordBatch]]) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """Those up to the row limit."""
+        rows = 0
+        for number, batch in batches:
+            yield number, batch
+            rows += batch.num_rows
+            if self._most is not None and rows >= self._most:
+                return
 
 
 class OrderedReader:

@@ -19,6 +19,11 @@ from raypg.transaction import begin_text
 BEGIN = begin_text("repeatable_read", readonly=True, deferrable=False)
 """Begins a transaction that may import a snapshot, and that which exports it."""
 
+SAME_ORDER = "SET LOCAL synchronize_seqscans = off; SET LOCAL max_parallel_workers_per_gather = 0"
+"""So that rows come in the same order whenever they are read: Ray makes a block that it has lost by running its task
+again. Others' scans of the table, and processes that divide one, would change it (PostgreSQL manual, "Version and
+Platform Compatibility"; "Parallel Plans")."""
+
 _EXPORT = """
 SELECT pg_catalog.pg_export_snapshot() AS name, pg_catalog.set_config('idle_in_transaction_session_timeout', $1, true)
 """
@@ -64,7 +69,7 @@ class Snapshot:
         """
         begin = BEGIN if snapshot is None else f"{BEGIN}; SET TRANSACTION SNAPSHOT '{snapshot.name}'"
         # Or the server takes what is usual for leases of this pool.
-        begin += f"; SET LOCAL idle_in_transaction_session_timeout = {idle_limit(seconds)}"
+        begin += f"; SET LOCAL idle_in_transaction_session_timeout = {idle_limit(seconds)}; {SAME_ORDER}"
         return PoolTransaction(pool._dispatcher, begin, seconds, seconds, pool._users_name)
 
     async def use(self) -> LeasedConnection | None:

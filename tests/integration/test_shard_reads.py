@@ -15,7 +15,7 @@ from pools import CapWatch, nothing_leased, own_pool, running, unique_name
 from shared_memory import memory_of
 from waiting import eventually
 
-from raypg import PostgresDatasource, WorkflowConnectionPool
+from raypg import PostgresDatasource, WorkflowConnectionPool, shard
 from raypg.embedded import EmbeddedServer
 from raypg.shard import OrderedReader
 
@@ -197,6 +197,30 @@ async def test_a_shard_of_a_table_is_read_in_ranges(
     (limited,) = source.get_read_tasks(1, per_task_row_limit=3)
     assert numbers(pa.concat_tables(await asyncio.to_thread(lambda: list(limited())))) == [0, 1, 2]
     source.close()
+
+
+async def test_a_task_that_runs_again_makes_the_same_blocks(
+    pool: WorkflowConnectionPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray runs it again for a block that it has lost. How the rows come is another each time."""
+    monkeypatch.setattr(shard, "TABLE_BYTES", 500_000)
+    query = (
+        "select n, nullif(repeat('x', n % 700), '') as t, current_setting('synchronize_seqscans') as joins_scans, "
+        "current_setting('max_parallel_workers_per_gather') as helpers from generate_series(0, 9999) n"
+    )
+    found = []
+    for batch_bytes in (20_000, 300_000, 4_000_000):
+        source = PostgresDatasource(pool, query=query, batch_bytes=batch_bytes, consistent=False)
+        (task,) = source.get_read_tasks(1)
+        found.append(await asyncio.to_thread(lambda task=task: list(task())))
+    first = found[0]
+    assert numbers(pa.concat_tables(first)) == list(range(10_000))
+    assert len(first) > 6
+    for again in found[1:]:
+        assert [block.num_rows for block in again] == [block.num_rows for block in first]
+    assert first[0].slice(0, 1).select(["joins_scans", "helpers"]).to_pylist() == [
+        {"joins_scans": "off", "helpers": "0"}
+    ]
 
 
 async def test_what_lies_beside_a_table_counts(

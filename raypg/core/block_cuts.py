@@ -1,0 +1,71 @@
+"""Where the rows of a range are divided into tables: always at the same rows, however they came.
+
+Ray makes a block that it has lost by running its read task again, and takes the block of the same number. If the second
+run divided its rows elsewhere, some would be lost and others come twice. So nothing of how rows arrive may decide: not
+where a batch ends, nor whether it has a bitmap of nulls; only what is in the rows.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterable, Iterator
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+__all__ = ["content_bytes", "cut"]
+
+
+def content_bytes(batch: pa.RecordBatch) -> int:
+    """Bytes of its values, in Arrow's format without bitmaps of nulls: the sum of those of its rows."""
+    return sum(map(_array_bytes, batch.columns))
+
+
+def cut(batches: Iterable[tuple[int, pa.RecordBatch]], most: int) -> Iterator[list[pa.RecordBatch]]:
+    """The tables of some ranges of rows: each of one range, with as many rows as *most* bytes hold, at least one.
+
+    Args:
+        batches: (number of its range, some of its rows), in the order of the ranges and their rows.
+        most: as counted by :func:`content_bytes`.
+
+    Yields:
+        The batches of one table; slices of them where it ends within one.
+    """
+    gathered: list[pa.RecordBatch] = []
+    size, last = 0, -1
+    for number, batch in batches:
+        if gathered and number != last:
+            yield gathered
+            gathered, size = [], 0
+        last = number
+        while size + (added := content_bytes(batch)) > most:
+            rows = _rows_within(batch, most - size)
+            if not rows and not gathered:
+                rows = 1
+            if rows:
+                gathered.append(batch.slice(0, rows))
+            yield gathered
+            gathered, size = [], 0
+            batch = batch.slice(rows)
+        if batch.num_rows:
+            gathered.append(batch)
+            size += added
+    if gathered:
+        yield gathered
+
+
+def _rows_within(batch: pa.RecordBatch, most: int) -> int:
+    """How many of its first rows have at most that many bytes."""
+    counts = range(1, batch.num_rows + 1)
+    return bisect.bisect_right(counts, most, key=lambda count: content_bytes(batch.slice(0, count)))
+
+
+def _array_bytes(array: pa.Array) -> int:
+    kind, count = array.type, len(array)
+    if pa.types.is_list(kind):
+        return 4 * count + _array_bytes(array.flatten())
+    if pa.types.is_string(kind) or pa.types.is_binary(kind):
+        values: int = pc.sum(pc.binary_length(array)).as_py() or 0
+        return 4 * count + values
+    width: int = max(1, kind.bit_width // 8)  # a row of booleans counts one byte
+    return count * width
