@@ -39,7 +39,7 @@ def main() -> None:
 
     # All read tasks see one snapshot; the filter runs in the server. Each task reads over the pool, within its cap.
     source = PostgresDatasource(pool, table="temperatures")
-    warm = ray.data.read_datasource(source, override_num_blocks=4).filter(expr=col("fahrenheit") >= 75.0)
+    warm = source.dataset().filter(expr=col("fahrenheit") >= 75.0)
 
     # A task that Ray has to run again writes nothing twice. With write_id="…" a whole write can be repeated so.
     sink = PostgresDatasink(pool, "converted")

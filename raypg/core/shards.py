@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from raypg.core.sql_text import quoted
 
-__all__ = ["integer_bounds", "key_ranges", "page_shards", "parts", "sensible"]
+__all__ = ["blocks", "integer_bounds", "key_ranges", "page_shards", "parts", "sensible"]
 
 FEW = 8
 """As many shards are made as are wanted where nobody knows how much there is: so that all processors of a node may take
@@ -23,6 +23,25 @@ SMALL_BYTES = 16 * 1024 * 1024
 
 RANGE_BYTES = 64 * 1024 * 1024
 """Bytes of the ranges of a larger one, at most: what a second connection may read ahead."""
+
+
+LEAST_BLOCK = 1024 * 1024
+"""Bytes of a block that is worth its while, as Ray Data has it (``DataContext.target_min_block_size``)."""
+
+
+def blocks(processors: int, size: int | None, stored: int | None) -> int:
+    """How many blocks to make of what is read: two for each of the cluster's processors, as is Ray Data's own rule, but
+    no small ones; and one for each shard of a large table.
+
+    Args:
+        processors: of the cluster.
+        size: bytes as Arrow (``None``: nobody knows).
+        stored: bytes of the table.
+    """
+    enough = 2 * max(1, processors)
+    if size is None:
+        return enough
+    return max(1, min(enough, size // LEAST_BLOCK), (stored or 0) // LEAST_BYTES)
 
 
 def sensible(wanted: int, size: int | None) -> int:

@@ -56,6 +56,33 @@ def table_of(dataset: Dataset) -> pa.Table:
     return pa.concat_tables(blocks).sort_by([("id", "ascending"), ("label", "ascending")])
 
 
+async def test_a_dataset_has_as_many_blocks_as_there_is_use_for(
+    pool: WorkflowConnectionPool, direct: asyncpg.Connection, items: str, schema: str
+) -> None:
+    """Of its own accord Ray Data makes one for each MB, up to 200."""
+    await direct.execute(f"create table {schema}.large as select repeat('x', 1000) as t from generate_series(1, 40000)")
+    await direct.execute(f"analyze {schema}.large")
+    processors = int(ray.cluster_resources()["CPU"])
+
+    def count(source: PostgresDatasource, **options: Any) -> int:
+        read = source.dataset(**options).materialize()
+        source.close()
+        assert read.count() == (20_050 if source is small else 40_000)
+        return read.num_blocks()
+
+    small = PostgresDatasource(pool, table=items)
+    large = PostgresDatasource(pool, table=f"{schema}.large", columns=["t"])
+    assert await asyncio.to_thread(count, small) == 1
+    assert await asyncio.to_thread(count, large) == 2 * processors < 40
+    assert await asyncio.to_thread(count, large, override_num_blocks=7, concurrency=1) == 7
+    large = PostgresDatasource(pool, table=f"{schema}.large", shards=2 * processors + 1)
+    assert await asyncio.to_thread(count, large) == 2 * processors + 1
+    query = PostgresDatasource(pool, query=f"select * from {schema}.large")
+    assert await asyncio.to_thread(count, query) == 2 * processors
+    with pytest.raises(ConfigError, match="no such table"):
+        PostgresDatasource(pool, table="nowhere").dataset()
+
+
 async def test_a_table_comes_whole_in_shards(
     pool: WorkflowConnectionPool, direct: asyncpg.Connection, items: str
 ) -> None:

@@ -9,9 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raypg.core.shards import (
+    LEAST_BLOCK,
     LEAST_BYTES,
     RANGE_BYTES,
     SMALL_BYTES,
+    blocks,
     integer_bounds,
     key_ranges,
     page_shards,
@@ -76,3 +78,15 @@ def test_ranges_are_neither_small_nor_large() -> None:
     assert [parts(size, 1) for size in (0, SMALL_BYTES - 1, SMALL_BYTES, 2 * RANGE_BYTES)] == [1, 1, 2, 2]
     assert parts(10 * RANGE_BYTES, 2) == 5
     assert parts(10 * SMALL_BYTES, 11) == 1
+
+
+def test_blocks_are_as_many_as_processors_have_use_for() -> None:
+    large = 1000 * LEAST_BYTES
+    assert blocks(2, None, None) == 4, "nobody knows how much it is"
+    assert blocks(0, None, None) == 2, "nodes may come"
+    assert blocks(2, 0, 0) == blocks(2, LEAST_BLOCK - 1, LEAST_BLOCK) == 1
+    assert blocks(2, 3 * LEAST_BLOCK, 4 * LEAST_BLOCK) == 3, "none is small"
+    assert blocks(2, LEAST_BYTES, LEAST_BYTES) == 4
+    assert blocks(2, large, large) == 1000, "one for each shard"
+    assert blocks(2000, large, large) == 4000
+    assert blocks(2, large, None) == 4, "a view"
