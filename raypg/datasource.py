@@ -113,8 +113,9 @@ class PostgresDatasource(Datasource):  # type: ignore[misc]
     Args:
         pool: a running pool, or its name.
         table: name of a table, as in SQL; may have a schema.
-        query: or one SELECT, VALUES, TABLE or WITH, without parameters. It runs without parallel workers; let its rows
-            have the same order whenever it runs, since Ray makes a block that it has lost by running its task again.
+        query: or one SELECT, VALUES, TABLE or WITH, without parameters. It runs without parallel workers; let it order
+            its rows by something unique, and use no volatile function, since Ray makes a block that it has lost by
+            running its task again.
         columns: those to read; all by default.
         filter: a condition in SQL.
         key: a column by whose ranges to divide a query, view or partitioned table; without it one task reads these.
@@ -216,6 +217,7 @@ class PostgresDatasource(Datasource):  # type: ignore[misc]
                 source.decimals,
                 schema,
                 tuple(rest),
+                source.by_pages,
                 self._batch_bytes,
                 per_task_row_limit,
                 self._timeout,
@@ -244,7 +246,8 @@ class PostgresDatasource(Datasource):  # type: ignore[misc]
         if options.get("override_num_blocks") is None:
             source = _blocking(self._described)
             processors = int(ray.cluster_resources().get("CPU", 0))
-            count = max(self._shards or 0, blocks(processors, source.size, source.stored))
+            stored = source.stored if source.by_pages and self._shards is None else None
+            count = max(self._shards or 0, blocks(processors, source.size, stored))
             options["override_num_blocks"] = count
         return ray.data.read_datasource(self, **options)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
-from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,7 +18,7 @@ import asyncpg
 import pyarrow as pa
 
 from raypg import background, owner
-from raypg.core.block_cuts import cut
+from raypg.core.block_cuts import compact, cut
 from raypg.errors import SnapshotLostError
 from raypg.pool import get_pool
 from raypg.snapshot import Snapshot
@@ -37,8 +37,8 @@ AHEAD_BYTES = 64 * 1024 * 1024
 """Bytes of Arrow that a range may have to be read ahead: as many as its pages have at most, see
 :mod:`raypg.core.shards`."""
 
-TABLE_BYTES = 64 * 1024 * 1024
-"""Bytes of values that a table holds at most; Ray Data makes blocks of twice as many."""
+TABLE_BYTES = 72 * 1024 * 1024
+"""Bytes of values that a table holds at most: Ray Data makes a block of two, since it wants more than 128 MB."""
 
 PATIENCE = 0.25
 """Seconds that the second connection is waited for. It must not stand in the way of those who need one."""
@@ -60,6 +60,7 @@ class Shard:
         ranges: conditions that divide it, in the order of their rows.
         conditions: those of all ranges.
         rest: conditions that rows must meet besides.
+        by_pages: whether *ranges* are of pages.
         row_limit: rows after which no more are wanted.
         seconds: for which it may wait for a connection, and then hold it.
     """
@@ -72,6 +73,7 @@ class Shard:
     decimals: dict[str, tuple[int, int]]
     schema: pa.Schema
     rest: tuple[Expr, ...]
+    by_pages: bool
     batch_bytes: int
     row_limit: int | None
     seconds: float
@@ -102,6 +104,7 @@ class Shard:
             table = table.select(self.schema.names)
             if table.num_rows:
                 empty = False
+                table = compact(table)
                 yield table
             del table
         if empty:
@@ -111,7 +114,7 @@ class Shard:
         """The batches of one table after the other."""
         pool = get_pool(self.pool)
         reader = OrderedReader(
-            lambda: Snapshot.read(pool, self.snapshot, self.seconds),
+            lambda: Snapshot.read(pool, self.snapshot, self.seconds, self.by_pages),
             lambda connection, query: connection.stream(query, batch_bytes=self.batch_bytes, decimals=self.decimals),
             self.queries,
             # Without a snapshot, two connections would see two states of the table.
@@ -121,17 +124,20 @@ class Shard:
             try:
                 yield from cut(self._wanted(batches), TABLE_BYTES)
             except _NO_SNAPSHOT as error:
-                if reader.has_begun:
+                if reader.has_begun or self.snapshot is None:
                     raise
                 raise SnapshotLostError(str(error)) from None
 
-    def _wanted(self, batches: Iterable[tuple[int, pa.RecordBatch]]) -> Iterator[tuple[int, pa.RecordBatch]]:
-        """Those up to the row limit."""
+    def _wanted(
+        self, batches: Generator[tuple[int, pa.RecordBatch], None, None]
+    ) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """Those up to the row limit; then the connections are given back."""
         rows = 0
         for number, batch in batches:
             yield number, batch
             rows += batch.num_rows
             if self._most is not None and rows >= self._most:
+                batches.close()
                 return
 
 

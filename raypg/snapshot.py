@@ -24,6 +24,10 @@ SAME_ORDER = "SET LOCAL synchronize_seqscans = off; SET LOCAL max_parallel_worke
 again. Others' scans of the table, and processes that divide one, would change it (PostgreSQL manual, "Version and
 Platform Compatibility"; "Parallel Plans")."""
 
+PAGE_ORDER = "SET LOCAL enable_indexscan = off; SET LOCAL enable_indexonlyscan = off"
+"""The same for ranges of pages, with a filter: all other plans, those with bitmaps of indexes too, read pages in their
+order."""
+
 _EXPORT = """
 SELECT pg_catalog.pg_export_snapshot() AS name, pg_catalog.set_config('idle_in_transaction_session_timeout', $1, true)
 """
@@ -61,15 +65,20 @@ class Snapshot:
         return cls(name, connection)
 
     @staticmethod
-    def read(pool: WorkflowConnectionPool, snapshot: Snapshot | None, seconds: float) -> PoolTransaction:
+    def read(
+        pool: WorkflowConnectionPool, snapshot: Snapshot | None, seconds: float, by_pages: bool
+    ) -> PoolTransaction:
         """A transaction of *pool* that sees *snapshot*; without one, what is committed when it begins.
 
         Args:
             seconds: for which it may wait for its connection, and then last.
+            by_pages: whether it reads a range of pages.
         """
         begin = BEGIN if snapshot is None else f"{BEGIN}; SET TRANSACTION SNAPSHOT '{snapshot.name}'"
         # Or the server takes what is usual for leases of this pool.
         begin += f"; SET LOCAL idle_in_transaction_session_timeout = {idle_limit(seconds)}; {SAME_ORDER}"
+        if by_pages:
+            begin += f"; {PAGE_ORDER}"
         return PoolTransaction(pool._dispatcher, begin, seconds, seconds, pool._users_name)
 
     async def use(self) -> LeasedConnection | None:

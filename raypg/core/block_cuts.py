@@ -1,8 +1,9 @@
-"""Where the rows of a range are divided into tables: always at the same rows, however they came.
+"""How the rows of a range become tables: always the same ones, to the byte, however the rows came.
 
 Ray makes a block that it has lost by running its read task again, and takes the block of the same number. If the second
 run divided its rows elsewhere, some would be lost and others come twice. So nothing of how rows arrive may decide: not
-where a batch ends, nor whether it has a bitmap of nulls; only what is in the rows.
+where a batch ends, nor whether it has a bitmap of nulls; only what is in the rows. Ray Data (2.60) makes its blocks of
+tables by their ``nbytes`` (``BlockOutputBuffer``).
 """
 
 from __future__ import annotations
@@ -13,10 +14,16 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import pyarrow as pa
 
-__all__ = ["content_bytes", "cut"]
+__all__ = ["compact", "content_bytes", "cut"]
 
 _END_BYTES = 4
 """Of the number that says where a text or list ends."""
+
+
+def compact(table: pa.Table) -> pa.Table:
+    """The same rows, in memory in the one way that follows from their values: one piece for each column, and a bitmap
+    of nulls only where there is one."""
+    return pa.table([_compact(column) for column in table.columns], schema=table.schema)
 
 
 def content_bytes(batch: pa.RecordBatch) -> int:
@@ -55,6 +62,18 @@ def cut(batches: Iterable[tuple[int, pa.RecordBatch]], most: int) -> Iterator[li
             size += added
     if gathered:
         yield gathered
+
+
+def _compact(column: pa.ChunkedArray) -> pa.Array:
+    for chunk in column.chunks:
+        chunk.null_count  # noqa: B018 - where Arrow does not know it yet, it would keep a bitmap without nulls
+    # With an empty one, since a single array would not be copied, and might begin in the middle of a byte.
+    whole = pa.concat_arrays([*column.chunks, pa.array([], column.type)])
+    if not pa.types.is_nested(column.type):
+        return whole
+    # Of what is in lists Arrow keeps any bitmap; its format for messages does not.
+    message = pa.record_batch([whole], ["values"]).serialize()
+    return pa.ipc.read_record_batch(message, pa.schema({"values": column.type})).column(0)
 
 
 def _rows_within(batch: pa.RecordBatch, most: int) -> int:

@@ -11,7 +11,7 @@ import pyarrow as pa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raypg.core.block_cuts import content_bytes, cut
+from raypg.core.block_cuts import compact, content_bytes, cut
 
 SCHEMA = pa.schema(
     {
@@ -54,9 +54,18 @@ def batches(ranges: list[list[Any]], sizes: list[int]) -> list[tuple[int, pa.Rec
     return found
 
 
+def compacted(ranges: list[list[Any]], sizes: list[int], most: int) -> list[pa.Table]:
+    return [compact(pa.Table.from_batches(table)) for table in cut(batches(ranges, sizes), most)]
+
+
 def tables(ranges: list[list[Any]], sizes: list[int], most: int) -> list[list[Any]]:
     """The rows of each table."""
-    return [pa.Table.from_batches(table).to_pylist() for table in cut(batches(ranges, sizes), most)]
+    return [table.to_pylist() for table in compacted(ranges, sizes, most)]
+
+
+def memory(array: pa.Array) -> list[int | None]:
+    """Bytes of each of its buffers."""
+    return [None if buffer is None else buffer.size for buffer in array.buffers()]
 
 
 SIZES = st.lists(st.integers(1, 12), min_size=1, max_size=5)
@@ -69,6 +78,19 @@ def test_how_rows_come_does_not_divide_them(
     found = tables(ranges, some, most)
     assert found == tables(ranges, others, most)
     assert [row for table in found for row in table] == [row for rows in ranges for row in rows]
+
+
+@given(RANGES, SIZES, SIZES, st.integers(1, 3000))
+def test_nor_does_it_change_their_bytes(ranges: list[list[Any]], some: list[int], others: list[int], most: int) -> None:
+    """Ray Data counts them to make its blocks."""
+    for one, other in zip(compacted(ranges, some, most), compacted(ranges, others, most), strict=True):
+        assert one.schema == SCHEMA
+        assert one.nbytes == other.nbytes
+        for column in SCHEMA.names:
+            (first,), (second,) = one.column(column).chunks, other.column(column).chunks
+            assert first.offset == second.offset == 0
+            assert [size is None for size in memory(first)] == [size is None for size in memory(second)]
+            assert (first.buffers()[0] is None) == (first.null_count == 0)
 
 
 @given(RANGES, SIZES, st.integers(1, 3000))
