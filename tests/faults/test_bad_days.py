@@ -75,9 +75,20 @@ async def killing(
         connection.terminate()
 
 
+AT_REST = (
+    "select bool_and(state = 'idle' and now() - state_change > '200 ms') from pg_stat_activity where pid = any($1)"
+)
+
+
 async def kill_all(direct: asyncpg.Connection, name: str) -> None:
-    """Kill every backend of pool *name*, and wait until they are gone."""
-    pids = [row["pid"] for row in await backends_of(direct, name, control=False)]
+    """Kill every backend of pool *name*, and wait until they are gone. First all must be at rest: connections that end
+    while they begin are failures of the server, and five of these open the breaker."""
+
+    async def at_rest() -> list[int]:
+        pids = [row["pid"] for row in await backends_of(direct, name, control=False)]
+        return pids if await direct.fetchval(AT_REST, pids) else []
+
+    pids = await eventually(at_rest)
     await direct.execute("select pg_terminate_backend(pid) from unnest($1::int[]) pid", pids)
 
     async def gone() -> bool:
