@@ -75,7 +75,7 @@ class _Source:
     """What is known of a table or query.
 
     Attributes:
-        stored: bytes of a table.
+        stored: bytes of a table that is read by ranges of its pages.
         size: bytes of its rows as Arrow, about.
     """
 
@@ -85,7 +85,11 @@ class _Source:
     decimals: dict[str, tuple[int, int]]
     stored: int | None = None
     size: int | None = None
-    by_pages: bool = False
+
+    @property
+    def by_pages(self) -> bool:
+        """Whether it is divided by its pages."""
+        return self.stored is not None
 
 
 @dataclass
@@ -246,9 +250,8 @@ class PostgresDatasource(Datasource):  # type: ignore[misc]
         if options.get("override_num_blocks") is None:
             source = _blocking(self._described)
             processors = int(ray.cluster_resources().get("CPU", 0))
-            stored = source.stored if source.by_pages and self._shards is None else None
-            count = max(self._shards or 0, blocks(processors, source.size, stored))
-            options["override_num_blocks"] = count
+            stored = source.stored if self._shards is None else None
+            options["override_num_blocks"] = max(self._shards or 0, blocks(processors, source.size, stored))
         return ray.data.read_datasource(self, **options)
 
     def close(self) -> None:
@@ -307,7 +310,7 @@ class PostgresDatasource(Datasource):  # type: ignore[misc]
             return _Source(text, columns, schema, decimals)
         size = int(min(known["paged"], known["values"] or math.inf)) + known["toasted"]
         by_pages = self._key is None and known["version"] >= TID_RANGES
-        return _Source(text, columns, schema, decimals, _stored(known), size, by_pages)
+        return _Source(text, columns, schema, decimals, _stored(known) if by_pages else None, size)
 
     async def _plan(self, parallelism: int) -> tuple[_Source, list[list[str]]]:
         """What to read, and the conditions of the ranges of each shard, seen in the snapshot."""
@@ -319,8 +322,7 @@ class PostgresDatasource(Datasource):  # type: ignore[misc]
             if parallelism not in view.shards:  # Ray Data plans one read several times over
                 where = await self._snapshot() if self._consistent else self._pool
                 most = self._shards
-                stored = source.stored if source.by_pages else None
-                shards = sensible(parallelism, stored) if most is None else max(1, min(parallelism, most))
+                shards = sensible(parallelism, source.stored) if most is None else max(1, min(parallelism, most))
                 view.shards[parallelism] = await self._conditions(source, shards, where)
             return source, view.shards[parallelism]
 
