@@ -14,7 +14,7 @@ from typing import Any
 import asyncpg
 import pytest
 import ray
-from breakers import becomes
+from breakers import becomes, transitions
 from pools import backends_of, own_pool, unique_name
 from waiting import eventually
 
@@ -243,11 +243,21 @@ async def fail(pool: WorkflowConnectionPool, times: int) -> None:
 
 
 async def test_force_close_clears_and_goes_on_protecting(ray_cluster: Any, pg: EmbeddedServer) -> None:
-    config = CircuitBreakerConfig(failure_threshold=1, recovery_timeout=0.5)
+    config = CircuitBreakerConfig(failure_threshold=1, recovery_timeout=60)
     async with own_pool(pg, max_connections=2, workers=1, circuit_breaker=config) as pool:
         await _force_close_clears(pool, 1)
         await pool.reconfigure(circuit_breaker_failure_threshold=3)
         await _force_close_clears(pool, 3)
+
+
+async def _recovers_after(pool: WorkflowConnectionPool, seconds: float) -> None:
+    """How long it stays open from now on: for as long as the test looks, or until probes have closed it soon."""
+    await pool.reconfigure(circuit_breaker_recovery_timeout=seconds)
+
+    async def known() -> bool:
+        return bool((await pool.circuit_breaker.status())["config"]["recovery_timeout"] == seconds)
+
+    await eventually(known, what=f"the breaker of {pool.name} recovers after {seconds:g} s")
 
 
 async def _force_close_clears(pool: WorkflowConnectionPool, threshold: int) -> None:
@@ -258,9 +268,17 @@ async def _force_close_clears(pool: WorkflowConnectionPool, threshold: int) -> N
     await fail(pool, threshold)  # exactly as many again
     with pytest.raises(CircuitBreakerError, match="53100"):
         await pool.execute(TROUBLE)
+    await pool.circuit_breaker.force_close("checked")
 
-    await becomes(pool, "closed")  # by probes, which no caller has to be
+    await _recovers_after(pool, 0.5)
+    await fail(pool, threshold)
+
+    async def recovered() -> bool:
+        return (await transitions(pool))[-2:] == [("open", "half_open"), ("half_open", "closed")]
+
+    await eventually(recovered, timeout=15)  # by probes, which no caller has to be
     await pool.circuit_breaker.disable("seen enough")
+    await _recovers_after(pool, 60)
     await fail(pool, 4 * threshold)
     assert pool.circuit_breaker.state == "disabled"
     await pool.circuit_breaker.enable()

@@ -45,6 +45,7 @@ async def sides(pg18: EmbeddedServer, standby18: EmbeddedServer) -> AsyncIterato
     mine = {"user": name, "password": password, "database": name}
     primary = await asyncpg.connect(**(pg18.parameters | mine))
     await primary.execute(schema())
+    await primary.execute("select pg_stat_force_next_flush()")  # what it counted; a standby counts for itself
     # Has another setting than the primary, and so another answer to who asks for it.
     await caught_up(pg18, standby18)
     standby = await asyncpg.connect(**(standby18.parameters | mine), server_settings={"work_mem": "5MB"})
