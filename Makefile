@@ -67,7 +67,7 @@ else
 endif
 
 faults: setup ## Kill workers, jobs and PostgreSQL under writes, by twenty schedules of two million rows (long)
-	RAYPG_FAULT_SCHEDULES=20 RAYPG_FAULT_ROWS=2000000 $(VENV)/bin/pytest -q tests/faults/test_write_faults.py $(ARGS)
+	RAYPG_FAULT_SCHEDULES=20 $(VENV)/bin/pytest -q tests/faults/test_write_faults.py $(ARGS)
 
 lint: setup ## Check format, lint and types
 	$(VENV)/bin/ruff format --check .

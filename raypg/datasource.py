@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import math
 import threading
@@ -134,7 +135,8 @@ class PostgresDatasource(Datasource):  # type: ignore[misc]
 
     Raises:
         ConfigError: not one of *table* and *query*, no such table or column …
-        SnapshotLostError: from the read, when the snapshot has ended before a shard began.
+        SnapshotLostError: from the read, when the snapshot has ended before a shard began, or a table was written anew
+            or emptied.
     """
 
     def __init__(
@@ -320,25 +322,28 @@ class PostgresDatasource(Datasource):  # type: ignore[misc]
             if now > view.planned_at + AGAIN_AFTER:
                 view.shards, view.planned_at = {}, now
             if parallelism not in view.shards:  # Ray Data plans one read several times over
-                where = await self._snapshot() if self._consistent else self._pool
                 most = self._shards
                 shards = sensible(parallelism, source.stored) if most is None else max(1, min(parallelism, most))
-                view.shards[parallelism] = await self._conditions(source, shards, where)
+                async with contextlib.AsyncExitStack() as stack:
+                    where: LeasedConnection | WorkflowConnectionPool = self._pool
+                    if self._consistent:
+                        where = await stack.enter_async_context((await self._snapshot()).questions())
+                    found = await self._conditions(source, shards, where)
+                view.shards[parallelism] = found
             return source, view.shards[parallelism]
 
-    async def _snapshot(self) -> LeasedConnection | WorkflowConnectionPool:
-        """The connection that holds the snapshot, a new one if need be."""
+    async def _snapshot(self) -> Snapshot:
+        """The snapshot of this read, a new one if need be."""
         view = self._view
-        connection = None if view.snapshot is None else await view.snapshot.use()
-        if connection is not None:
-            return connection
+        if view.snapshot is not None and await view.snapshot.is_there():
+            return view.snapshot
         if (await self._pool._dispatcher()).config.max_connections < 2:
             raise ConfigError(
                 f"pool {self._pool.name!r} has one connection, which the snapshot would take: give the pool more, or "
                 "consistent=False"
             )
         view.snapshot, view.shards = await Snapshot.take(self._pool, self._timeout), {}
-        return view.snapshot.connection or self._pool
+        return view.snapshot
 
     async def _conditions(
         self, source: _Source, shards: int, where: LeasedConnection | WorkflowConnectionPool

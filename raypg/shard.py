@@ -11,15 +11,14 @@ import asyncio
 import contextlib
 import sys
 from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import asyncpg
 import pyarrow as pa
 
 from raypg import background, owner
 from raypg.core.block_cuts import compact, cut
-from raypg.errors import SnapshotLostError
 from raypg.pool import get_pool
 from raypg.snapshot import Snapshot
 
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from ray.data.expressions import Expr
 
     from raypg.arrow_stream import ArrowStream
-    from raypg.lease import LeasedConnection, PoolTransaction
+    from raypg.lease import LeasedConnection
 
 __all__ = ["OrderedReader", "Shard"]
 
@@ -42,13 +41,6 @@ TABLE_BYTES = 72 * 1024 * 1024
 
 PATIENCE = 0.25
 """Seconds that the second connection is waited for. It must not stand in the way of those who need one."""
-
-_NO_SNAPSHOT = (
-    asyncpg.InvalidParameterValueError,
-    asyncpg.UndefinedObjectError,
-    asyncpg.ObjectNotInPrerequisiteStateError,
-)
-"""What SET TRANSACTION SNAPSHOT fails with when the transaction that exported it has ended."""
 
 
 @dataclass(frozen=True)
@@ -112,21 +104,16 @@ class Shard:
 
     def _read(self) -> Iterator[list[pa.RecordBatch]]:
         """The batches of one table after the other."""
-        pool = get_pool(self.pool)
+        pool, queries = get_pool(self.pool), self.queries
         reader = OrderedReader(
-            lambda: Snapshot.read(pool, self.snapshot, self.seconds, self.by_pages),
+            lambda: Snapshot.read(pool, self.snapshot, self.seconds, queries[0], self.by_pages),
             lambda connection, query: connection.stream(query, batch_bytes=self.batch_bytes, decimals=self.decimals),
-            self.queries,
+            queries,
             # Without a snapshot, two connections would see two states of the table.
             reads_ahead=self.row_limit is None and self.snapshot is not None,
         )
         with contextlib.closing(reader.batches()) as batches:
-            try:
-                yield from cut(self._wanted(batches), TABLE_BYTES)
-            except _NO_SNAPSHOT as error:
-                if reader.has_begun or self.snapshot is None:
-                    raise
-                raise SnapshotLostError(str(error)) from None
+            yield from cut(self._wanted(batches), TABLE_BYTES)
 
     def _wanted(
         self, batches: Generator[tuple[int, pa.RecordBatch], None, None]
@@ -149,7 +136,7 @@ class OrderedReader:
     takes the rows.
 
     Args:
-        begin: makes a transaction that is not begun.
+        begin: makes a transaction that is not begun; its connection is what the ``async with`` gives.
         stream: makes the stream of a query on its connection.
         queries: what to read.
         reads_ahead: whether to use a second connection.
@@ -158,12 +145,11 @@ class OrderedReader:
 
     Attributes:
         alone: whether it goes on with one connection.
-        has_begun: whether it has had one, and begun a transaction on it.
     """
 
     def __init__(
         self,
-        begin: Callable[[], PoolTransaction],
+        begin: Callable[[], AbstractAsyncContextManager[LeasedConnection]],
         stream: Callable[[LeasedConnection, str], ArrowStream],
         queries: Sequence[str],
         *,
@@ -185,7 +171,6 @@ class OrderedReader:
         self._is_ahead = False
         self._news, self._room = asyncio.Event(), asyncio.Event()
         self.alone = not reads_ahead
-        self.has_begun = False
 
     def batches(self) -> Generator[tuple[int, pa.RecordBatch], None, None]:
         """All of them, once, with the number of their query; for a thread without an event loop.
@@ -241,7 +226,6 @@ class OrderedReader:
     async def _read_all(self) -> None:
         """Read with the first connection whatever is not read ahead."""
         async with self._begin() as connection:
-            self.has_begun = True
             while self._left:
                 number = self._left.pop(0)
                 self._get_help()

@@ -1,7 +1,7 @@
 """Writes with a batch id while workers, the Pipeline actor, whole jobs and PostgreSQL are killed: every row arrives
 exactly once.
 
-A schedule is a seed: it says what is killed and when. The suite runs a few; `make faults` runs twenty on more rows.
+A schedule is a seed: it says what is killed and when. The suite runs six; `make faults` runs twenty.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from raypg import DataLostError, OutcomeUnknownError, QueryPipelineNode, RaypgEr
 from raypg.embedded import EmbeddedServer
 
 SCHEDULES = int(os.environ.get("RAYPG_FAULT_SCHEDULES", "6"))
-ROWS = int(os.environ.get("RAYPG_FAULT_ROWS", "400_000"))
+ROWS = int(os.environ.get("RAYPG_FAULT_ROWS", "2_000_000"))
 BATCH = ROWS // 100
 WITHIN = 120.0
 """Seconds in which all rows must have arrived."""

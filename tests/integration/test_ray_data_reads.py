@@ -230,6 +230,63 @@ async def test_all_shards_see_one_snapshot(
     await eventually(lambda: nothing_leased(pool))
 
 
+REWRITES = [
+    "truncate {}",
+    "cluster {} using {}_pkey",
+    "vacuum full {}",
+    "alter table {} alter n type numeric",
+]
+NO_REWRITES = ["vacuum {}", "reindex table {}", "create index on {} (n)", "alter table {} add m int default 5"]
+
+
+@pytest.mark.parametrize("by", ["pages", "key", "query"])
+async def test_a_table_that_is_written_anew_is_no_longer_that_of_the_snapshot(
+    pool: WorkflowConnectionPool, direct: asyncpg.Connection, schema: str, by: str
+) -> None:
+    """Its pages are others, or its rows are gone for every snapshot: never fewer rows, or some twice, in silence."""
+    table = f"{schema}.anew"
+    what: dict[str, Any] = {
+        "pages": {"table": table},
+        "key": {"table": table, "key": "id"},
+        "query": {"query": f"select id, n from {table} union all select 0, 0", "key": "id"},
+    }[by]
+    for statement in (*REWRITES, *NO_REWRITES):
+        await direct.execute(f"create table {table} (id int primary key, n int)")
+        await direct.execute(f"insert into {table} select i, i from generate_series(1, 5000) i")
+        source = PostgresDatasource(pool, columns=["id"], shards=3, **what)
+        first, *others = source.get_read_tasks(3)
+        seen = await sizes_of([first])
+        await direct.execute(statement.format(table, "anew"))
+        for task in (*others, first):  # the first once more, as when its blocks were lost
+            if statement in REWRITES:
+                with pytest.raises(SnapshotLostError, match=r"anew was written anew, emptied.*read again"):
+                    await blocks_of(task)
+            else:
+                seen += await sizes_of([task])
+        if statement in NO_REWRITES:
+            assert sum(seen[:-1]) == 5000 + (by == "query")
+            assert seen[-1] == seen[0]
+        source.close()
+        source = PostgresDatasource(pool, columns=["id"], shards=3, **what)
+        await sizes_of(source.get_read_tasks(3))
+        source.close()
+        await direct.execute(f"drop table {table}")
+
+
+async def test_a_table_that_was_made_after_the_snapshot_is_not_empty(
+    pool: WorkflowConnectionPool, direct: asyncpg.Connection, schema: str
+) -> None:
+    table = f"{schema}.again"
+    make = f"create table {table} as select 1 as id"
+    await direct.execute(make)
+    source = PostgresDatasource(pool, table=table)
+    (task,) = source.get_read_tasks(1)
+    await direct.execute(f"drop table {table}; {make}")
+    with pytest.raises(SnapshotLostError, match=r"again was .* created"):
+        await blocks_of(task)
+    source.close()
+
+
 async def test_the_cap_holds_over_all_read_tasks(
     ray_cluster: Any, pg: EmbeddedServer, items: str, direct: asyncpg.Connection
 ) -> None:
