@@ -42,9 +42,9 @@ class ArrowValueError(RaypgError, ValueError):
 
 
 class SnapshotLostError(RaypgError):
-    """A part of a read came too late: the snapshot that all its parts share has ended, or a table that it shows was
-    written anew or emptied since. Read again; give more time, or ``consistent=False``, if that is not enough. ``args``:
-    (message,).
+    """A part of a read came too late: the snapshot that all its parts share has ended (read again; give more time, or
+    ``consistent=False``, if that is not enough), or a table that it shows was emptied, written anew or exchanged since
+    (read again). ``args``: (message,).
     """
 
 

@@ -135,8 +135,8 @@ class PostgresDatasource(Datasource):  # type: ignore[misc]
 
     Raises:
         ConfigError: not one of *table* and *query*, no such table or column …
-        SnapshotLostError: from the read, when the snapshot has ended before a shard began, or a table was written anew
-            or emptied.
+        SnapshotLostError: from the read, when the snapshot has ended before a shard began, or what it reads was
+            emptied, written anew or exchanged.
     """
 
     def __init__(
@@ -327,22 +327,26 @@ class PostgresDatasource(Datasource):  # type: ignore[misc]
                 async with contextlib.AsyncExitStack() as stack:
                     where: LeasedConnection | WorkflowConnectionPool = self._pool
                     if self._consistent:
-                        where = await stack.enter_async_context((await self._snapshot()).questions())
+                        snapshot = await self._snapshot(source)
+                        where = await stack.enter_async_context(snapshot.questions())
                     found = await self._conditions(source, shards, where)
                 view.shards[parallelism] = found
             return source, view.shards[parallelism]
 
-    async def _snapshot(self) -> Snapshot:
+    async def _snapshot(self, source: _Source) -> Snapshot:
         """The snapshot of this read, a new one if need be."""
         view = self._view
-        if view.snapshot is not None and await view.snapshot.is_there():
-            return view.snapshot
+        if view.snapshot is not None:
+            if await view.snapshot.is_good():
+                return view.snapshot
+            await view.snapshot.end()
         if (await self._pool._dispatcher()).config.max_connections < 2:
             raise ConfigError(
                 f"pool {self._pool.name!r} has one connection, which the snapshot would take: give the pool more, or "
                 "consistent=False"
             )
-        view.snapshot, view.shards = await Snapshot.take(self._pool, self._timeout), {}
+        query = f"SELECT * FROM {source.text}{self._where()}"
+        view.snapshot, view.shards = await Snapshot.take(self._pool, self._timeout, query), {}
         return view.snapshot
 
     async def _conditions(

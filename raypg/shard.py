@@ -40,7 +40,8 @@ TABLE_BYTES = 72 * 1024 * 1024
 """Bytes of values that a table holds at most: Ray Data makes a block of two, since it wants more than 128 MB."""
 
 PATIENCE = 0.25
-"""Seconds that the second connection is waited for. It must not stand in the way of those who need one."""
+"""Seconds that the second connection, and its transaction, are waited for. It must not stand in the way of those who
+need one."""
 
 
 @dataclass(frozen=True)
@@ -104,11 +105,11 @@ class Shard:
 
     def _read(self) -> Iterator[list[pa.RecordBatch]]:
         """The batches of one table after the other."""
-        pool, queries = get_pool(self.pool), self.queries
+        pool = get_pool(self.pool)
         reader = OrderedReader(
-            lambda: Snapshot.read(pool, self.snapshot, self.seconds, queries[0], self.by_pages),
+            lambda: Snapshot.read(pool, self.snapshot, self.seconds, self.by_pages),
             lambda connection, query: connection.stream(query, batch_bytes=self.batch_bytes, decimals=self.decimals),
-            queries,
+            self.queries,
             # Without a snapshot, two connections would see two states of the table.
             reads_ahead=self.row_limit is None and self.snapshot is not None,
         )

@@ -17,7 +17,14 @@ from ray.data import Dataset
 from ray.data.expressions import col
 from waiting import eventually
 
-from raypg import ConfigError, PostgresDatasource, SnapshotLostError, StatementNotAllowedError, WorkflowConnectionPool
+from raypg import (
+    ConfigError,
+    PostgresDatasource,
+    SnapshotLostError,
+    StatementNotAllowedError,
+    WorkflowConnectionPool,
+    datasource,
+)
 from raypg.embedded import EmbeddedServer
 
 pytestmark = pytest.mark.usefixtures("quiet_ray_data")
@@ -232,18 +239,23 @@ async def test_all_shards_see_one_snapshot(
 
 REWRITES = [
     "truncate {}",
-    "cluster {} using {}_pkey",
+    "cluster {} using anew_pkey",
     "vacuum full {}",
     "alter table {} alter n type numeric",
+    "alter table {0} rename to former; create table {0} as select * from {1}.former",
+    "alter table {0} rename to former; alter table {1}.other rename to anew; insert into {0} select 1, 1",
 ]
 NO_REWRITES = ["vacuum {}", "reindex table {}", "create index on {} (n)", "alter table {} add m int default 5"]
+
+LOST = r"(anew|former|other|low|apart) is no longer as the snapshot .* read again"
 
 
 @pytest.mark.parametrize("by", ["pages", "key", "query"])
 async def test_a_table_that_is_written_anew_is_no_longer_that_of_the_snapshot(
-    pool: WorkflowConnectionPool, direct: asyncpg.Connection, schema: str, by: str
+    pool: WorkflowConnectionPool, direct: asyncpg.Connection, schema: str, by: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its pages are others, or its rows are gone for every snapshot: never fewer rows, or some twice, in silence."""
+    monkeypatch.setattr(datasource, "AGAIN_AFTER", 0.0)  # each plan is a new one
     table = f"{schema}.anew"
     what: dict[str, Any] = {
         "pages": {"table": table},
@@ -251,40 +263,60 @@ async def test_a_table_that_is_written_anew_is_no_longer_that_of_the_snapshot(
         "query": {"query": f"select id, n from {table} union all select 0, 0", "key": "id"},
     }[by]
     for statement in (*REWRITES, *NO_REWRITES):
-        await direct.execute(f"create table {table} (id int primary key, n int)")
+        await direct.execute(f"create table {table} (id int constraint anew_pkey primary key, n int)")
+        await direct.execute(f"create table {schema}.other (id int, n int)")
         await direct.execute(f"insert into {table} select i, i from generate_series(1, 5000) i")
         source = PostgresDatasource(pool, columns=["id"], shards=3, **what)
         first, *others = source.get_read_tasks(3)
         seen = await sizes_of([first])
-        await direct.execute(statement.format(table, "anew"))
+        for part in statement.format(table, schema).split("; "):
+            await direct.execute(part)
         for task in (*others, first):  # the first once more, as when its blocks were lost
             if statement in REWRITES:
-                with pytest.raises(SnapshotLostError, match=r"anew was written anew, emptied.*read again"):
+                with pytest.raises(SnapshotLostError, match=LOST):
                     await blocks_of(task)
             else:
                 seen += await sizes_of([task])
         if statement in NO_REWRITES:
             assert sum(seen[:-1]) == 5000 + (by == "query")
             assert seen[-1] == seen[0]
+        again = sum(await sizes_of(source.get_read_tasks(3)))  # of the same source, with a new snapshot
+        assert again == await direct.fetchval(f"select count(*) from {table}") + (by == "query")
         source.close()
-        source = PostgresDatasource(pool, columns=["id"], shards=3, **what)
-        await sizes_of(source.get_read_tasks(3))
-        source.close()
-        await direct.execute(f"drop table {table}")
+        await direct.execute(f"drop table {table}; drop table if exists {schema}.former, {schema}.other")
 
 
-async def test_a_table_that_was_made_after_the_snapshot_is_not_empty(
+async def test_partitions_that_come_and_go_between_shards(
     pool: WorkflowConnectionPool, direct: asyncpg.Connection, schema: str
 ) -> None:
-    table = f"{schema}.again"
-    make = f"create table {table} as select 1 as id"
-    await direct.execute(make)
-    source = PostgresDatasource(pool, table=table)
-    (task,) = source.get_read_tasks(1)
-    await direct.execute(f"drop table {table}; {make}")
-    with pytest.raises(SnapshotLostError, match=r"again was .* created"):
-        await blocks_of(task)
-    source.close()
+    """A snapshot shows rows, and not to which table they belong."""
+    table = f"{schema}.parts"
+    changes = {
+        f"drop table {schema}.low": True,
+        f"alter table {table} detach partition {schema}.low": True,
+        f"alter table {table} detach partition {schema}.low concurrently": True,
+        f"alter table {table} attach partition {schema}.apart for values from (2000) to (3000)": True,
+        f"create table {schema}.tomorrow partition of {table} for values from (3000) to (4000)": False,
+    }
+    for change, is_lost in changes.items():
+        await direct.execute(f"create table {table} (id int, t text) partition by range (id)")
+        await direct.execute(f"create table {schema}.low partition of {table} for values from (0) to (1000)")
+        await direct.execute(f"create table {schema}.high partition of {table} for values from (1000) to (2000)")
+        await direct.execute(f"create table {schema}.apart as select 2000 as id, 'x' as t")
+        await direct.execute(f"insert into {table} select n, 'x' from generate_series(0, 1999) n")
+        source = PostgresDatasource(pool, table=table, key="id", shards=4)
+        first, *others = source.get_read_tasks(4)
+        seen = await sizes_of([first])
+        await direct.execute(change)
+        if is_lost:
+            for task in others:
+                with pytest.raises(SnapshotLostError, match=LOST):
+                    await blocks_of(task)
+        else:
+            assert sum(seen + await sizes_of(others)) == 2000
+        source.close()
+        tables = ", ".join(f"{schema}.{name}" for name in ("parts", "low", "high", "apart", "tomorrow"))
+        await direct.execute(f"drop table if exists {tables}")
 
 
 async def test_the_cap_holds_over_all_read_tasks(
