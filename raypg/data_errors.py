@@ -90,8 +90,8 @@ class BatchConflictError(RaypgError):
     def __str__(self) -> str:
         return (
             f"batch {self.batch_id!r} of pipeline {self.pipeline!r} was written before with other content (into "
-            f"{self.into}): other rows, another table, mode or key, or the same rows divided otherwise; "
-            "give new data a new batch_id"
+            f"{self.into}): other rows, another table, mode or key, or the same rows divided or ordered otherwise (see "
+            "preserve_order of Ray Data); give new data a new batch_id, or write_id"
         )
 
 

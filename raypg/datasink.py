@@ -31,15 +31,18 @@ class PostgresDatasink(Datasink):  # type: ignore[misc]
     """Writes a Dataset into a table, by COPY through the pool and within its cap.
 
     Each batch commits in a transaction of its own, together with its row in the ledger ``raypg.batches``: a task that
-    Ray runs again writes only what is not there yet. So does the same write with the same *write_id*, as long as the
-    dataset is divided into the same blocks; where it is not, :class:`BatchConflictError` says so.
+    Ray runs again writes only what is not there yet. So does the same write with the same *write_id*, as long as each
+    write task has the same rows as before; where one has not, :class:`BatchConflictError` says so. They have if the
+    dataset is read by tasks that write as well (Ray Data fuses ``Read->Map->Write``), or is materialised. Behind
+    anything else (actors, a shuffle, another ``concurrency`` for the write) Ray Data numbers blocks as they are ready:
+    set ``ds.context.execution_options.preserve_order = True``.
 
     Args:
         pool: a running pool, or its name.
         table: name of the table, as in SQL; may have a schema. Columns go by their names.
         mode, key, on_bad_rows: as for :meth:`raypg.QueryPipelineNode.write`.
         write_id: names this write in the ledger; a random one by default, so that another write of the same dataset
-            writes it again.
+            writes it again. Without one, small blocks are put together for one task.
         batch_rows: rows in a batch, at most.
 
     Raises:
@@ -65,6 +68,7 @@ class PostgresDatasink(Datasink):  # type: ignore[misc]
         except ValueError as error:
             raise ConfigError(str(error)) from None
         self.write_id = secrets.token_hex(8) if write_id is None else write_id
+        self._min_rows = batch_rows if write_id is None else None
         self._pool = pool if isinstance(pool, WorkflowConnectionPool) else get_pool(pool)
         self._order = Order(table, mode, key, PIPELINE, self.write_id, on_bad_rows)
         self._batch_rows = batch_rows
@@ -80,9 +84,10 @@ class PostgresDatasink(Datasink):  # type: ignore[misc]
         return f"PostgreSQL {self._order.into}"
 
     @property
-    def min_rows_per_write(self) -> int:
-        """Small blocks are put together for one task: each batch is a transaction."""
-        return self._batch_rows
+    def min_rows_per_write(self) -> int | None:
+        """Small blocks are put together for one task: each batch is a transaction. Which ones depends on when they are
+        ready, so not for a write that may be made again."""
+        return self._min_rows
 
     def write(self, blocks: Iterable[Any], ctx: TaskContext) -> WriteResult:
         """Write the blocks of one task. The same task has the same number when Ray runs it again."""

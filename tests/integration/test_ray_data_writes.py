@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import signal
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -96,6 +98,52 @@ async def test_the_same_write_again(pool: WorkflowConnectionPool, direct: asyncp
     with pytest.raises(BatchConflictError, match="with other content"):
         data(1000).write_datasink(PostgresDatasink(pool, table, write_id=write_id))
     assert await direct.fetchval(f"select count(*) from {table}") == 200
+
+
+class Interrupted(Exception):
+    """What ends a write in its middle."""
+
+
+@pytest.mark.parametrize("concurrency", [None, 3])
+async def test_a_write_that_failed_in_its_middle_goes_on_with_its_id(
+    pool: WorkflowConnectionPool, direct: asyncpg.Connection, table: str, concurrency: int | None, rng: random.Random
+) -> None:
+    """Whatever the order in which its tasks come: eight that take another time each time, and one that fails once."""
+    write_id = unique_name("write")
+    rows = [pa.table({"id": range(n * 500, n * 500 + 500), "label": [f"row {n}"] * 500}) for n in range(8)]
+
+    def write(wait: list[float], fails: int | None) -> PostgresDatasink:
+        def change(block: pa.Table) -> pa.Table:
+            number = block["id"][0].as_py() // 500
+            time.sleep(wait[number])  # what makes the order of the blocks
+            if number == fails:
+                raise Interrupted
+            return block
+
+        data = ray.data.from_arrow(rows).map_batches(change, batch_size=None, batch_format="pyarrow")
+        data.context.execution_options.preserve_order = concurrency is not None  # then the write has its own tasks
+        sink = PostgresDatasink(pool, table, write_id=write_id)
+        data.write_datasink(sink, concurrency=concurrency)
+        return sink
+
+    def delays() -> list[float]:
+        return rng.sample([number * 0.05 for number in range(8)], 8)
+
+    with pytest.raises(ray.exceptions.UserCodeException):
+        await asyncio.to_thread(write, delays(), 7)
+    there = await direct.fetchval(f"select count(*) from {table}")
+    assert there <= 3_500
+    sink = await asyncio.to_thread(write, delays(), None)
+    assert sink.result is not None
+    # What was under way when the first write failed, may have ended after we looked.
+    assert sink.result.rows + sink.result.known_rows == 4_000
+    assert sink.result.known_rows >= there
+    sink = await asyncio.to_thread(write, delays(), None)
+    assert sink.result is not None
+    assert (sink.result.rows, sink.result.known_rows) == (0, 4_000)
+    assert await direct.fetchrow(f"select count(*), count(distinct id), sum(id) from {table}") == (
+        *(4_000, 4_000, 4_000 * 3_999 // 2),
+    )
 
 
 async def test_upsert_pandas_and_nothing_at_all(
