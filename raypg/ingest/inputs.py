@@ -89,10 +89,16 @@ async def _items(data: Any, batch_rows: int, ordered: bool) -> AsyncIterator[Any
         yield data
         return
     if _is_dataset(data):
-        if ordered:
-            data.context.execution_options.preserve_order = True
-        data = data.iter_batches(batch_size=batch_rows, batch_format="pyarrow")
-    elif hasattr(data, "__arrow_c_stream__") and not isinstance(data, pa.RecordBatchReader):
+        options = data.context.execution_options
+        was = options.preserve_order
+        options.preserve_order = was or ordered
+        try:
+            async for item in _taken(data.iter_batches(batch_size=batch_rows, batch_format="pyarrow")):
+                yield item
+        finally:
+            options.preserve_order = was  # the Dataset is the caller's
+        return
+    if hasattr(data, "__arrow_c_stream__") and not isinstance(data, pa.RecordBatchReader):
         data = pa.RecordBatchReader.from_stream(data)  # polars, pandas, DuckDB …
     if hasattr(data, "__aiter__"):
         async for item in data:
@@ -100,6 +106,12 @@ async def _items(data: Any, batch_rows: int, ordered: bool) -> AsyncIterator[Any
         return
     if isinstance(data, str | bytes | dict) or not isinstance(data, Iterable):
         raise _not_arrow(data)
+    async for item in _taken(data):
+        yield item
+
+
+async def _taken(data: Iterable[Any]) -> AsyncIterator[Any]:
+    """What *data* has, each taken by another thread: it may have to be waited for."""
     iterator = iter(data)
     while (item := await asyncio.to_thread(next, iterator, _END)) is not _END:
         yield item

@@ -1,7 +1,8 @@
 """Writes with a batch id while workers, the Pipeline actor, whole jobs and PostgreSQL are killed: every row arrives
 exactly once.
 
-A schedule is a seed: it says what is killed and when. The suite runs six; `make faults` runs twenty.
+A schedule is a seed: it says what is killed, when, and in which mode is written. The suite runs six; `make faults` runs
+twenty.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from typing import Any
 
 import asyncpg
 import numpy as np
+import psutil
 import pyarrow as pa
 import pytest
 import ray
 from pgserver import main_server
-from pools import NO_BREAKER, backends_of, lasting_pool, own_pool, unique_name, worker_pids
+from pools import backends_of, lasting_pool, own_pool, unique_name, worker_pids
 from waiting import eventually
 
 from raypg import DataLostError, OutcomeUnknownError, QueryPipelineNode, RaypgError, WorkflowConnectionPool, naming
@@ -41,16 +43,21 @@ def rows() -> pa.Table:
     return pa.table({"id": ids, "v": ids * 7 % 1_000_003, "t": [f"row {i}" for i in range(ROWS)]})
 
 
+BAD = 777_777
+"""A row that one of the tables has no place for."""
+
 CHECKSUM = "select count(*), count(distinct id), sum(id)::int8, sum(v)::int8, sum(hashtextextended(t, 0)) from {}"
 
 
 class Job:
     """A process that writes, as a driver would."""
 
-    async def write(self, pool: str, table: str, name: str, batch_id: str, batch_rows: int, data: pa.Table) -> int:
+    async def write(
+        self, pool: str, table: str, name: str, batch_id: str, batch_rows: int, data: pa.Table, how: dict[str, Any]
+    ) -> int:
         """How many batches the ledger knew already."""
         pipeline = QueryPipelineNode(name=name, connection_pool=pool)
-        written = await pipeline.write(data, into=table, batch_id=batch_id, batch_rows=batch_rows)
+        written = await pipeline.write(data, into=table, batch_id=batch_id, batch_rows=batch_rows, **how)
         return written.known_batches
 
     async def pid(self) -> int:
@@ -60,7 +67,7 @@ class Job:
 class Victims:
     """All that is killed: a server, a pool on it, and a job that writes through that.
 
-    Each answer of the server comes over a connection of its own.
+    Each answer of the server comes over a connection of its own. What kills gives the process that it has killed.
     """
 
     def __init__(self, server: EmbeddedServer, pool: WorkflowConnectionPool, rng: random.Random) -> None:
@@ -69,13 +76,13 @@ class Victims:
         self.rng = rng
         self.job: Any = None
 
-    async def write(self, table: str, batch_id: str, data: Any) -> int:
+    async def write(self, table: str, batch_id: str, data: Any, how: dict[str, Any]) -> int:
         """Write until it succeeds, by one job or the next; the number of calls."""
         for calls in itertools.count(1):
             if self.job is None:
                 self.job = ray.remote(num_cpus=0)(Job).remote()
             try:
-                await self.job.write.remote(self.pool.name, table, "load", batch_id, BATCH, data)
+                await self.job.write.remote(self.pool.name, table, "load", batch_id, BATCH, data, how)
                 return calls
             except ray.exceptions.RayActorError:
                 print(f"call {calls}: the job died")
@@ -84,6 +91,17 @@ class Victims:
                 print(f"call {calls}: {type(error).__name__}: {str(error).splitlines()[-1]}")
                 await asyncio.sleep(0.2)
         raise AssertionError
+
+    async def statements(self) -> None:
+        """Statements beside, so large that the Pipeline actor must be asked for leave. They end with the task."""
+        pipeline = QueryPipelineNode(name="beside", connection_pool=self.pool.name)
+        while True:
+            for _ in range(8):
+                await pipeline.add_query("select length($1)", ["x" * 500_000])
+            with contextlib.suppress(RaypgError, asyncpg.PostgresError):
+                for result in await pipeline.flush():
+                    assert not result.success or result.result[0]["length"] == 500_000
+            await asyncio.sleep(0.1)
 
     async def has(self, batch_id: str, batches: int) -> bool:
         """Whether so many batches have arrived."""
@@ -99,47 +117,78 @@ class Victims:
         finally:
             direct.terminate()
 
-    async def worker(self) -> None:
-        with contextlib.suppress(ray.exceptions.RayError):
-            pids = await worker_pids(self.pool.name)
-            os.kill(self.rng.choice(list(pids.values())), signal.SIGKILL)
+    async def kill(self, kind: str) -> None:
+        """Kill one, as soon as there is one, and see that it is dead."""
+        killed = await eventually(getattr(self, kind), timeout=30, what=f"there is a {kind} to be killed")
+        await eventually(lambda: not is_alive(killed), what=f"the {kind}, process {killed}, is dead")
+        if kind == "postgresql":
+            await asyncio.to_thread(self.server.start)
 
-    async def backend(self) -> None:
+    async def worker(self) -> int | None:
+        with contextlib.suppress(ray.exceptions.RayError):  # it is just being replaced
+            return sigkill(self.rng.choice(list((await worker_pids(self.pool.name)).values())))
+        return None
+
+    async def backend(self) -> int | None:
         direct = await asyncpg.connect(**self.server.parameters)
         try:
             found = await backends_of(direct, self.pool.name, control=False)
-            if found:
-                await direct.execute("select pg_terminate_backend($1)", self.rng.choice(found)["pid"])
+            if not found:
+                return None
+            pid: int = self.rng.choice(found)["pid"]
+            return pid if await direct.fetchval("select pg_terminate_backend($1)", pid) else None
         finally:
             direct.terminate()
 
-    async def pipeline_actor(self) -> None:
-        with contextlib.suppress(ValueError, ray.exceptions.RayError):
+    async def pipeline_actor(self) -> int | None:
+        with contextlib.suppress(ValueError, ray.exceptions.RayError):  # it has not begun
             actor = ray.get_actor(naming.PIPELINE_ACTOR, namespace=naming.NAMESPACE)
-            os.kill(await actor.__ray_call__.remote(lambda self: os.getpid()), signal.SIGKILL)
+            return sigkill(await actor.__ray_call__.remote(lambda self: os.getpid()))
+        return None
 
-    async def writing_job(self) -> None:
+    async def writing_job(self) -> int | None:
         with contextlib.suppress(AttributeError, ray.exceptions.RayError):  # it is just being replaced
-            os.kill(await self.job.pid.remote(), signal.SIGKILL)
+            return sigkill(await self.job.pid.remote())
+        return None
 
-    async def postgresql(self) -> None:
+    async def postgresql(self) -> int | None:
+        pid = self.server.pid
         await asyncio.to_thread(self.server.kill)
-        await asyncio.to_thread(self.server.start)
+        return pid
+
+
+def sigkill(pid: int) -> int:
+    os.kill(pid, signal.SIGKILL)
+    return pid
+
+
+def is_alive(pid: int) -> bool:
+    """Whether *pid* runs; one that only waits to be noticed by its parent does not."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 KINDS = ("worker", "postgresql", "writing_job", "backend", "pipeline_actor")
 
+APPEND: dict[str, Any] = {}
+UPSERT: dict[str, Any] = {"mode": "upsert", "key": "id"}
+IGNORE: dict[str, Any] = {"mode": "ignore", "key": "id"}
+QUARANTINE: dict[str, Any] = {"on_bad_rows": "quarantine"}
+HOW = (APPEND, UPSERT, APPEND, QUARANTINE, IGNORE, APPEND)
+
 
 @pytest.fixture(scope="module")
 def killed_pool(ray_cluster: Any) -> Iterator[tuple[EmbeddedServer, WorkflowConnectionPool]]:
-    """A server, and a pool on it, for all schedules: they have to survive."""
+    """A server, and a pool on it, for all schedules: they have to survive. Its circuit breaker opens."""
     with main_server() as server:
-        for pool in lasting_pool(server, max_connections=5, **NO_BREAKER):
+        for pool in lasting_pool(server, max_connections=5, circuit_breaker_recovery_timeout=1.0):
             yield server, pool
 
 
 @pytest.mark.parametrize("schedule", range(SCHEDULES))
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(480)
 async def test_every_row_exactly_once_whatever_dies(
     killed_pool: tuple[EmbeddedServer, WorkflowConnectionPool], schedule: int
 ) -> None:
@@ -147,33 +196,55 @@ async def test_every_row_exactly_once_whatever_dies(
     victims = Victims(*killed_pool, rng)
     # Any two neighbours have most kinds, any three have all.
     kinds = [KINDS[schedule % 5], KINDS[(schedule + 2) % 5], rng.choice(KINDS)]
-    moments = sorted(rng.sample(range(2, 80), len(kinds)))
-    print(f"seed {f'write {schedule}'!r}: {list(zip(moments, kinds, strict=True))}")
-    table, batch_id = f"load_{schedule}", f"schedule {schedule}"
-    direct = await asyncpg.connect(**victims.server.parameters)
-    await direct.execute(f"create table {table} (id int8, v int8, t text)")
-    await direct.close()
-    work = asyncio.ensure_future(asyncio.wait_for(victims.write(table, batch_id, ray.put(rows())), WITHIN))
-    killed = 0
-    for kind, batches in zip(kinds, moments, strict=True):
-        await eventually(lambda: work.done() or victims.has(batch_id, batches), timeout=WITHIN)  # noqa: B023
+    how = HOW[schedule % len(HOW)]
+    print(f"seed {f'write {schedule}'!r}: {kinds}, {how or 'append'}")
+    beside = asyncio.ensure_future(victims.statements())
+    try:
+        for number in itertools.count():  # one write does, unless it ends sooner than we can look
+            await written_and_killed(victims, kinds, how, f"load_{schedule}_{number}")
+            if not kinds:
+                break
+    finally:
+        if beside.done():
+            beside.result()
+        beside.cancel()
+
+
+async def written_and_killed(victims: Victims, kinds: list[str], how: dict[str, Any], name: str) -> None:
+    """One write into the table *name*, with that batch id. *kinds* are killed meanwhile, and removed from the list; then
+    every row is there once."""
+    key = "primary key" if "key" in how else f"check (id <> {BAD})" if how is QUARANTINE else ""
+    await execute(victims.server, f"create table {name} (id int8 {key}, v int8, t text)")
+    moments = sorted(victims.rng.sample(range(2, 80), len(kinds)))
+    work = asyncio.ensure_future(asyncio.wait_for(victims.write(name, name, ray.put(rows()), how), WITHIN))
+    for batches in moments:
+        await eventually(lambda: work.done() or victims.has(name, batches), timeout=WITHIN)  # noqa: B023
         if work.done():
             break
-        print(f"{kind} killed after {batches} batches")
-        await getattr(victims, kind)()
-        killed += 1
-    assert killed
+        print(f"{kinds[0]} killed after {batches} batches")
+        await victims.kill(kinds.pop(0))
     print(f"{await work} calls")
     direct = await asyncpg.connect(**victims.server.parameters)
-    found = await direct.fetchrow(CHECKSUM.format(table))
+    found = await direct.fetchrow(CHECKSUM.format(name))
+    bad = [BAD] if how is QUARANTINE else []
     texts = await direct.fetchval(
-        "select sum(hashtextextended('row ' || i, 0)) from generate_series(0, $1::int8 - 1) i", ROWS
+        "select sum(hashtextextended('row ' || i, 0)) from generate_series(0, $1::int8 - 1) i where i <> all($2)",
+        ROWS,
+        bad,
     )
-    ids = np.arange(ROWS)
-    assert tuple(found) == (ROWS, ROWS, int(ids.sum()), int((ids * 7 % 1_000_003).sum()), texts)
+    ids = np.setdiff1d(np.arange(ROWS), bad)
+    assert tuple(found) == (len(ids), len(ids), int(ids.sum()), int((ids * 7 % 1_000_003).sum()), texts)
     noted = "select count(*), sum(rows)::int from raypg.batches where starts_with(batch_id, $1)"
-    assert tuple(await direct.fetchrow(noted, f"{batch_id}/")) == (100, ROWS)
-    await direct.execute(f"drop table {table}")
+    assert tuple(await direct.fetchrow(noted, f"{name}/")) == (100, len(ids))
+    quarantined = "select row, sqlstate from raypg.quarantine where starts_with(batch_id, $1)"
+    assert [tuple(row) for row in await direct.fetch(quarantined, f"{name}/")] == [(row, "23514") for row in bad]
+    await direct.close()
+    await execute(victims.server, f"drop table {name}")
+
+
+async def execute(server: EmbeddedServer, statement: str) -> None:
+    direct = await asyncpg.connect(**server.parameters)
+    await direct.execute(statement)
     await direct.close()
 
 
@@ -188,7 +259,19 @@ async def test_a_killed_job_goes_on_where_it_was(ray_cluster: Any, pg: EmbeddedS
             job = ray.remote(num_cpus=0)(Job)
             first = job.remote()
             pid = await first.pid.remote()
-            work = first.write.remote(pool.name, table, name, "x", 5_000, data)
+            gate = int.from_bytes(os.urandom(4))
+            # The fourth batch and all after it wait for us.
+            await direct.execute(
+                f"""create function {table}_gate() returns trigger language plpgsql as $$ begin
+                    if (select count(*) from raypg.batches where pipeline = '{name}') > 3 then
+                        perform pg_advisory_xact_lock_shared({gate});
+                    end if;
+                    return null;
+                end $$;
+                create trigger gate before insert on {table} execute function {table}_gate();
+                select pg_advisory_lock({gate})"""
+            )
+            work = first.write.remote(pool.name, table, name, "x", 5_000, data, {})
 
             async def some() -> bool:
                 there = "select to_regclass('raypg.batches') is not null"
@@ -199,12 +282,13 @@ async def test_a_killed_job_goes_on_where_it_was(ray_cluster: Any, pg: EmbeddedS
             os.kill(pid, signal.SIGKILL)
             with pytest.raises(ray.exceptions.RayError):
                 await work
-            known = await job.remote().write.remote(pool.name, table, name, "x", 5_000, data)
+            await direct.execute("select pg_advisory_unlock_all()")
+            known = await job.remote().write.remote(pool.name, table, name, "x", 5_000, data, {})
             assert known >= 3
             stored = await direct.fetchrow(f"select count(*), count(distinct id) from {table}")
             assert tuple(stored) == (200_000, 200_000)
         finally:
-            await direct.execute(f"drop table {table}")
+            await direct.execute(f"select pg_advisory_unlock_all(); drop table {table}; drop function {table}_gate()")
             await direct.close()
 
 
