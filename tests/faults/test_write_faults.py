@@ -211,8 +211,8 @@ async def test_every_row_exactly_once_whatever_dies(
 
 
 async def written_and_killed(victims: Victims, kinds: list[str], how: dict[str, Any], name: str) -> None:
-    """One write into the table *name*, with that batch id. *kinds* are killed meanwhile, and removed from the list; then
-    every row is there once."""
+    """One write into the table *name*, which is its batch id too. *kinds* are killed meanwhile, and removed from the
+    list; then every row is there once."""
     key = "primary key" if "key" in how else f"check (id <> {BAD})" if how is QUARANTINE else ""
     await execute(victims.server, f"create table {name} (id int8 {key}, v int8, t text)")
     moments = sorted(victims.rng.sample(range(2, 80), len(kinds)))
