@@ -19,6 +19,7 @@ from waiting import eventually
 
 from raypg import (
     ConfigError,
+    LeaseLostError,
     PostgresDatasource,
     SnapshotLostError,
     StatementNotAllowedError,
@@ -235,6 +236,36 @@ async def test_all_shards_see_one_snapshot(
     del tasks, again, source
     gc.collect()
     await eventually(lambda: nothing_leased(pool))
+
+
+async def test_a_snapshot_that_ends_during_a_read_fails_it(
+    pool: WorkflowConnectionPool, direct: asyncpg.Connection, items: str
+) -> None:
+    """Because its connection dies, or its time is over."""
+    source = PostgresDatasource(pool, table=items, shards=3)
+    first, *others = source.get_read_tasks(3)
+    assert sum(await sizes_of([first])) > 0
+    assert source._view.snapshot is not None
+    assert source._view.snapshot.connection is not None
+    await direct.execute("select pg_terminate_backend($1, 5000)", source._view.snapshot.connection.backend_pid)
+    for task in others:
+        with pytest.raises(SnapshotLostError, match="has ended"):
+            await blocks_of(task)
+    source.close()
+    short = PostgresDatasource(pool, table=items, shards=3, timeout=3.0)
+    tasks = short.get_read_tasks(3)
+
+    async def is_over() -> bool:
+        try:
+            assert sum(await sizes_of(tasks)) == 20_050
+        except SnapshotLostError:
+            return True
+        except LeaseLostError:  # while it was read
+            pass
+        return False
+
+    await eventually(is_over, timeout=30)
+    short.close()
 
 
 REWRITES = [
