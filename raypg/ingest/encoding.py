@@ -16,9 +16,20 @@ from pgpq.schema import Jsonb
 from raypg.core.array_text import render
 from raypg.core.arrow_types import plain
 from raypg.core.write_plan import ROW, Field, WritePlan
+from raypg.errors import IncompatibleDataError
 
 CHUNK_ROWS = 8_192
 """Rows that are encoded at a time; the event loop stands still for some milliseconds."""
+
+MOST_BYTES = 2**31 - 1
+"""Of the values in one array of a type that is not large."""
+
+_LARGE = {
+    pa.string(): pa.large_string(),
+    pa.string_view(): pa.large_string(),
+    pa.binary(): pa.large_binary(),
+    pa.binary_view(): pa.large_binary(),
+}
 
 KEEP_BYTES = 32_000_000
 """Encoded batches up to this size are kept until they are written; larger ones are encoded again when needed."""
@@ -43,18 +54,42 @@ class Normal:
         self.bad = bad
 
 
-def one_batch(data: Any) -> pa.RecordBatch:
-    """A Table or RecordBatch as one RecordBatch.
+def one_batch(data: Any, most: int = MOST_BYTES) -> pa.RecordBatch:
+    """A Table or RecordBatch as one RecordBatch, with all of its rows.
+
+    Args:
+        most: bytes of a text or binary column above which it gets the type of large ones.
 
     Raises:
         TypeError: it is neither.
+        IncompatibleDataError: a column, lists of texts for instance, is too large to be one array.
     """
     if isinstance(data, pa.RecordBatch):
         return data
-    if isinstance(data, pa.Table):
-        batches = data.combine_chunks().to_batches()
-        return batches[0] if batches else pa.RecordBatch.from_pylist([], schema=data.schema)
-    raise TypeError(f"a pyarrow Table or RecordBatch is needed, not {type(data).__module__}.{type(data).__name__}")
+    if not isinstance(data, pa.Table):
+        raise TypeError(f"a pyarrow Table or RecordBatch is needed, not {type(data).__module__}.{type(data).__name__}")
+    try:
+        columns = [_one_array(column, most) for column in data.columns]
+    except pa.ArrowInvalid as error:
+        raise IncompatibleDataError(
+            f"a batch of {data.num_rows} rows is too large: {error}; write it in smaller ones (batch_rows=…)"
+        ) from error
+    if any(len(column) != data.num_rows for column in columns):
+        raise AssertionError(f"of {data.num_rows} rows there are {[len(column) for column in columns]} in the columns")
+    return pa.RecordBatch.from_arrays(columns, names=data.schema.names)
+
+
+def _one_array(column: pa.ChunkedArray, most: int) -> pa.Array:
+    """All chunks of *column* as one; raises ``pyarrow.ArrowInvalid`` if they are too large for that."""
+    if column.num_chunks == 1:
+        return column.chunk(0)
+    if column.nbytes > most:
+        if isinstance(column.type, pa.BaseExtensionType):
+            column = pa.chunked_array([chunk.storage for chunk in column.chunks], column.type.storage_type)
+        # An array of the smaller types ends at 2 GiB; combine_chunks() then gives several, and no error.
+        if (large := _LARGE.get(column.type)) is not None:
+            column = column.cast(large)
+    return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
 
 
 def normalise(batch: pa.RecordBatch, plan: WritePlan) -> Normal:

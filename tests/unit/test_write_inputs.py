@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from raypg.core.arrow_types import Column, way
 from raypg.core.write_plan import Field, Table, WritePlan
-from raypg.errors import ConfigError
+from raypg.errors import ConfigError, IncompatibleDataError
 from raypg.ingest import encoding
 from raypg.ingest.inputs import pieces
 from raypg.ledger import parse_age
@@ -105,6 +106,29 @@ def test_the_hash_is_of_the_values_and_of_what_they_are_for() -> None:
     assert digest(whole) == digest(pa.concat_tables([whole.slice(0, 7), whole.slice(7)]))
     assert digest(whole) == digest(rows(20_010).slice(0, 20_000))
     assert len({digest(whole), digest(whole, "upsert"), digest(rows(19_999)), digest(rows(20_000, 1))}) == 4
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.binary(), pa.large_string(), pa.string_view()])
+def test_a_batch_has_all_rows_however_large_its_columns(kind: pa.DataType) -> None:
+    """Above 2 GiB pyarrow gives several arrays for one column; here above 100 bytes."""
+    texts = pa.chunked_array([pa.array([f"{i} {j}" for j in range(20)]).cast(kind) for i in range(7)])
+    numbers = pa.chunked_array([pa.array(range(100)), pa.array(range(100, 140))])
+    table = pa.table({"text": texts, "number": numbers})
+    for most in (100, encoding.MOST_BYTES):
+        batch = encoding.one_batch(table, most)
+        assert batch.to_pylist() == table.to_pylist()
+    small = encoding.one_batch(table.slice(5, 3), 100)
+    assert small.to_pylist() == table.slice(5, 3).to_pylist()
+    nothing = encoding.one_batch(table.slice(0, 0))
+    assert (nothing.num_rows, nothing.schema) == (0, table.schema)
+
+
+def test_lists_that_are_too_large_for_one_batch_are_refused() -> None:
+    zeros = pa.py_buffer(np.zeros(2**29, "uint8"))  # nobody touches them: they take no memory
+    one = pa.Array.from_buffers(pa.binary(), 1, [None, pa.py_buffer(np.array([0, 2**29], "int32")), zeros])
+    lists = pa.chunked_array([pa.ListArray.from_arrays(pa.array([0, 1], pa.int32()), one)] * 5)
+    with pytest.raises(IncompatibleDataError, match=r"5 rows is too large.*batch_rows"):
+        encoding.one_batch(pa.table({"v": lists}))
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("36h", 129_600), ("30d", 2_592_000), ("2w", 1_209_600)])
