@@ -26,7 +26,8 @@ class Column(NamedTuple):
         kind: ``pg_type.typtype`` of that.
         element: of an array, the name of its elements' type.
         shown: its type as users write it, with length or precision.
-        cast: its type as text for a cast, without length: a cast would cut what is too long, an assignment refuses it.
+        cast: its type as text for a cast, without length, and of a domain the type below it: a cast would cut what is
+            too long, for the domain too; an assignment refuses it.
         needed: NOT NULL and without a default.
         identity: ``a`` (always), ``d`` (by default) or nothing.
         generated: whether it is computed from others.

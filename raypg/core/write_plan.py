@@ -332,5 +332,7 @@ def _stage_type(way: Way) -> str:
 
 
 def _cast(field: Field) -> str:
+    """The staged value in the type of its column, but for length, precision and what a domain asks: these are looked
+    at by the assignment, which refuses what an explicit cast would cut."""
     name = quoted(field.column.name)
     return name if field.way.type == field.column.type else f"{name}::{field.column.cast}"

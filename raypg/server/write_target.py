@@ -40,27 +40,32 @@ _STAMP = """
  FROM pg_catalog.pg_attribute a WHERE a.attrelid = to_regclass($1) AND a.attnum > 0 AND NOT a.attisdropped)
 """
 
-_COLUMNS = """
-SELECT a.attname::text, base.typname::text, base.typtype::text,
-       coalesce(CASE WHEN base.typelem <> 0 AND base.typlen = -1 THEN e.typname::text END, ''),
-       pg_catalog.format_type(a.atttypid, a.atttypmod), pg_catalog.format_type(a.atttypid, -1),
-       (a.attnotnull OR t.typnotnull) AND NOT a.atthasdef AND t.typdefault IS NULL AND a.attidentity = '',
-       a.attidentity::text, a.attgenerated <> ''
-FROM pg_catalog.pg_attribute a
-JOIN pg_catalog.pg_type t ON t.oid = a.atttypid
-CROSS JOIN LATERAL (
+_BELOW = """(
     WITH RECURSIVE below AS (
-        SELECT t.oid AS oid, t.typtype AS typtype, t.typbasetype AS typbasetype
+        SELECT __TYPE__.oid AS oid, __TYPE__.typtype AS typtype, __TYPE__.typbasetype AS typbasetype
         UNION ALL
         SELECT d.oid, d.typtype, d.typbasetype FROM below JOIN pg_catalog.pg_type d ON d.oid = below.typbasetype
         WHERE below.typtype = 'd'
     )
     SELECT b.* FROM below JOIN pg_catalog.pg_type b ON b.oid = below.oid WHERE below.typtype <> 'd'
-) AS base
+)"""
+"""What a domain is made of; any other type itself."""
+
+_COLUMNS = """
+SELECT a.attname::text, base.typname::text, base.typtype::text,
+       coalesce(CASE WHEN base.typelem <> 0 AND base.typlen = -1 THEN e.typname::text END, ''),
+       pg_catalog.format_type(a.atttypid, a.atttypmod),
+       pg_catalog.format_type(CASE WHEN e.typtype = 'd' THEN inner_base.typarray ELSE base.oid END, -1),
+       (a.attnotnull OR t.typnotnull) AND NOT a.atthasdef AND t.typdefault IS NULL AND a.attidentity = '',
+       a.attidentity::text, a.attgenerated <> ''
+FROM pg_catalog.pg_attribute a
+JOIN pg_catalog.pg_type t ON t.oid = a.atttypid
+CROSS JOIN LATERAL __BELOW_T__ AS base
 LEFT JOIN pg_catalog.pg_type e ON e.oid = base.typelem
+LEFT JOIN LATERAL __BELOW_E__ AS inner_base ON true
 WHERE a.attrelid = to_regclass($1) AND a.attnum > 0 AND NOT a.attisdropped
 ORDER BY a.attnum
-"""
+""".replace("__BELOW_T__", _BELOW.replace("__TYPE__", "t")).replace("__BELOW_E__", _BELOW.replace("__TYPE__", "e"))
 
 _KEYS = """
 SELECT ARRAY(SELECT a.attname::text FROM unnest(i.indkey[0:i.indnkeyatts - 1]) WITH ORDINALITY AS k(number, place)

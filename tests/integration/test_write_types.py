@@ -123,27 +123,65 @@ async def test_a_type_alone_goes_by_copy_if_it_can(
     assert repr(stored) == repr(expected) or stored == expected
 
 
-@pytest.mark.parametrize(
-    ("type_", "value", "sqlstate"),
-    [
-        ("varchar(3)", pa.array(["abc", "abcd"]), "22001"),
-        ("numeric(4,2)", pa.array([D("1.00"), D("100.00")]), "22003"),
-        ("text", pa.array(["a", "a\0b"]), "22021"),
-        ("jsonb", pa.array(["{}", "{"]), "22P02"),
-        ("int2", pa.array([1, 40_000]), "22003"),
-        ("inet", pa.array(["::1", "no"]), "22P02"),
-        ("int4 not null", pa.array([1, None]), "23502"),
-        ("varchar(3)[]", pa.array([["abc"], ["abcd"]]), "22001"),
-    ],
-)
+DOMAINS = """
+create type {schema}.mood as enum ('sad', 'ok');
+create domain {schema}.short as varchar(3);
+create domain {schema}.wide as char(3);
+create domain {schema}.flags as bit(3);
+create domain {schema}.shorter as {schema}.short check (value <> 'no');
+create domain {schema}.positive as int check (value > 0);
+create domain {schema}.cents as numeric(4,2);
+create domain {schema}.there as text not null;
+create domain {schema}.moods as {schema}.mood;
+create domain {schema}.words as varchar(3)[];
+"""
+
+REFUSED: list[tuple[str, pa.Array, str]] = [
+    ("varchar(3)", pa.array(["abc", "abcd"]), "22001"),
+    ("char(3)", pa.array(["abc", "abcd"]), "22001"),
+    ("bit(3)", pa.array(["101", "1010"]), "22026"),
+    ("varbit(3)", pa.array(["101", "1010"]), "22001"),
+    ("numeric(4,2)", pa.array([D("1.00"), D("100.00")]), "22003"),
+    ("text", pa.array(["a", "a\0b"]), "22021"),
+    ("jsonb", pa.array(["{}", "{"]), "22P02"),
+    ("int2", pa.array([1, 40_000]), "22003"),
+    ("inet", pa.array(["::1", "no"]), "22P02"),
+    ("int4 not null", pa.array([1, None]), "23502"),
+    ("varchar(3)[]", pa.array([["abc"], ["abcd"]]), "22001"),
+    ("{schema}.mood", pa.array(["ok", "glad"]), "22P02"),
+    ("{schema}.moods", pa.array(["ok", "glad"]), "22P02"),
+    ("{schema}.short", pa.array(["abc", "abcdef"]), "22001"),
+    ("{schema}.wide", pa.array(["abc", "abcdef"]), "22001"),
+    ("{schema}.flags", pa.array(["101", "10101"]), "22026"),
+    ("{schema}.shorter", pa.array(["abc", "abcdef"]), "22001"),
+    ("{schema}.shorter", pa.array(["abc", "no"]), "23514"),
+    ("{schema}.positive", pa.array([1, 0]), "23514"),
+    ("{schema}.cents", pa.array([D("1.00"), D("100.00")]), "22003"),
+    ("{schema}.there", pa.array(["", None]), "23502"),
+    ("{schema}.words", pa.array([["abc"], ["abcdef"]]), "22001"),
+    ("{schema}.short[]", pa.array([["abc", None], ["abc", "abcdef"]]), "22001"),
+    ("{schema}.shorter[]", pa.array([["abc"], ["no"]]), "23514"),
+    ("{schema}.short[]", pa.array([[["abc"]], [["abcdef"]]]), "22001"),
+]
+
+
+@pytest.mark.parametrize("mode", ["append", "upsert", "ignore"])
 async def test_nothing_is_cut_or_bent(
-    pool: WorkflowConnectionPool, schema: str, direct: asyncpg.Connection, type_: str, value: pa.Array, sqlstate: str
+    pool: WorkflowConnectionPool, schema: str, direct: asyncpg.Connection, mode: str
 ) -> None:
-    await direct.execute(f"create table {schema}.one (v {type_})")
-    with pytest.raises(asyncpg.PostgresError, match="row 1 of the data") as caught:
-        await pipeline_of(pool).write(pa.table({"v": value}), into=f"{schema}.one")
-    assert caught.value.sqlstate == sqlstate
-    assert await direct.fetchval(f"select count(*) from {schema}.one") == 0
+    """By COPY and by way of a staging table alike; the value before the bad one is stored as it is."""
+    await direct.execute(DOMAINS.format(schema=schema))
+    pipeline = pipeline_of(pool)
+    for number, (type_, value, sqlstate) in enumerate(REFUSED):
+        into = f"{schema}.t{number}"
+        await direct.execute(f"create table {into} (id int primary key, v {type_.format(schema=schema)})")
+        data = pa.table({"id": [0, 1], "v": value})
+        with pytest.raises(asyncpg.PostgresError, match="row 1 of the data") as caught:
+            await pipeline.write(data, into=into, mode=mode)
+        assert caught.value.sqlstate == sqlstate, (type_, caught.value)
+        assert await direct.fetchval(f"select count(*) from {into}") == 0, type_
+        assert (await pipeline.write(data, into=into, mode=mode, on_bad_rows="quarantine")).quarantined == 1, type_
+        assert [row["id"] for row in await direct.fetch(f"select id from {into} where v is not null")] == [0], type_
 
 
 async def test_a_column_that_changed_its_type_is_seen(
