@@ -294,27 +294,43 @@ def insert_text(plan: WritePlan) -> str:
     Of rows with an equal key the last wins. Rows go in the order of the key, so that writers of the same rows wait for
     each other instead of deadlocking.
     """
-    names = [quoted(field.column.name) for field in plan.fields]
-    values = ", ".join(f"{_cast(field)} AS {name}" for field, name in zip(plan.fields, names, strict=True))
-    source = f"SELECT {values}, {ROW} FROM pg_temp.{stage_name(plan)} WHERE {ROW} >= $1 AND {ROW} < $2"
-    columns = ", ".join(names)
+    columns = ", ".join(quoted(field.column.name) for field in plan.fields)
     order = f"{ROW}"
     if plan.key:
-        key = ", ".join(map(quoted, plan.key))
-        order = key
-        if plan.equal_nulls:
-            distinct = key
-        else:
-            some_null = " OR ".join(f"{quoted(name)} IS NULL" for name in plan.key)
-            distinct = f"{key}, CASE WHEN {some_null} THEN {ROW} END"
-        source = f"SELECT DISTINCT ON ({distinct}) * FROM ({source}) AS given ORDER BY {distinct}, {ROW} DESC"
+        order = ", ".join(map(quoted, plan.key))
     elif plan.mode == "ignore":
         order = f"{ROW} DESC"  # the first one wins, and the last row shall
     overriding = " OVERRIDING SYSTEM VALUE" if plan.overriding else ""
     return (
-        f"INSERT INTO {plan.table.shown} ({columns}){overriding} SELECT {columns} FROM ({source}) AS unique_rows "
-        f"ORDER BY {order}{_on_conflict(plan)}"
+        f"INSERT INTO {plan.table.shown} ({columns}){overriding} SELECT {columns} FROM ({_unique_rows(plan)}) "
+        f"AS unique_rows ORDER BY {order}{_on_conflict(plan)}"
     )
+
+
+def leave_out_text(plan: WritePlan) -> str:
+    """DELETE staged rows by their numbers, $1."""
+    return f"DELETE FROM pg_temp.{stage_name(plan)} WHERE {ROW} = ANY($1)"
+
+
+def leave_equal_out_text(plan: WritePlan) -> str:
+    """DELETE what is staged, of rows $1 (included) to $2 (not), but for the last row of each key."""
+    return (
+        f"DELETE FROM pg_temp.{stage_name(plan)} AS staged WHERE NOT EXISTS "
+        f"(SELECT FROM ({_unique_rows(plan)}) AS unique_rows WHERE unique_rows.{ROW} = staged.{ROW})"
+    )
+
+
+def _unique_rows(plan: WritePlan) -> str:
+    """SELECT of the staged rows $1 to $2, in the types of the table; of those with an equal key the last."""
+    values = ", ".join(f"{_cast(field)} AS {quoted(field.column.name)}" for field in plan.fields)
+    source = f"SELECT {values}, {ROW} FROM pg_temp.{stage_name(plan)} WHERE {ROW} >= $1 AND {ROW} < $2"
+    if not plan.key:
+        return source
+    distinct = ", ".join(map(quoted, plan.key))
+    if not plan.equal_nulls:
+        some_null = " OR ".join(f"{quoted(name)} IS NULL" for name in plan.key)
+        distinct = f"{distinct}, CASE WHEN {some_null} THEN {ROW} END"
+    return f"SELECT DISTINCT ON ({distinct}) * FROM ({source}) AS given ORDER BY {distinct}, {ROW} DESC"
 
 
 def _on_conflict(plan: WritePlan) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import AsyncIterator, Iterable
+from typing import Any
 
 import asyncpg
 import pyarrow as pa
@@ -23,6 +24,7 @@ MESSAGE = 131_072
 cache of its processor."""
 
 _SAVEPOINT = "raypg_rows"
+_ROUND = "raypg_round"
 _WRONG_FORM = "22P03"
 
 
@@ -120,27 +122,62 @@ class Loader:
                 self._note(error, self._bad.original(line))
 
     async def _insert(self, tolerant: bool) -> int:
+        """INSERT what is staged; how many rows took effect.
+
+        Of rows with an equal key the last shall win, and one of them count. That is so within a statement. When the
+        rows do not go in one, their pieces only tell which rows are bad; then the pieces are undone, and the good rows
+        go in one statement. Should that fail as well (one row is in the way of another, in this order), all but the
+        last row of each key are left out first, so that it makes no difference in which pieces the rows go.
+        """
+        begin = f"SAVEPOINT {_ROUND}; "  # together with the first savepoint of the pieces: no trip of its own
+        distinct = False
+        while True:
+            known = len(self._bad.found)
+            written, whole = await self._in_pieces(tolerant, begin, backwards=distinct and not self._plan.key)
+            none_new = len(self._bad.found) == known
+            if whole or self._plan.mode == "append" or (distinct and none_new):
+                return written
+            await self._run(f"ROLLBACK TO SAVEPOINT {_ROUND}")
+            await self._run(write_plan.leave_out_text(self._plan), list(self._bad.found))
+            await self._run(f"SAVEPOINT {_ROUND}")
+            begin, distinct = "", none_new
+            if distinct and self._plan.key:
+                await self._run(write_plan.leave_equal_out_text(self._plan), 0, self._bad.rows)
+
+    async def _in_pieces(self, tolerant: bool, begin: str, backwards: bool) -> tuple[int, bool]:
+        """INSERT what is staged as a whole, or if that is refused in pieces, and find out which rows are bad.
+
+        Args:
+            begin: what else to do first, as SQL.
+            backwards: the last piece first: where no key tells which rows are equal, the last of them wins then too.
+
+        Returns:
+            (how many rows took effect, whether one statement took them all).
+        """
         text = write_plan.insert_text(self._plan)
-        search = Bisection(max(self._bad.rows, 1))
+        rows = max(self._bad.rows, 1)
+        search = Bisection(rows)
         written = 0
         while (trip := search.next()) is not None:
-            await self._run(f"SAVEPOINT {_SAVEPOINT}")
+            first, end = (rows - trip[1], rows - trip[0]) if backwards else trip
+            await self._run(f"{begin}SAVEPOINT {_SAVEPOINT}")
+            begin = ""
             try:
-                tag, _ = await self._connection.run(STATUS, text, trip, self._timeout)
+                tag = await self._run(text, first, end)
             except asyncpg.PostgresError as error:
                 if _kind(error) != "row":
                     raise
-                await self._run(f"ROLLBACK TO SAVEPOINT {_SAVEPOINT}")
+                await self._run(f"ROLLBACK TO SAVEPOINT {_SAVEPOINT}; RELEASE SAVEPOINT {_SAVEPOINT}")
                 if not search.failed("row"):
                     continue
                 if not tolerant:
-                    raise self._located(error, trip[0]) from error
-                self._note(error, trip[0])
+                    raise self._located(error, first) from error
+                self._note(error, first)
             else:
                 await self._run(f"RELEASE SAVEPOINT {_SAVEPOINT}")
                 search.passed()
                 written += int(tag.rpartition(" ")[2])
-        return written
+        return written, search.trips == 1
 
     async def _attempt(self, text: str, tolerant: bool) -> None:
         """COPY all rows that are not known to be bad."""
@@ -160,8 +197,10 @@ class Loader:
         if tolerant:
             await self._run(f"RELEASE SAVEPOINT {_SAVEPOINT}")
 
-    async def _run(self, text: str) -> None:
-        await self._connection.run(STATUS, text, (), self._timeout)
+    async def _run(self, text: str, *arguments: Any) -> str:
+        """The command tag."""
+        tag, _ = await self._connection.run(STATUS, text, arguments, self._timeout)
+        return str(tag)
 
     def _note(self, error: asyncpg.PostgresError, row: int) -> None:
         self._bad.add(row, error.sqlstate or "", str(error.args[0]))

@@ -125,16 +125,6 @@ async def test_upsert_replaces_and_ignore_leaves(
     assert [tuple(row) for row in sums] == [(1, 100), (2, 100)]
 
 
-@pytest.mark.parametrize("mode", ["ignore", "upsert"])
-async def test_of_equal_keys_in_a_batch_the_last_wins(
-    pipeline: QueryPipelineNode, table: str, direct: asyncpg.Connection, mode: str
-) -> None:
-    data = pa.table({"id": [2, 1, 2, 1, 2], "amount": [1, 2, 3, 4, 5]})
-    written = await pipeline.write(data, into=table, mode=mode, key=["id"])
-    assert (written.rows, written.duplicates) == (2, 3)
-    assert [tuple(row) for row in await direct.fetch(f"select id, amount from {table} order by id")] == [(1, 4), (2, 5)]
-
-
 async def test_null_is_no_key_and_ignore_needs_none(
     pipeline: QueryPipelineNode, schema: str, direct: asyncpg.Connection
 ) -> None:
