@@ -7,6 +7,7 @@ such a form, and the server casts them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
@@ -83,6 +84,24 @@ def plain(kind: pa.DataType) -> pa.DataType:
             return kind
 
 
+def parts(kind: pa.DataType) -> Iterator[pa.DataType]:
+    """The types that values of the nested type *kind* are made of; of any other, nothing."""
+    if pa.types.is_map(kind):
+        yield from (kind.key_type, kind.item_type)
+    elif pa.types.is_struct(kind) or pa.types.is_union(kind):
+        yield from (kind.field(i).type for i in range(kind.num_fields))
+    elif _is_nested(kind):
+        yield kind.value_type
+
+
+def without_json(kind: pa.DataType) -> pa.DataType | None:
+    """The first type inside of *kind* that has no JSON: bytes; ``None`` if there is none."""
+    if isinstance(kind, pa.BaseExtensionType) and kind.extension_name == "arrow.uuid":
+        return None  # Python shows it as text
+    kind = plain(kind)
+    return kind if is_bytes(kind) else next(filter(None, map(without_json, parts(kind))), None)
+
+
 def way(given: pa.DataType, column: Column) -> Way:
     """How values of the Arrow type *given* get into *column*.
 
@@ -93,9 +112,9 @@ def way(given: pa.DataType, column: Column) -> Way:
     if pa.types.is_null(kind):
         return Way(pa.string(), "text")  # NULL looks the same in every type
     found = _scalar(kind, column.type, column.kind) if not _is_list(kind) else _list(kind, column)
-    if found is None and column.type in DOCUMENTS and _is_nested(kind):
+    if found is None and column.type in DOCUMENTS and _is_nested(kind) and without_json(kind) is None:
         found = Way(pa.string(), column.type if column.type == "jsonb" else "text", True, "json")
-    if found is None and _is_text(kind) and column.kind != "c":
+    if found is None and is_text(kind) and column.kind != "c":
         found = Way(pa.large_string() if _is_large(kind) else pa.string(), "text", False)
     if found is None:
         raise IncompatibleDataError(
@@ -112,7 +131,7 @@ def _scalar(kind: pa.DataType, type_: str, typtype: str) -> Way | None:
     """The way into a type that is no array, if there is one better than text."""
     types = pa.types
     if type_ in TEXTS or typtype == "e":
-        if _is_text(kind):
+        if is_text(kind):
             return Way(pa.large_string() if _is_large(kind) else pa.string(), "text")
         return None
     if types.is_integer(kind):
@@ -125,11 +144,11 @@ def _scalar(kind: pa.DataType, type_: str, typtype: str) -> Way | None:
         return _decimal(kind, type_)
     if types.is_boolean(kind):
         return Way(kind, "bool") if type_ == "bool" else None
-    if _is_text(kind):
+    if is_text(kind):
         if type_ == "jsonb":
             return Way(pa.large_string() if _is_large(kind) else pa.string(), "jsonb")
         return Way(pa.binary(16), "uuid", True, "uuid") if type_ == "uuid" else None
-    if _is_bytes(kind):
+    if is_bytes(kind):
         if type_ == "uuid" and kind == pa.binary(16):
             return Way(kind, "uuid")
         to = kind if types.is_fixed_size_binary(kind) or types.is_large_binary(kind) else pa.binary()
@@ -183,7 +202,7 @@ def _list(kind: pa.DataType, column: Column) -> Way | None:
         return Way(pa.string(), "text", False, "array")
     found = _scalar(inner, column.element, "b")
     if found is None:
-        return Way(pa.list_(pa.string()), "text[]", False) if _is_text(inner) else None
+        return Way(pa.list_(pa.string()), "text[]", False) if is_text(inner) else None
     if found.convert or found.type in (ZONED, "jsonb", "uuid"):
         return Way(pa.string(), "text", False, "array")
     return Way(pa.list_(found.to), f"{found.type}[]", found.direct and found.type == column.element)
@@ -196,16 +215,20 @@ def _advice(kind: pa.DataType, column: Column) -> str:
         return "pyarrow.compute.local_timestamp(…) takes its time zone away"
     if column.kind == "c":
         return "composite types are not written; use jsonb, or one column for each part"
+    if column.type in DOCUMENTS and (part := without_json(kind)) is not None:
+        return f"JSON has no bytes: make a string of what is {part}, in hexadecimal or base64"
     if _is_nested(kind):
         return "nested values go into json, jsonb and arrays"
     return f"cast it: table.set_column(…, {column.name!r}, table[{column.name!r}].cast(…)), or write it as a string"
 
 
-def _is_text(kind: pa.DataType) -> bool:
+def is_text(kind: pa.DataType) -> bool:
+    """Whether its values are texts."""
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or kind == pa.string_view())
 
 
-def _is_bytes(kind: pa.DataType) -> bool:
+def is_bytes(kind: pa.DataType) -> bool:
+    """Whether its values are bytes."""
     types = pa.types
     return bool(
         types.is_binary(kind)

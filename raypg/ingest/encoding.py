@@ -13,6 +13,7 @@ from pgpq import ArrowToPostgresBinaryEncoder
 from pgpq.encoders import LargeStringEncoderBuilder, StringEncoderBuilder
 from pgpq.schema import Jsonb
 
+from raypg.core import arrow_ranges, json_text
 from raypg.core.array_text import render
 from raypg.core.arrow_types import plain
 from raypg.core.write_plan import ROW, Field, WritePlan
@@ -37,8 +38,7 @@ KEEP_BYTES = 32_000_000
 HEADER = b"PGCOPY\n\xff\r\n\0" + bytes(8)
 TRAILER = b"\xff\xff"
 
-OUT_OF_RANGE = "22003"
-NOT_A_UUID = "22P02"
+NOT_OF_TYPE = "22P02"
 
 
 class Normal:
@@ -97,92 +97,131 @@ def normalise(batch: pa.RecordBatch, plan: WritePlan) -> Normal:
     bad: dict[int, tuple[str, str]] = {}
     columns = []
     for index, field in enumerate(plan.fields):
-        column, wrong, sqlstate, text = _normal(batch.column(index), field)
-        if wrong is not None:
-            for row in pc.indices_nonzero(wrong).to_pylist():
-                bad.setdefault(row, (sqlstate, text))
+        column, wrong = _normal(batch.column(index), field)
+        bad = {**wrong, **bad}
         columns.append(column)
     names = [field.column.name for field in plan.fields]
     return Normal(pa.RecordBatch.from_arrays(columns, names=names), bad)
 
 
-_Found = tuple[pa.Array, Any, str, str]
-"""(values, which are wrong or None, SQLSTATE, what is wrong)."""
+_Found = tuple[pa.Array, dict[int, tuple[str, str]]]
+"""(values, row → (SQLSTATE, what is wrong with it))."""
 
 
 def _normal(column: pa.Array, field: Field) -> _Found:
+    column = _decoded(column)
+    to = field.way.to
+    if pa.types.is_null(column.type):
+        return pa.nulls(len(column), to), {}
+    if field.way.convert:
+        return _CONVERT[field.way.convert](column, field)
+    if pa.types.is_list(to):
+        return _lists(column, field)
+    values, wrong = _cast(column, to)
+    return values, {} if wrong is None else dict.fromkeys(pc.indices_nonzero(wrong).to_pylist(), _range(field, to))
+
+
+def _decoded(column: pa.Array) -> pa.Array:
     if isinstance(column, pa.ExtensionArray):
         column = column.storage
     if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    elif pa.types.is_run_end_encoded(column.type):
-        column = pc.run_end_decode(column)
-    if pa.types.is_null(column.type):
-        return pa.nulls(len(column), field.way.to), None, "", ""
-    kind = column.type
-    to = field.way.to
-    if field.way.convert:
-        return _CONVERT[field.way.convert](column, field)
-    if kind == to:
-        return column, None, "", ""
-    if pa.types.is_integer(kind) and pa.types.is_integer(to):
-        return _narrowed(column, field)
-    # What falls away is less than PostgreSQL keeps: nanoseconds, the last bits of a float4.
-    lossy = pa.types.is_temporal(to) or pa.types.is_floating(to)
-    return pc.cast(column, to, safe=not lossy), None, "", ""
+        return column.dictionary_decode()
+    return pc.run_end_decode(column) if pa.types.is_run_end_encoded(column.type) else column
 
 
-def _narrowed(column: pa.Array, field: Field) -> _Found:
-    to = field.way.to
-    bits = to.bit_width - 1
-    low, high = -(2**bits), 2**bits - 1
-    wrong = None
-    if column.type.bit_width >= to.bit_width:
-        wide = pa.types.is_unsigned_integer(column.type)
-        above = pc.greater(column, pa.scalar(high, column.type))
-        wrong = above if wide else pc.or_(above, pc.less(column, pa.scalar(low, column.type)))
+def _range(field: Field, to: pa.DataType) -> tuple[str, str]:
+    text = f"value out of range for type {field.column.shown} in column {field.column.name!r}"
+    return arrow_ranges.sqlstate(to), text
+
+
+def _cast(column: pa.Array, to: pa.DataType) -> tuple[pa.Array, Any]:
+    """(*column* as *to*, which of its values are out of the range of that, and NULL, or ``None``)."""
+    wrong = _out_of_range(column, to)
+    if wrong is not None:
         if not pc.any(wrong).as_py():
             wrong = None
-    if wrong is not None:
-        column = pc.if_else(wrong, pa.scalar(None, column.type), column)
-    text = f"value out of range for type {field.column.shown} in column {field.column.name!r}"
-    return pc.cast(column, to), wrong, OUT_OF_RANGE, text
+        else:
+            column = pc.if_else(wrong, pa.scalar(None, column.type), column)
+    # What falls away is less than PostgreSQL keeps: nanoseconds, the last bits of a float4.
+    lossy = pa.types.is_temporal(to) or pa.types.is_floating(to)
+    return column if column.type == to else pc.cast(column, to, safe=not lossy), wrong
+
+
+def _out_of_range(column: pa.Array, to: pa.DataType) -> Any:
+    if pa.types.is_float64(column.type) and pa.types.is_float32(to):
+        near = pc.cast(column, to, safe=False)
+        above = pc.and_(pc.is_inf(near), pc.is_finite(column))
+        below = pc.and_(pc.equal(near, 0), pc.not_equal(column, 0))
+        return pc.or_(above, below)
+    if (limits := arrow_ranges.limits(column.type, to)) is None:
+        return None
+    if pa.types.is_temporal(column.type):
+        column = column.view(pa.int64() if column.type.bit_width == 64 else pa.int32())
+    low, high = (pa.scalar(limit, column.type) for limit in limits)
+    return pc.or_(pc.less(column, low), pc.greater(column, high))
+
+
+def _lists(column: pa.Array, field: Field) -> _Found:
+    to = field.way.to
+    values, wrong = _cast(_decoded(pc.list_flatten(column)), to.value_type)
+    rows = [] if wrong is None else pc.list_parent_indices(column).filter(wrong).to_pylist()
+    null = pc.is_null(column)
+    if column.type != to or rows:
+        lengths = pc.fill_null(pc.list_value_length(column), 0)
+        ends = pc.cast(pc.cumulative_sum(lengths), pa.int32())
+        offsets = pa.concat_arrays([pa.array([0], pa.int32()), ends])
+        if rows:
+            null = pc.or_(null, pc.is_in(_numbers(column), pa.array(rows, pa.int64())))
+        column = pa.ListArray.from_arrays(offsets, values, mask=null)
+    return column, dict.fromkeys(rows, _range(field, to.value_type))
 
 
 def _uuids(column: pa.Array, field: Field) -> _Found:
-    digits = pc.replace_substring_regex(pc.cast(column, pa.string()), "[-{}]", "")
+    if not pa.types.is_large_string(column.type):
+        column = pc.cast(column, pa.string())
+    digits = pc.replace_substring_regex(column, "[-{}]", "")
     right = pc.match_substring_regex(digits, "^[0-9a-fA-F]{32}$")
-    wrong = pc.invert(right)
-    if not pc.any(wrong).as_py():
-        wrong = None
-    zero = pa.scalar("0" * 32)
+    text = f"invalid input syntax for type uuid in column {field.column.name!r}"
+    bad = dict.fromkeys(pc.indices_nonzero(pc.invert(right)).to_pylist(), (NOT_OF_TYPE, text))
+    zero = pa.scalar("0" * 32, digits.type)
     right = pc.fill_null(right, False)
     padded = pc.if_else(right, digits, zero)
     values = bytes.fromhex("".join(padded.to_pylist()))
     raw = pa.Array.from_buffers(pa.binary(16), len(column), [None, pa.py_buffer(values)])
-    raw = pc.if_else(right, raw, pa.scalar(None, pa.binary(16)))
-    return raw, wrong, NOT_A_UUID, f"invalid input syntax for type uuid in column {field.column.name!r}"
+    return pc.if_else(right, raw, pa.scalar(None, pa.binary(16))), bad
 
 
-def _each(column: pa.Array, convert: Callable[[Any], str]) -> _Found:
-    values = [None if value is None else convert(value) for value in column.to_pylist()]
-    return pa.array(values, pa.string()), None, "", ""
+def _each(column: pa.Array, field: Field, convert: Callable[[Any], str]) -> _Found:
+    """The text of each value; those that have none are bad."""
+    bad: dict[int, tuple[str, str]] = {}
+    values: list[str | None] = []
+    for row, value in enumerate(column):
+        try:
+            given = value.as_py()
+            values.append(None if given is None else convert(given))
+        except (ValueError, OverflowError) as error:
+            values.append(None)
+            state = arrow_ranges.TIME if isinstance(error, OverflowError) else NOT_OF_TYPE
+            text = f"no value of type {field.column.shown} in column {field.column.name!r}: {error}"
+            bad[row] = state, text
+    return pa.array(values, pa.large_string()), bad
 
 
 def _documents(column: pa.Array, field: Field) -> _Found:
-    return _each(column, lambda value: json.dumps(value, default=str, ensure_ascii=False))
+    return _each(column, field, json_text.writer(column.type))
 
 
 def _intervals(column: pa.Array, field: Field) -> _Found:
-    return _each(column, lambda v: f"{v.months} mons {v.days} days {v.nanoseconds // 1000} microseconds")
+    return _each(column, field, lambda v: f"{v.months} mons {v.days} days {v.nanoseconds // 1000} microseconds")
 
 
 def _arrays(column: pa.Array, field: Field) -> _Found:
-    return _each(column, lambda value: render(value, _element))
+    form = bytes.hex if field.column.element == "uuid" else _bytea
+    return _each(column, field, lambda value: render(value, lambda v: form(v) if isinstance(v, bytes) else str(v)))
 
 
-def _element(value: Any) -> str:
-    return "\\x" + value.hex() if isinstance(value, bytes) else str(value)
+def _bytea(value: bytes) -> str:
+    return "\\x" + value.hex()
 
 
 _CONVERT: dict[str, Callable[[pa.Array, Field], _Found]] = {
@@ -193,12 +232,15 @@ _CONVERT: dict[str, Callable[[pa.Array, Field], _Found]] = {
 }
 
 
-def with_rows(batch: pa.RecordBatch, first: int = 0) -> pa.RecordBatch:
-    """*batch* with the numbers of its rows as its last column."""
+def _numbers(of: pa.Array | pa.RecordBatch, first: int = 0) -> pa.Array:
     import numpy as np
 
-    numbers = pa.array(np.arange(first, first + batch.num_rows, dtype="int64"))
-    return pa.RecordBatch.from_arrays([*batch.columns, numbers], names=[*batch.schema.names, ROW])
+    return pa.array(np.arange(first, first + len(of), dtype="int64"))
+
+
+def with_rows(batch: pa.RecordBatch, first: int = 0) -> pa.RecordBatch:
+    """*batch* with the numbers of its rows as its last column."""
+    return pa.RecordBatch.from_arrays([*batch.columns, _numbers(batch, first)], names=[*batch.schema.names, ROW])
 
 
 class Encoder:
@@ -244,8 +286,16 @@ class Encoder:
 
 def row_as_json(batch: pa.RecordBatch, row: int) -> str:
     """Row *row* of *batch* as a JSON text, for people to look at."""
-    values = {name: column[row].as_py() for name, column in zip(batch.schema.names, batch.columns, strict=True)}
-    return json.dumps(values, default=_shown)
+    values = {name: _python(column, row) for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+    text = json.dumps(values, default=_shown)
+    return json.dumps(json.loads(text, parse_constant=str)) if "NaN" in text or "Infinity" in text else text
+
+
+def _python(column: pa.Array, row: int) -> Any:
+    try:
+        return column[row].as_py()
+    except (ValueError, OverflowError):  # a time that Python does not have
+        return column.slice(row, 1).to_string(skip_new_lines=True)
 
 
 def _shown(value: Any) -> str:

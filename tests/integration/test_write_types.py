@@ -71,6 +71,16 @@ CASES: dict[str, tuple[str, pa.Array, list[Any]]] = {
     "jsonb": ("jsonb", pa.array(['{"a": 1}', "null"]), ['{"a": 1}', "null"]),
     "json": ("json", pa.array(["[1,  2]", "{}"]), ["[1,  2]", "{}"]),
     "jsonb of struct": ("jsonb", pa.array([{"a": [1, None]}, {"a": []}]), ['{"a": [1, null]}', '{"a": []}']),
+    "jsonb of decimals": (
+        "jsonb",
+        pa.array([{"a": D("12345678901234567890.10")}, {"a": None}]),
+        ['{"a": 12345678901234567890.10}', '{"a": null}'],
+    ),
+    "json of map": (
+        "json",
+        pa.array([[("a", [1.5])], []], pa.map_(pa.string(), pa.list_(pa.float64()))),
+        ['{"a": [1.5]}', "{}"],
+    ),
     "inet": ("inet", pa.array(["10.0.0.1", "::1"]), [ipaddress.ip_address("10.0.0.1"), ipaddress.ip_address("::1")]),
     "cidr": ("cidr", pa.array(["10.0.0.0/8"] * 2), [ipaddress.ip_network("10.0.0.0/8")] * 2),
     "int4range": ("int4range", pa.array(["[1,5)", "empty"]), [asyncpg.Range(1, 5), asyncpg.Range(empty=True)]),
@@ -81,11 +91,17 @@ CASES: dict[str, tuple[str, pa.Array, list[Any]]] = {
     "float8[], fixed": ("float8[]", pa.array([[1.0, 2.0]] * 2, pa.list_(pa.float64(), 2)), [[1.0, 2.0]] * 2),
     "int[][]": ("int[]", pa.array([[[1, 2], [3, 4]], [[5, 6]]]), [[[1, 2], [3, 4]], [[5, 6]]]),
     "uuid[]": ("uuid[]", pa.array([[str(ID)], []], pa.list_(pa.string())), [[ID], []]),
+    "timestamp[], ns": (
+        "timestamp[]",
+        pa.array([[1_719_837_015_123_456_789], []], pa.list_(pa.timestamp("ns"))),
+        [[MOMENT], []],
+    ),
     "timestamptz[]": (
         "timestamptz[]",
         pa.array([[MOMENT]] * 2, pa.list_(pa.timestamp("us", "UTC"))),
         [[MOMENT.replace(tzinfo=dt.UTC)]] * 2,
     ),
+    "uuid[] of bytes": ("uuid[]", pa.array([[ID.bytes, None], []], pa.list_(pa.binary(16))), [[ID, None], []]),
     "bytea[]": ("bytea[]", pa.array([[b"\0a"], []], pa.list_(pa.binary())), [[b"\0a"], []]),
     "nothing": ("point", pa.nulls(2), [None, None]),
 }
@@ -162,6 +178,17 @@ REFUSED: list[tuple[str, pa.Array, str]] = [
     ("{schema}.short[]", pa.array([["abc", None], ["abc", "abcdef"]]), "22001"),
     ("{schema}.shorter[]", pa.array([["abc"], ["no"]]), "23514"),
     ("{schema}.short[]", pa.array([[["abc"]], [["abcdef"]]]), "22001"),
+    ("float4", pa.array([1.0, 1e300]), "22003"),
+    ("float4[]", pa.array([[1.0], [-1e300]]), "22003"),
+    ("int4[]", pa.array([[1], [2**40]]), "22003"),
+    ("timestamp", pa.array([0, 2**62], pa.timestamp("s")), "22008"),
+    ("timestamptz", pa.array([0, -(2**63) + 1], pa.timestamp("us", "UTC")), "22008"),
+    ("timestamptz[]", pa.array([[0], [2**62]], pa.list_(pa.timestamp("s", "UTC"))), "22008"),
+    ("date", pa.array([0, -(2**31)], pa.int32()).view(pa.date32()), "22008"),
+    ("interval", pa.array([0, 2**62], pa.duration("s")), "22008"),
+    ("jsonb", pa.array([{"a": 1.0}, {"a": float("nan")}]), "22P02"),
+    ("json", pa.array([[("a", 1)], [("a", 1), ("a", 2)]], pa.map_(pa.string(), pa.int64())), "22P02"),
+    ("int4[]", pa.array([[[1], [2]], [[1], []]]), "22P02"),
 ]
 
 
@@ -182,6 +209,27 @@ async def test_nothing_is_cut_or_bent(
         assert await direct.fetchval(f"select count(*) from {into}") == 0, type_
         assert (await pipeline.write(data, into=into, mode=mode, on_bad_rows="quarantine")).quarantined == 1, type_
         assert [row["id"] for row in await direct.fetch(f"select id from {into} where v is not null")] == [0], type_
+
+
+@pytest.mark.parametrize("mode", ["append", "upsert"])
+async def test_the_first_and_the_last_moments(
+    pool: WorkflowConnectionPool, schema: str, direct: asyncpg.Connection, mode: str
+) -> None:
+    into = f"{schema}.moments"
+    await direct.execute(f"create table {into} (id int primary key, t timestamp, d date)")
+    data = pa.table(
+        {
+            "id": [1, 2],
+            "t": pa.array([-210_866_803_200_000_000, 2**63 - 1], pa.timestamp("us")),
+            "d": pa.array([-2_440_588, 2_145_042_905], pa.int32()).view(pa.date32()),
+        }
+    )
+    await pipeline_of(pool).write(data, into=into, mode=mode)
+    stored = await direct.fetch(f"select t::text, d::text from {into} order by id")
+    assert [tuple(row) for row in stored] == [
+        ("4714-11-24 00:00:00 BC", "4714-11-24 BC"),
+        ("294247-01-10 04:00:54.775807", "5874897-12-31"),
+    ]
 
 
 async def test_a_column_that_changed_its_type_is_seen(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import decimal
+import json
+import uuid
 from typing import Any
 
 import numpy as np
@@ -14,6 +17,9 @@ from raypg.errors import ConfigError, IncompatibleDataError
 from raypg.ingest import encoding
 from raypg.ingest.inputs import pieces
 from raypg.ledger import parse_age
+
+S = pa.timestamp("s")
+INNER = pa.map_(pa.string(), pa.decimal128(5, 2))
 
 
 def rows(count: int, first: int = 0) -> pa.Table:
@@ -66,7 +72,7 @@ async def test_what_is_no_arrow_data(data: Any) -> None:
 
 
 def normal(values: pa.Array, type_: str) -> encoding.Normal:
-    column = Column("c", type_, "b", "", type_, type_, False, "", False)
+    column = Column("c", type_, "b", type_.removesuffix("[]") if "[" in type_ else "", type_, type_, False, "", False)
     table = Table("s", "t", "r", False, False, True, True, (column,), ())
     plan = WritePlan(table, (Field(column, way(values.type, column)),), "append", False, (), False, False)
     return encoding.normalise(pa.record_batch({"c": values}), plan)
@@ -84,6 +90,25 @@ def normal(values: pa.Array, type_: str) -> encoding.Normal:
             "uuid",
             [2],
         ),
+        (pa.array([1.1, 1e300, None, -1e300, 1e-300, float("inf"), float("nan"), 0.0, 3.4e38]), "float4", [1, 3, 4]),
+        (pa.array([2**62, 0, None, -(2**62), -210_866_803_201, -210_866_803_200], S), "timestamp", [0, 3, 4]),
+        (pa.array([2**62, 0, None], pa.timestamp("ms", "UTC")), "timestamptz", [0]),
+        (pa.array([-(2**63) + 1, -210_866_803_200_000_000, 2**63 - 1], pa.timestamp("us")), "timestamp", [0]),
+        (pa.array([-(2**63) + 1, 2**63 - 1], pa.timestamp("ns")), "timestamp", []),
+        (pa.array([-(2**31), 2**31 - 1, 2_145_042_905, 2_145_042_906, -2_440_588], pa.date32()), "date", [0, 1, 3]),
+        (pa.array([2**62, -(2**62), 86_400_000], pa.int64()).view(pa.date64()), "date", [0, 1]),
+        (pa.array([2**62, 5], pa.duration("s")), "interval", [0]),
+        (pa.array([-1, 0, 86_400], pa.int32()).view(pa.time32("s")), "time", [0]),
+        (pa.array([[1], [2**31, 1], None, [], [None, -(2**40)]]), "int4[]", [1, 4]),
+        (pa.array([[2**40], [1], None, [2**40]], pa.large_list(pa.int64())).slice(1), "int4[]", [2]),
+        (pa.array([[1, 2], None, [2**31, 3]], pa.list_(pa.int64(), 2)), "int4[]", [2]),
+        (pa.ListArray.from_arrays([0, 1, 2], pa.array([2**40, 1]), mask=pa.array([True, False])), "int4[]", []),
+        (pa.array([[1.0], [1e300]]), "float4[]", [1]),
+        (pa.array([[2**62], [1]], pa.list_(S)), "timestamp[]", [0]),
+        (pa.array([[1001], []], pa.list_(pa.timestamp("ns"))), "timestamp[]", []),
+        (pa.array([[-(2**31)], [1]], pa.list_(pa.date32())), "date[]", [0]),
+        (pa.array([[2**62], [1]], pa.list_(pa.timestamp("s", "UTC"))), "timestamptz[]", [0]),
+        (pa.array([[["a"], ["b"]], [["a"], []]]), "text[]", [1]),
     ],
 )
 def test_values_out_of_range_are_found_row_by_row(values: pa.Array, type_: str, bad: list[int]) -> None:
@@ -91,8 +116,85 @@ def test_values_out_of_range_are_found_row_by_row(values: pa.Array, type_: str, 
     assert sorted(found.bad) == bad
     kept = found.batch.column(0)
     assert [index for index, valid in enumerate(kept.is_valid().to_pylist()) if not valid] == [
-        index for index, value in enumerate(values.to_pylist()) if value is None or index in bad
+        index for index, valid in enumerate(values.is_valid().to_pylist()) if not valid or index in bad
     ]
+    for row in bad:
+        assert json.loads(encoding.row_as_json(pa.record_batch({"c": values}), row))["c"] is not None
+
+
+@pytest.mark.parametrize(
+    ("values", "kept"),
+    [
+        (pa.array([[1, None], None, []], pa.list_(pa.int64())).slice(1), [None, []]),
+        (pa.array([[0, 1], None, [2, 3]], pa.list_(pa.int64(), 2)), [[0, 1], None, [2, 3]]),
+        (pa.array([[0], None, [2, 3]], pa.large_list(pa.int16())), [[0], None, [2, 3]]),
+    ],
+)
+def test_lists_keep_their_rows(values: pa.Array, kept: list[Any]) -> None:
+    assert normal(values, "int4[]").batch.column(0).to_pylist() == kept
+
+
+def test_uuids_in_lists_are_told_in_their_form() -> None:
+    found = normal(pa.array([[b"0123456789abcdef", None]], pa.list_(pa.binary(16))), "uuid[]")
+    assert found.batch.column(0).to_pylist() == ['{"30313233343536373839616263646566",NULL}']
+    found = normal(pa.array([[[b"01"], [b"23"]]], pa.list_(pa.list_(pa.binary()))), "bytea[]")
+    assert found.batch.column(0).to_pylist() == [r'{{"\\x3031"},{"\\x3233"}}']
+
+
+D = decimal.Decimal
+
+
+@pytest.mark.parametrize(
+    ("values", "texts"),
+    [
+        (
+            pa.array([{"a": D("12345678901234567890.10"), "b": ["ä", None]}, None]),
+            ['{"a": 12345678901234567890.10, "b": ["ä", null]}', None],
+        ),
+        (pa.array([[D("1E+2"), None], []], pa.list_(pa.decimal128(3, -2))), ["[100, null]", "[]"]),
+        (
+            pa.array([[("a", 1), ('"', None)], [], None], pa.map_(pa.string(), pa.int64())),
+            ['{"a": 1, "\\"": null}', "{}", None],
+        ),
+        (
+            pa.array([{"m": [("k", [("x", D("0.5"))])]}], pa.struct([("m", pa.map_(pa.string(), INNER))])),
+            ['{"m": {"k": {"x": 0.50}}}'],
+        ),
+        (pa.array([[(1, "a"), (2, None)]], pa.map_(pa.int64(), pa.string())), ['[[1, "a"], [2, null]]']),
+        (pa.array([[("a", 1), ("a", 2)], [("a", 1)]], pa.map_(pa.string(), pa.int64())), [ValueError, '{"a": 1}']),
+        (pa.array([{"x": float("nan")}, {"x": -float("inf")}, {"x": 0.5}]), [ValueError, ValueError, '{"x": 0.5}']),
+        (pa.array([{"x": float("nan"), "d": D(1)}, {"x": 1.0, "d": None}]), [ValueError, '{"x": 1.0, "d": null}']),
+        (pa.array([{"t": 2**62}, {"t": 0}], pa.struct([("t", S)])), [ValueError, '{"t": "1970-01-01 00:00:00"}']),
+    ],
+)
+def test_nested_values_as_json(values: pa.Array, texts: list[Any]) -> None:
+    """ValueError: there is no JSON for it, and the row is a bad one."""
+    found = normal(values, "jsonb")
+    assert found.batch.column(0).to_pylist() == [None if text is ValueError else text for text in texts]
+    assert sorted(found.bad) == [row for row, text in enumerate(texts) if text is ValueError]
+    for row, text in enumerate(texts):
+        if isinstance(text, str):
+            json.loads(text)
+        shown = encoding.row_as_json(pa.record_batch({"c": values}), row)
+        json.loads(shown, parse_constant=pytest.fail)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.struct([("a", pa.binary())]),
+        pa.list_(pa.struct([("a", pa.list_(pa.large_binary()))])),
+        pa.map_(pa.string(), pa.binary(4)),
+        pa.struct([("a", pa.dictionary(pa.int8(), pa.binary()))]),
+    ],
+)
+def test_bytes_are_no_json(kind: pa.DataType) -> None:
+    for type_ in ("json", "jsonb"):
+        with pytest.raises(IncompatibleDataError, match=r"'c'.*JSON has no bytes.*hexadecimal"):
+            normal(pa.nulls(1, kind), type_)
+    identified = pa.array([uuid.UUID(int=7)], pa.uuid())
+    found = normal(pa.StructArray.from_arrays([identified], ["id"]), "jsonb")
+    assert found.batch.column(0).to_pylist() == ['{"id": "00000000-0000-0000-0000-000000000007"}']
 
 
 def test_the_hash_is_of_the_values_and_of_what_they_are_for() -> None:
