@@ -9,6 +9,11 @@ import pyarrow as pa
 NUMBER: Final = "22003"  # numeric_value_out_of_range
 TIME: Final = "22008"  # datetime_field_overflow
 
+TEXT: Final = "22001"  # string_data_right_truncation
+
+LONGEST: Final = {"name": 63, "char": 1}
+"""Types whose casts from text cut it, even in an assignment → bytes that they hold."""
+
 _FIRST_DAY: Final = -2_440_588
 """Of ``date`` and ``timestamp``: 4714-11-24 BC, in days since 1970. Of ``timestamp`` the last moment is behind what
 Arrow's microseconds can tell. https://www.postgresql.org/docs/18/datatype-datetime.html"""
@@ -36,8 +41,10 @@ def limits(given: pa.DataType, to: pa.DataType) -> tuple[int, int] | None:
 
 
 def sqlstate(to: pa.DataType) -> str:
-    """What the server says of a value that is out of the range of *to*."""
-    return TIME if pa.types.is_temporal(to) else NUMBER
+    """What the server says of a value that is out of the range of *to*, or too long for its text."""
+    if pa.types.is_temporal(to):
+        return TIME
+    return NUMBER if pa.types.is_primitive(to) else TEXT
 
 
 def _allowed(given: pa.DataType, to: pa.DataType) -> tuple[int, int] | None:

@@ -199,6 +199,10 @@ def _list(kind: pa.DataType, column: Column) -> Way | None:
     if not column.element or (_is_nested(inner) and not _is_list(inner)):
         return None
     if _is_list(inner):
+        while _is_list(inner):
+            inner = plain(inner.value_type)
+        if is_bytes(inner) and column.element in TEXTS:
+            return None
         return Way(pa.string(), "text", False, "array")
     found = _scalar(inner, column.element, "b")
     if found is None:

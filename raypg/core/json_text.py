@@ -43,7 +43,7 @@ def _needs_care(kind: pa.DataType) -> bool:
 
 def _text(value: Any) -> str:
     try:
-        return json.dumps(value, default=_other, ensure_ascii=False, allow_nan=False)
+        return _ENCODER.encode(value)
     except ValueError as error:
         raise ValueError(f"JSON has no such value ({error})") from None
 
@@ -52,6 +52,9 @@ def _other(value: Any) -> str:
     if isinstance(value, bytes | decimal.Decimal):  # of a union
         raise ValueError(f"{type(value).__name__} in a union")
     return str(value)
+
+
+_ENCODER = json.JSONEncoder(default=_other, ensure_ascii=False, allow_nan=False)
 
 
 def _or_null(write: Write) -> Write:

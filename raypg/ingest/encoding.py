@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -117,7 +118,7 @@ def _normal(column: pa.Array, field: Field) -> _Found:
         return _CONVERT[field.way.convert](column, field)
     if pa.types.is_list(to):
         return _lists(column, field)
-    values, wrong = _cast(column, to)
+    values, wrong = _cast(column, to, arrow_ranges.LONGEST.get(field.column.type))
     return values, {} if wrong is None else dict.fromkeys(pc.indices_nonzero(wrong).to_pylist(), _range(field, to))
 
 
@@ -130,13 +131,19 @@ def _decoded(column: pa.Array) -> pa.Array:
 
 
 def _range(field: Field, to: pa.DataType) -> tuple[str, str]:
-    text = f"value out of range for type {field.column.shown} in column {field.column.name!r}"
-    return arrow_ranges.sqlstate(to), text
+    state = arrow_ranges.sqlstate(to)
+    what = "too long" if state == arrow_ranges.TEXT else "out of range"
+    return state, f"value {what} for type {field.column.shown} in column {field.column.name!r}"
 
 
-def _cast(column: pa.Array, to: pa.DataType) -> tuple[pa.Array, Any]:
-    """(*column* as *to*, which of its values are out of the range of that, and NULL, or ``None``)."""
-    wrong = _out_of_range(column, to)
+def _cast(column: pa.Array, to: pa.DataType, longest: int | None) -> tuple[pa.Array, Any]:
+    """(*column* as *to*, which of its values are out of the range of that or have more than *longest* bytes, and so
+    are NULL, or ``None``)."""
+    if longest is not None:
+        column = pc.cast(column, to)
+        wrong = pc.greater(pc.binary_length(column), longest)
+    else:
+        wrong = _out_of_range(column, to)
     if wrong is not None:
         if not pc.any(wrong).as_py():
             wrong = None
@@ -163,7 +170,9 @@ def _out_of_range(column: pa.Array, to: pa.DataType) -> Any:
 
 def _lists(column: pa.Array, field: Field) -> _Found:
     to = field.way.to
-    values, wrong = _cast(_decoded(pc.list_flatten(column)), to.value_type)
+    values, wrong = _cast(
+        _decoded(pc.list_flatten(column)), to.value_type, arrow_ranges.LONGEST.get(field.column.element)
+    )
     rows = [] if wrong is None else pc.list_parent_indices(column).filter(wrong).to_pylist()
     null = pc.is_null(column)
     if column.type != to or rows:
@@ -193,12 +202,16 @@ def _uuids(column: pa.Array, field: Field) -> _Found:
 
 def _each(column: pa.Array, field: Field, convert: Callable[[Any], str]) -> _Found:
     """The text of each value; those that have none are bad."""
+    given: Sequence[Any] = column
+    with contextlib.suppress(ValueError, OverflowError):  # some value is none of Python's: they are made one by one
+        given = column.to_pylist()
     bad: dict[int, tuple[str, str]] = {}
     values: list[str | None] = []
-    for row, value in enumerate(column):
+    for row, value in enumerate(given):
         try:
-            given = value.as_py()
-            values.append(None if given is None else convert(given))
+            if isinstance(value, pa.Scalar):
+                value = value.as_py()
+            values.append(None if value is None else convert(value))
         except (ValueError, OverflowError) as error:
             values.append(None)
             state = arrow_ranges.TIME if isinstance(error, OverflowError) else NOT_OF_TYPE

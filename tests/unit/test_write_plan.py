@@ -98,6 +98,13 @@ def test_what_does_not_fit_is_named_with_a_remedy(given: pa.DataType, type_: str
     assert all(word in str(error) for word in ("'total'", str(given), type_))
 
 
+def test_bytes_in_nested_lists_are_no_texts() -> None:
+    nested = pa.list_(pa.list_(pa.binary()))
+    assert arrow_types.way(nested, column(type_="_bytea", element="bytea")).convert == "array"
+    with pytest.raises(IncompatibleDataError):
+        arrow_types.way(nested, column(type_="_text", element="text"))
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
