@@ -6,6 +6,7 @@ same batch again, after whatever went wrong, waits there for a transaction that 
 
 from __future__ import annotations
 
+import logging
 from typing import NamedTuple
 
 import asyncpg
@@ -14,6 +15,8 @@ from raypg.core.write_state import BatchCounts, is_conflict
 from raypg.errors import BatchConflictError, LedgerError
 from raypg.messages import FETCH, STATUS
 from raypg.server.connection import ServerConnection
+
+logger = logging.getLogger(__name__)
 
 LOCK_TIMEOUT = 2.0
 """Seconds to wait for another transaction that has written a batch of this id and has not ended."""
@@ -24,7 +27,9 @@ SCHEMA = f"""
 BEGIN;
 SELECT pg_catalog.pg_advisory_xact_lock({_ADVISORY});
 CREATE SCHEMA IF NOT EXISTS raypg;
-CREATE TABLE IF NOT EXISTS raypg.batches (pipeline text NOT NULL, batch_id text NOT NULL);
+CREATE TABLE IF NOT EXISTS raypg.batches (
+    pipeline text NOT NULL, batch_id text NOT NULL, PRIMARY KEY (pipeline, batch_id)
+);
 ALTER TABLE raypg.batches
     ADD COLUMN IF NOT EXISTS hash bytea,
     ADD COLUMN IF NOT EXISTS target text,
@@ -45,6 +50,27 @@ CREATE TABLE IF NOT EXISTS raypg.quarantine (
     stored_at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp()
 );
 COMMIT
+"""
+
+# Where all tables are published, rows of one that has no identity can be neither changed nor deleted. A ledger has none
+# yet if an older raypg or somebody by hand has made it.
+_PRIMARY_KEY = "ALTER TABLE raypg.batches ADD CONSTRAINT batches_pkey PRIMARY KEY USING INDEX batches_pkey"
+_IDENTITY = "ALTER TABLE raypg.quarantine REPLICA IDENTITY FULL"
+_UPGRADE = f"""
+BEGIN;
+SET LOCAL lock_timeout = '{LOCK_TIMEOUT}s';
+SELECT pg_catalog.pg_advisory_xact_lock({_ADVISORY});
+{{}};
+COMMIT
+"""
+
+# By the catalogue, since to_regclass() fails where one may not use the schema.
+_TABLES = """
+SELECT c.relname::text, i.indrelid IS NOT NULL OR c.relname = 'quarantine' AND c.relreplident <> 'd'
+FROM pg_catalog.pg_class c
+JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+LEFT JOIN pg_catalog.pg_index i ON i.indrelid = c.oid AND i.indisprimary
+WHERE n.nspname = 'raypg' AND c.relname IN ('batches', 'quarantine')
 """
 
 BEGIN = f"""
@@ -81,11 +107,17 @@ class Entry(NamedTuple):
     rows: int
 
 
-async def ensure(connection: ServerConnection) -> None:
-    """Make the tables if they are missing; raises as :func:`create`."""
-    ((there,),), _ = await connection.run(FETCH, "SELECT to_regclass('raypg.quarantine') IS NOT NULL", ())
-    if not there:
+async def ensure(connection: ServerConnection, with_quarantine: bool) -> None:
+    """Make the tables if they are missing, and give them what those of an older raypg lack; raises as :func:`create`.
+
+    Args:
+        with_quarantine: the one of refused rows is needed too.
+    """
+    tables = await _tables(connection)
+    if "batches" not in tables or (with_quarantine and "quarantine" not in tables):
         await create(connection)
+    else:
+        await _upgrade(connection, tables)
 
 
 async def create(connection: ServerConnection) -> None:
@@ -98,7 +130,7 @@ async def create(connection: ServerConnection) -> None:
     for attempt in range(2):
         try:
             await connection.run(STATUS, SCHEMA, ())
-            return
+            break
         except asyncpg.PostgresError as error:
             await connection.run(STATUS, "ROLLBACK", ())
             if isinstance(error, asyncpg.InsufficientPrivilegeError):
@@ -106,6 +138,26 @@ async def create(connection: ServerConnection) -> None:
             # Somebody else has just made it: IF NOT EXISTS may look at what was known before our turn came.
             if attempt or not isinstance(error, asyncpg.UniqueViolationError):
                 raise
+    await _upgrade(connection, await _tables(connection))
+
+
+async def _tables(connection: ServerConnection) -> dict[str, bool]:
+    """The tables of the ledger that exist, and whether their rows have an identity."""
+    rows, _ = await connection.run(FETCH, _TABLES, ())
+    return dict(map(tuple, rows))
+
+
+async def _upgrade(connection: ServerConnection, tables: dict[str, bool]) -> None:
+    """Give the rows of *tables* an identity. If that cannot be now, most can be done without, and somebody else who
+    may do it will."""
+    for table, change in (("batches", _PRIMARY_KEY), ("quarantine", _IDENTITY)):
+        if tables.get(table, True):
+            continue
+        try:
+            await connection.run(STATUS, _UPGRADE.format(change), ())
+        except asyncpg.PostgresError as error:  # not the owner; or another worker was first; or it is being written to
+            await connection.run(STATUS, "ROLLBACK", ())
+            logger.info("raypg.%s is left without an identity of its rows: %s", table, error)
 
 
 async def forbidden(connection: ServerConnection, error: asyncpg.PostgresError) -> LedgerError:

@@ -77,7 +77,7 @@ class Intake:
         self._engine = engine
         self._gate = asyncio.Semaphore(AT_ONCE)
         self._tables: dict[tuple[str | None, str], tuple[float, Table]] = {}
-        self.has_ledger = False  # as far as we know
+        self.ledger_tables = 0  # how many of its two tables are there, as far as we know
 
     async def write(self, job: str, spec: Spec, fetch: Callable[[], Awaitable[Any]]) -> tuple[int, int, int, bool]:
         """Write the batch that *fetch* gives.
@@ -174,7 +174,7 @@ class WriteRequest(Request[BatchCounts]):
                 state = getattr(error, "sqlstate", None)
                 if await self._again(engine, error):
                     continue
-                self._intake.has_ledger = False
+                self._intake.ledger_tables = 0
                 if state in CHANGED and not anew and self._prepared is not None:
                     anew, self._prepared = True, None
                     continue
@@ -243,9 +243,10 @@ class WriteRequest(Request[BatchCounts]):
         prepared = self._prepared
         prepared.claimed = False
         tolerant = spec.on_bad_rows == "quarantine"
-        if tolerant and not self._intake.has_ledger:
-            await ledger.ensure(connection)
-            self._intake.has_ledger = True
+        needed = 2 if tolerant else int(prepared.entry is not None)
+        if self._intake.ledger_tables < needed:
+            await ledger.ensure(connection, tolerant)
+            self._intake.ledger_tables = needed
         if prepared.entry is not None:
             counts = await self._claim(connection, prepared)
             self._unsure = False  # the ledger has told

@@ -1,0 +1,115 @@
+"""The ledger of written batches, in databases of its own: an older one, published, without privileges; in what order
+the transaction of a batch goes, and how durable it is."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator
+from typing import Any
+
+import asyncpg
+import pyarrow as pa
+import pytest
+from pools import own_pool, pipeline_of
+
+from raypg import WorkflowConnectionPool, ledger
+from raypg.embedded import EmbeddedServer
+
+OLDER = """
+create schema raypg;
+create table raypg.batches (
+    pipeline text not null, batch_id text not null, hash bytea, target text, rows bigint,
+    duplicates bigint not null default 0, quarantined bigint not null default 0,
+    xid bigint default txid_current(), committed_at timestamptz not null default clock_timestamp()
+);
+create unique index batches_pkey on raypg.batches (pipeline, batch_id);
+create table raypg.quarantine (
+    pipeline text not null, batch_id text, target text not null, row bigint not null, sqlstate text not null,
+    message text not null, data text not null, stored_at timestamptz not null default clock_timestamp()
+);
+insert into raypg.batches (pipeline, batch_id) values ('old', 'one');
+"""
+"""The tables as raypg made them once."""
+
+KEY = """
+select pg_get_constraintdef(oid) from pg_constraint where conrelid = 'raypg.batches'::regclass and contype = 'p'
+"""
+
+
+def items(*ids: int, amount: int = 0) -> pa.Table:
+    return pa.table({"id": list(ids), "amount": [amount] * len(ids)})
+
+
+@pytest.fixture
+async def database(pg: EmbeddedServer, direct: asyncpg.Connection) -> AsyncIterator[asyncpg.Connection]:
+    """A superuser's connection to a database of this test alone, with an empty table ``item (id int primary key,
+    amount int check (amount >= 0))``."""
+    name = f"ledger_{secrets.token_hex(6)}"
+    await direct.execute(f"create database {name}")
+    connection = await asyncpg.connect(**{**pg.parameters, "database": name})
+    try:
+        await connection.execute("create table item (id int primary key, amount int check (amount >= 0))")
+        yield connection
+    finally:
+        connection.terminate()
+        await direct.execute(f"drop database {name} with (force)")
+
+
+async def named(database: asyncpg.Connection) -> str:
+    return str(await database.fetchval("select current_database()"))
+
+
+@pytest.fixture
+async def inside(
+    ray_cluster: Any, pg: EmbeddedServer, database: asyncpg.Connection
+) -> AsyncIterator[WorkflowConnectionPool]:
+    """A pool in that database."""
+    async with own_pool(pg, database=await named(database), max_connections=4) as pool:
+        yield pool
+
+
+# --- its tables ---
+
+
+@pytest.mark.parametrize("older", [False, True])
+async def test_a_ledger_in_a_database_whose_tables_are_all_published(
+    inside: WorkflowConnectionPool, database: asyncpg.Connection, older: bool
+) -> None:
+    """Rows of a published table can only be changed if it has an identity."""
+    if older:
+        await database.execute(OLDER)
+    await database.execute("create publication everything for all tables")
+    pipeline = pipeline_of(inside)
+    how: dict[str, Any] = {"into": "item", "mode": "ignore", "on_bad_rows": "quarantine"}
+    assert (await pipeline.write(items(1, 2), batch_id="a", **how)).rows == 2
+    again = await pipeline.write(items(2, 3), batch_id="b", **how)
+    assert (again.rows, again.duplicates) == (1, 1)
+    assert (await pipeline.write(items(4, amount=-1), batch_id="c", **how)).quarantined == 1
+    assert await ledger.prune(inside, older_than=ledger.parse_age("0s")) == 3 + older
+    assert await database.execute("delete from raypg.quarantine") == "DELETE 1"
+    assert await database.fetchval(KEY) == "PRIMARY KEY (pipeline, batch_id)"
+
+
+async def test_many_workers_give_an_older_ledger_its_key(
+    ray_cluster: Any, pg: EmbeddedServer, database: asyncpg.Connection
+) -> None:
+    await database.execute(OLDER)
+    async with own_pool(pg, database=await named(database), workers=3, max_connections=6) as pool:
+        written = await pipeline_of(pool).write(items(*range(60)), into="item", batch_id="b", batch_rows=2)
+        assert written.rows == 60
+        assert len(written.workers) > 1
+    assert await database.fetchval(KEY) == "PRIMARY KEY (pipeline, batch_id)"
+    assert await database.fetchval("select count(*) from raypg.batches") == 31
+
+
+async def test_an_older_ledger_that_is_being_written_to_gets_its_key_later(
+    inside: WorkflowConnectionPool, database: asyncpg.Connection
+) -> None:
+    """It is not waited for: batches go on."""
+    await database.execute(OLDER)
+    async with database.transaction():
+        await database.execute("insert into raypg.batches (pipeline, batch_id) values ('old', 'two')")
+        written = await asyncio.wait_for(pipeline_of(inside).write(items(1), into="item", batch_id="b"), 20)
+    assert written.rows == 1
+    assert await database.fetchval(KEY) is None
