@@ -3,7 +3,7 @@
 ``pg_xact_status`` can lie after a crash: the number of a transaction whose commit was not flushed is given out once
 more. So it is believed only over a connection that was opened before the COMMIT was sent and still lives, for a crash
 ends them all. What tells the truth at any time is a row of the transaction's own: if a table ``raypg.batches (pipeline
-text, batch_id text, …)`` exists, one is written there.
+text, batch_id text, …)`` exists that we may use, one is written there.
 """
 
 from __future__ import annotations
@@ -31,7 +31,11 @@ LOOK_EVERY = 0.05
 
 _BEFORE = """
 SELECT pg_catalog.txid_current_if_assigned(), pg_catalog.clock_timestamp(), a.pid, a.backend_start,
-       to_regclass('raypg.batches') IS NOT NULL
+       EXISTS (SELECT FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+               WHERE n.nspname = 'raypg' AND c.relname = 'batches'
+                 AND pg_catalog.has_schema_privilege(n.oid, 'USAGE')
+                 AND pg_catalog.has_table_privilege(c.oid, 'SELECT')
+                 AND pg_catalog.has_table_privilege(c.oid, 'INSERT'))
 FROM pg_catalog.pg_stat_activity a WHERE a.pid = pg_catalog.pg_backend_pid()
 """
 _MARK = "INSERT INTO raypg.batches (pipeline, batch_id) VALUES ($1, $2)"

@@ -96,6 +96,9 @@ SELECT $1, $2, $3, bad.* FROM unnest($4::bigint[], $5::text[], $6::text[], $7::t
 MISSING = ("42P01", "3F000", "42703", "42P10")
 """There is no such table, schema, column, or unique index: of a table that somebody made by hand."""
 
+FORBIDDEN = "42501"
+"""A privilege is missing."""
+
 
 class Entry(NamedTuple):
     """A batch, as the ledger knows it."""
@@ -133,7 +136,7 @@ async def create(connection: ServerConnection) -> None:
             break
         except asyncpg.PostgresError as error:
             await connection.run(STATUS, "ROLLBACK", ())
-            if isinstance(error, asyncpg.InsufficientPrivilegeError):
+            if error.sqlstate == FORBIDDEN:
                 raise await forbidden(connection, error) from error
             # Somebody else has just made it: IF NOT EXISTS may look at what was known before our turn came.
             if attempt or not isinstance(error, asyncpg.UniqueViolationError):

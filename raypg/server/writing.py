@@ -263,10 +263,14 @@ class WriteRequest(Request[BatchCounts]):
         )
         written = await loader.load(tolerant, spec.first)
         counts = BatchCounts(written, prepared.bad.good - written, len(prepared.bad.found))
-        if prepared.bad.found:
-            await self._store(connection, prepared)
-        if prepared.entry is not None and counts[1:] != (0, 0, False):
-            await ledger.correct(connection, prepared.entry, counts)
+        try:
+            if prepared.bad.found:
+                await self._store(connection, prepared)
+            if prepared.entry is not None and counts[1:] != (0, 0, False):
+                await ledger.correct(connection, prepared.entry, counts)
+        except asyncpg.InsufficientPrivilegeError as error:
+            await connection.run(STATUS, "ROLLBACK", ())
+            raise await ledger.forbidden(connection, error) from error
         self._ended = True
         await connection.run(STATUS, "COMMIT", ())
         return counts
@@ -282,7 +286,7 @@ class WriteRequest(Request[BatchCounts]):
                 if error.sqlstate in ledger.MISSING and not attempt:
                     await ledger.create(connection)
                     continue
-                if error.sqlstate == "42501":
+                if error.sqlstate == ledger.FORBIDDEN:
                     raise await ledger.forbidden(connection, error) from error
                 raise
             if counts is not None:

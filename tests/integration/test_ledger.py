@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 from pools import own_pool, pipeline_of
 
-from raypg import WorkflowConnectionPool, ledger
+from raypg import LedgerError, WorkflowConnectionPool, ledger
 from raypg.embedded import EmbeddedServer
 
 OLDER = """
@@ -113,3 +113,90 @@ async def test_an_older_ledger_that_is_being_written_to_gets_its_key_later(
         written = await asyncio.wait_for(pipeline_of(inside).write(items(1), into="item", batch_id="b"), 20)
     assert written.rows == 1
     assert await database.fetchval(KEY) is None
+
+
+# --- privileges ---
+
+
+@pytest.fixture
+async def role(direct: asyncpg.Connection, database: asyncpg.Connection) -> AsyncIterator[str]:
+    """A role that may write to ``item`` and make temporary tables, and nothing else."""
+    name = f"writer_{secrets.token_hex(6)}"
+    await direct.execute(f"create role {name} login password 'x'")
+    await database.execute(f"grant select, insert on item to {name}")
+    try:
+        yield name
+    finally:
+        await database.execute(f"drop owned by {name}")
+        await direct.execute(f"drop role {name}")
+
+
+@pytest.fixture
+async def theirs(
+    ray_cluster: Any, pg: EmbeddedServer, database: asyncpg.Connection, role: str
+) -> AsyncIterator[WorkflowConnectionPool]:
+    """A pool of that role."""
+    async with own_pool(pg, database=await named(database), user=role, password="x", max_connections=2) as pool:
+        yield pool
+
+
+IGNORE: dict[str, Any] = {"into": "item", "mode": "ignore"}
+BAD_ROWS: dict[str, Any] = {"into": "item", "on_bad_rows": "quarantine"}
+
+
+async def test_each_missing_privilege_is_told_with_its_grant(
+    theirs: WorkflowConnectionPool, database: asyncpg.Connection, role: str
+) -> None:
+    """Whatever of the ledger is refused, from the making of it to the note of bad rows, nothing is written."""
+    pipeline = pipeline_of(theirs)
+    on_database = f"GRANT CREATE ON DATABASE {await named(database)} TO {role}"
+    on_schema, on_tables = (
+        f"GRANT USAGE ON SCHEMA raypg TO {role}",
+        f"GRANT SELECT, INSERT, UPDATE, DELETE ON .* {role}",
+    )
+
+    async def refused(grant: str, what: str, data: pa.Table, **how: Any) -> None:
+        with pytest.raises(LedgerError, match=grant) as caught:
+            await pipeline.write(data, **how)
+        assert f"permission denied for {what}" in str(caught.value)
+        assert await database.fetchval("select count(*) from item where id > 1") == 0
+
+    # There is no ledger, and it may not be made.
+    await refused(on_database, "database", items(2), into="item", batch_id="b")
+    await refused(on_database, "database", items(2), **BAD_ROWS)
+    # Somebody else makes it.
+    await database.execute(OLDER)
+    await refused(on_schema, "schema raypg", items(2), into="item", batch_id="b")
+    await refused(on_schema, "schema raypg", items(2, amount=-1), **BAD_ROWS)
+    await database.execute(f"grant usage on schema raypg to {role}")
+    await refused(on_tables, "table batches", items(2), into="item", batch_id="b")
+    await refused(on_tables, "table quarantine", items(2, amount=-1), **BAD_ROWS)
+    await database.execute(f"grant select, insert on raypg.batches to {role}")
+    assert (await pipeline.write(items(1), into="item", batch_id="b")).rows == 1
+    await refused(on_tables, "table batches", items(1, 2), batch_id="c", **IGNORE)
+    await refused(on_tables, "table quarantine", items(2, amount=-1), batch_id="c", **BAD_ROWS)
+    # With what the messages have said, all goes; but for the key of the ledger, which only its owner may make.
+    await database.execute(f"grant select, insert, update, delete on raypg.batches, raypg.quarantine to {role}")
+    assert (await pipeline.write(items(1, 2), batch_id="c", **IGNORE)).duplicates == 1
+    assert (await pipeline.write(items(3, amount=-1), batch_id="d", **BAD_ROWS)).quarantined == 1
+    assert await database.fetchval(KEY) is None
+
+
+async def test_with_the_grant_the_ledger_is_made_on_first_use(
+    theirs: WorkflowConnectionPool, database: asyncpg.Connection, role: str
+) -> None:
+    await database.execute(f"grant create on database {await named(database)} to {role}")
+    assert (await pipeline_of(theirs).write(items(1), batch_id="b", **BAD_ROWS)).rows == 1
+    owner = "select relowner::regrole::text from pg_class where oid = 'raypg.batches'::regclass"
+    assert await database.fetchval(owner) == role
+
+
+async def test_a_transactional_pipeline_needs_no_ledger(
+    theirs: WorkflowConnectionPool, database: asyncpg.Connection
+) -> None:
+    """It only notes its commit there if it may."""
+    await database.execute(OLDER)
+    async with pipeline_of(theirs, strategy="transactional") as pipeline:
+        await pipeline.add_query("insert into item values (1, 1)")
+        (result,) = await pipeline.flush()
+    assert result.success, result.error
