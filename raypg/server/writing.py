@@ -241,7 +241,7 @@ class WriteRequest(Request[BatchCounts]):
                     raise
                 raise TableChanged from None  # the user may just have mended it
         prepared = self._prepared
-        prepared.claimed = False
+        prepared.claimed = prepared.entry is None
         tolerant = spec.on_bad_rows == "quarantine"
         needed = 2 if tolerant else int(prepared.entry is not None)
         if self._intake.ledger_tables < needed:
@@ -252,12 +252,14 @@ class WriteRequest(Request[BatchCounts]):
             self._unsure = False  # the ledger has told
             if counts is not None:
                 return counts
+            prepared.claimed = True
+            # Not with BEGIN: for the table one waits as long as the role's own lock_timeout says.
+            begin = "SET LOCAL lock_timeout = DEFAULT"
         else:
-            begin = "BEGIN ISOLATION LEVEL READ COMMITTED" + write_plan.begin_text(prepared.plan)
-            await connection.run(STATUS, begin, ())
+            begin = "BEGIN ISOLATION LEVEL READ COMMITTED"
+        await connection.run(STATUS, begin + write_plan.begin_text(prepared.plan), ())
         if not prepared.plan.staged and not await write_target.is_unchanged(connection, prepared.plan.table):
             raise TableChanged
-        prepared.claimed = True
         loader = Loader(
             connection, prepared.plan, prepared.batch, prepared.chunks, prepared.bad, engine.config.command_timeout
         )
@@ -278,7 +280,7 @@ class WriteRequest(Request[BatchCounts]):
     async def _claim(self, connection: ServerConnection, prepared: Prepared) -> BatchCounts | None:
         """Begin the transaction with the batch's row in the ledger; what was written before, if it was."""
         for attempt in range(2):
-            await connection.run(STATUS, ledger.BEGIN + write_plan.begin_text(prepared.plan), ())
+            await connection.run(STATUS, ledger.BEGIN, ())
             try:
                 counts = None if prepared.entry is None else await ledger.claim(connection, prepared.entry)
             except asyncpg.PostgresError as error:
@@ -291,8 +293,6 @@ class WriteRequest(Request[BatchCounts]):
                 raise
             if counts is not None:
                 await connection.run(STATUS, "ROLLBACK", ())
-            else:
-                await connection.run(STATUS, "SET LOCAL lock_timeout = DEFAULT", ())
             return counts
         raise AssertionError("the second attempt returns or raises")
 
@@ -312,7 +312,7 @@ class Prepared:
         chunks: its bytes, if they are kept.
         bad: its rows that are known to be bad.
         entry: its row in the ledger; ``None`` without a batch id.
-        claimed: that row is written.
+        claimed: that row is written, or there is none to write.
         text: of the statement, for the metrics.
     """
 

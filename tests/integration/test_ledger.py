@@ -12,9 +12,11 @@ import asyncpg
 import pyarrow as pa
 import pytest
 from pools import own_pool, pipeline_of
+from waiting import eventually
 
 from raypg import LedgerError, WorkflowConnectionPool, ledger
 from raypg.embedded import EmbeddedServer
+from raypg.server.ledger import LOCK_TIMEOUT
 
 OLDER = """
 create schema raypg;
@@ -200,3 +202,26 @@ async def test_a_transactional_pipeline_needs_no_ledger(
         await pipeline.add_query("insert into item values (1, 1)")
         (result,) = await pipeline.flush()
     assert result.success, result.error
+
+
+# --- the transaction of a batch ---
+
+
+async def test_a_batch_waits_for_its_table_as_long_as_it_takes(
+    inside: WorkflowConnectionPool, database: asyncpg.Connection
+) -> None:
+    """Somebody makes an index, say. Only for its row of the ledger, which it locks first, a batch waits briefly."""
+    pipeline = pipeline_of(inside)
+    await pipeline.write(items(0), into="item", batch_id="makes the ledger")
+    waits = """
+    select count(*) from pg_locks waiting join pg_locks held using (pid)
+    where not waiting.granted and waiting.relation = 'item'::regclass
+      and held.granted and held.relation = 'raypg.batches'::regclass and held.mode = 'RowExclusiveLock'
+      and waiting.waitstart < clock_timestamp() - $1 * interval '1 second'
+    """
+    async with database.transaction():
+        await database.execute("lock table item in share mode")
+        work = asyncio.ensure_future(pipeline.write(items(1, 2), into="item", batch_id="b"))
+        await eventually(lambda: database.fetchval(waits, LOCK_TIMEOUT * 1.5), timeout=20)
+        assert not work.done()
+    assert (await work).rows == 2
