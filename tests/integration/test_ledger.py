@@ -225,3 +225,22 @@ async def test_a_batch_waits_for_its_table_as_long_as_it_takes(
         await eventually(lambda: database.fetchval(waits, LOCK_TIMEOUT * 1.5), timeout=20)
         assert not work.done()
     assert (await work).rows == 2
+
+
+@pytest.mark.parametrize(("given", "used"), [("off", "on"), ("local", "local")])
+async def test_a_batch_is_on_disk_when_it_is_known(
+    ray_cluster: Any, pg: EmbeddedServer, database: asyncpg.Connection, given: str, used: str
+) -> None:
+    """A crash must not take back what the caller was told; nor is more waited for than the database is set to."""
+    name = await named(database)
+    await database.execute(
+        f"alter database {name} set synchronous_commit = {given}; create table seen (name text, setting text);"
+        "create function look() returns trigger language plpgsql as"
+        " $$begin insert into seen values (tg_table_name, current_setting('synchronous_commit')); return null; end$$;"
+        "create trigger look after insert on item execute function look()"
+    )
+    async with own_pool(pg, database=name, max_connections=1) as pool:
+        assert await pool.fetchval("show synchronous_commit") == given
+        await pipeline_of(pool).write(items(1), into="item", batch_id="b")
+        assert await database.fetch("select * from seen") == [("item", used)]
+        assert await pool.fetchval("show synchronous_commit") == given

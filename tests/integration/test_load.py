@@ -147,7 +147,7 @@ async def test_killed_and_started_again_it_goes_on(
 
 
 async def prunes(environment: dict[str, str], directory: Path, direct: asyncpg.Connection, batch: str) -> None:
-    """`raypg ledger prune` forgets what is old enough, and nothing else."""
+    """`raypg ledger prune` forgets what is old enough, or was there before a batch, and nothing else."""
     known = "select count(*) from raypg.batches where pipeline = 'load' and batch_id like $1"
     assert await direct.fetchval(known, batch) == 40
     old = "update raypg.batches set committed_at = committed_at - interval '3 days' where batch_id like $1"
@@ -156,6 +156,17 @@ async def prunes(environment: dict[str, str], directory: Path, direct: asyncpg.C
     done = run(*prune, "--older-than", "2d", environment=environment, cwd=directory)
     assert (done.returncode, done.stdout) == (0, "loading: 10 batches forgotten\n"), done.stderr
     assert await direct.fetchval(known, batch) == 30
+    marks = "select batch_id, committed_at from raypg.batches where pipeline = 'load' and batch_id like $1 order by 2"
+    batches = await direct.fetch(marks, batch)
+    watermark, moment = batches[12]
+    earlier = sum(at < moment for _, at in batches)
+    others = "select count(*) from raypg.batches where pipeline = 'load' and committed_at < $1"
+    forgotten = await direct.fetchval(others, moment)  # of other files too
+    done = run(*prune, "--before", watermark, environment=environment, cwd=directory)
+    assert (done.returncode, done.stdout) == (0, f"loading: {forgotten} batches forgotten\n"), done.stderr
+    assert await direct.fetchval(known, batch) == 30 - earlier
+    unknown = run(*prune, "--before", "no batch", environment=environment, cwd=directory)
+    assert (unknown.returncode, unknown.stderr) == (1, "raypg: the ledger has no batch 'no batch' of pipeline 'load'\n")
     wrong = run(*prune, "--older-than", "2 fortnights", environment=environment, cwd=directory)
     assert (wrong.returncode, wrong.stdout) == (1, "")
     assert "give a number and one of s, m, h, d, w, for instance 30d" in wrong.stderr
