@@ -280,7 +280,9 @@ class QueryPipelineNode:
             overriding: values may be given for identity columns that are GENERATED ALWAYS.
 
         Raises:
-            OutcomeUnknownError: only without *batch_id*.
+            OutcomeUnknownError: a worker or connection died under a batch, and it cannot be known whether that was
+                written. With a *batch_id* only if the server stays away for ``acquire_timeout``, or worker after worker
+                dies: the same call again finds out.
             Exception: nothing of the batch was written (asyncpg's own errors have the number of the ``row``, if known).
                 All have the result so far as ``written``.
         """

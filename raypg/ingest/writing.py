@@ -157,7 +157,8 @@ class Writer:
         """Write one batch, whatever becomes of workers; (what became of its rows, number of the worker).
 
         Raises:
-            OutcomeUnknownError: it has no batch id, and its worker or connection died with it.
+            OutcomeUnknownError: its worker or connection died with it, and it has no batch id; or it has one, and
+                ``acquire_timeout`` is over, or `TRIES` workers have died.
             RaypgError, asyncpg.PostgresError: nothing of it was written.
         """
         reference = data if isinstance(data, ray.ObjectRef) else await asyncio.to_thread(inputs.put, data)
@@ -196,7 +197,10 @@ class Writer:
                 await asyncio.sleep(POLL)
                 continue
             raise error
-        raise OutcomeUnknownError(f"{TRIES} workers died, one after the other, with a batch into {self._order.into!r}")
+        raise OutcomeUnknownError(
+            f"{TRIES} workers died, one after the other, with a batch into {self._order.into!r}; the same write can be "
+            "repeated"
+        )
 
     async def _channel(self, dispatcher: Dispatcher) -> Channel:
         """The worker that has the fewest batches of ours."""

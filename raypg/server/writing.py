@@ -87,7 +87,8 @@ class Intake:
 
         Raises:
             Refused: carries the packed error; nothing of the batch was written.
-            OutcomeUnknownError: without a batch id: the connection died under COMMIT.
+            OutcomeUnknownError: the connection died under COMMIT, and there is no batch id; or no other connection was
+                to be had in time to look at the ledger.
             TypeError: what *fetch* gives is no Arrow data.
         """
         engine = self._engine
@@ -204,9 +205,9 @@ class WriteRequest(Request[BatchCounts]):
         engine.put_first(self)
 
     def _unknown(self) -> OutcomeUnknownError:
+        how = "the same write can be repeated" if self._spec.batch_id else "with batch_id=… it could be repeated"
         return OutcomeUnknownError(
-            f"the server ended the connection at COMMIT of a batch into {self._spec.into[1]!r}; with batch_id=… the "
-            "same write can be repeated"
+            f"the server ended the connection at COMMIT of a batch into {self._spec.into[1]!r}; {how}"
         )
 
     async def _again(self, engine: Engine, error: Exception) -> bool:
