@@ -3,30 +3,71 @@
 from __future__ import annotations
 
 import asyncio
-import glob
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+import asyncpg
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet
 from rich.console import Console
 
 from raypg import QueryPipelineNode, WorkflowConnectionPool
 from raypg.cli_pools import connect
+from raypg.core.arrow_types import FLOATS, INTEGERS
+from raypg.core.nearest import did_you_mean, nearest
 from raypg.core.sql_text import quoted_name
-from raypg.core.write_plan import parse_name
+from raypg.core.write_plan import check_options, parse_name
 from raypg.core.write_state import BATCH_ROWS
-from raypg.errors import ConfigError
+from raypg.errors import ConfigError, OutcomeUnknownError, RaypgError
+from raypg.ingest.writing import WriteResult
 from raypg.pool import get_pool
+from raypg.row_files import batches, found, names_in, row_at
 
 PIPELINE = "load"
 """Under whose name the ledger has the batches of files."""
 
-BLOCK = 8 * 1024 * 1024
-"""Bytes of a CSV file that are read at a time; no row may be longer."""
+READ_HERE: dict[str, pa.DataType] = {**INTEGERS, **FLOATS, "date": pa.date32()}
+"""Types of columns that Arrow reads from text in the form that PostgreSQL writes; the server reads the rest."""
 
-FORMATS = {".csv": "csv", ".tsv": "tsv", ".parquet": "parquet", ".pq": "parquet"}
+_DATA_EXCEPTION = "22"
+"""Class of SQLSTATE."""
+
+SHOWN = 60
+"""Characters that are shown of a value."""
+
+_COLUMNS = """
+SELECT pg_catalog.format('%I.%I', n.nspname, c.relname), a.attname::text, coalesce(base.typname, t.typname)::text
+FROM pg_catalog.pg_class c
+JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+JOIN pg_catalog.pg_type t ON t.oid = a.atttypid
+LEFT JOIN pg_catalog.pg_type base ON base.oid = t.typbasetype AND t.typtype = 'd'
+WHERE c.oid = pg_catalog.to_regclass($1) ORDER BY a.attnum
+"""
+
+_TABLES = """
+SELECT pg_catalog.format('%I.%I', n.nspname, c.relname),
+       CASE WHEN pg_catalog.pg_table_is_visible(c.oid) THEN pg_catalog.format('%I', c.relname) END
+FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+WHERE c.relkind IN ('r', 'p', 'v', 'f') AND n.nspname !~ '^(pg_|information_schema$)'
+"""
+
+
+class LoadError(RaypgError):
+    """A file could not be loaded, or only a part of it. Says what was wrong, what is committed and what to do.
+    ``args``: (message,)."""
+
+
+class Target(NamedTuple):
+    """A table that files are loaded into.
+
+    Attributes:
+        shown: its schema and name, as SQL.
+        types: its columns, and as what their texts are read here; as texts if the server reads them.
+    """
+
+    shown: str
+    types: dict[str, pa.DataType]
 
 
 def load(
@@ -46,10 +87,12 @@ def load(
     interrupted, it goes on where it was; a changed file is a new one.
 
     Raises:
-        ConfigError: no such file, or one of a kind that is not known.
-        Exception: as of :meth:`raypg.QueryPipelineNode.write`.
+        ConfigError: no such file, or one of a kind that is not known; another argument is wrong.
+        Exception: as of :func:`load_files`.
     """
     files = found(patterns)
+    parse_name(into)
+    check_options(mode, on_bad_rows, list(key) or None, None)
     connect(address)
     console = Console()
 
@@ -73,22 +116,30 @@ async def load_files(
     again: bool = False,
     progress: bool = False,
 ) -> None:
-    """Load *files*, and tell of each what became of it."""
-    table = quoted_name(*filter(None, parse_name(into)))
-    async with pool.stream(f"SELECT * FROM {table} LIMIT 0") as stream:
-        schema = stream.schema
+    """Load *files*, and tell of each what became of it.
+
+    Raises:
+        ConfigError: there is no such table or column, or a file cannot be read. Nothing was loaded.
+        LoadError: a file was not loaded, or not all of it.
+    """
+    check_options(mode, on_bad_rows, key, None)
+    target = await table_of(pool, into)
+    check_columns(target, key or (), files)
     async with QueryPipelineNode(PIPELINE, pool) as pipeline:
         for file in files:
-            result = await pipeline.write(
-                batches(file, schema, batch_rows),
-                into,
-                mode,
-                key,
-                None if again else batch_id(file),
-                on_bad_rows,
-                progress,
-                batch_rows=batch_rows,
-            )
+            try:
+                result = await pipeline.write(
+                    batches(file, target.types, batch_rows),
+                    into,
+                    mode,
+                    key,
+                    None if again else batch_id(file),
+                    on_bad_rows,
+                    progress,
+                    batch_rows=batch_rows,
+                )
+            except (RaypgError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+                raise LoadError(f"{what_failed(file, error)}\n{what_next(error, mode, on_bad_rows, again)}") from error
             told = [f"{result.rows:,} rows in {result.seconds:.1f} s"]
             for count, what in (
                 (result.known_rows, "loaded before"),
@@ -100,22 +151,31 @@ async def load_files(
             tell(f"{file}: {', '.join(told)}")
 
 
-def found(patterns: Sequence[str]) -> list[Path]:
-    """The files that *patterns* mean, each once.
+async def table_of(pool: WorkflowConnectionPool, into: str) -> Target:
+    """The table of that name, from the catalogue: who may only INSERT may not SELECT from it.
 
     Raises:
-        ConfigError: a pattern means none, or a file is of no kind that is known.
+        ConfigError: there is none; names the nearest.
     """
-    files: dict[Path, None] = {}
-    for pattern in patterns:
-        names = sorted(glob.glob(pattern, recursive=True)) or ([pattern] if Path(pattern).is_file() else [])
-        if not names:
-            raise ConfigError(f"{pattern}: there is no such file")
-        files.update(dict.fromkeys(Path(name) for name in names))
-    for file in files:
-        if file.suffix.lower() not in FORMATS:
-            raise ConfigError(f"{file}: must be one of {', '.join('*' + suffix for suffix in FORMATS)}")
-    return list(files)
+    schema, name = parse_name(into)
+    columns = await pool.fetch(_COLUMNS, quoted_name(*filter(None, (schema, name))))
+    if not columns:
+        guess = nearest(into, [known for row in await pool.fetch(_TABLES) for known in row if known])
+        raise ConfigError(f"into={into!r}: there is no such table{f' (did you mean {guess!r}?)' if guess else ''}")
+    return Target(columns[0][0], {row[1]: READ_HERE.get(row[2], pa.string()) for row in columns})
+
+
+def check_columns(target: Target, key: Sequence[str], files: Sequence[Path]) -> None:
+    """Look for what *target* does not have before anything is loaded.
+
+    Raises:
+        ConfigError: a column of *key* or of a file is not among its columns; names the nearest.
+    """
+    for where, names in [("the key", key), *((str(file), names_in(file)) for file in files)]:
+        for name in names:
+            if name not in target.types:
+                hint = did_you_mean(name, target.types)
+                raise ConfigError(f"{where}: {target.shown} has no column {name!r}{hint}")
 
 
 def batch_id(file: Path) -> str:
@@ -124,35 +184,46 @@ def batch_id(file: Path) -> str:
     return f"{file.resolve()}:{status.st_size}:{status.st_mtime_ns}"
 
 
-def batches(file: Path, schema: pa.Schema, batch_rows: int) -> Iterator[pa.RecordBatch]:
-    """What is in *file*; the texts of a CSV file as the types of *schema*.
-
-    Raises:
-        ConfigError: it cannot be read as what its name says.
-    """
-    kind = FORMATS[file.suffix.lower()]
+def what_failed(file: Path, error: Exception) -> str:
+    """*error* in words; with line, column and values, if it is about a row of *file*."""
+    row = getattr(error, "row", None)
+    if row is None:
+        return str(error) if str(file) in str(error) else f"{file}: {error}"
     try:
-        if kind == "parquet":
-            yield from pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=batch_rows)
-            return
-        types = {field.name: field.type for field in schema if _reads(field.type)}
-        others = {field.name: pa.string() for field in schema if field.name not in types}
-        yield from pyarrow.csv.open_csv(
-            file,
-            read_options=pyarrow.csv.ReadOptions(block_size=BLOCK),
-            parse_options=pyarrow.csv.ParseOptions(delimiter="\t" if kind == "tsv" else ",", newlines_in_values=True),
-            convert_options=pyarrow.csv.ConvertOptions(
-                column_types={**types, **others},
-                null_values=[""],
-                strings_can_be_null=True,
-                quoted_strings_can_be_null=False,
-            ),
+        line, values = row_at(file, row)
+    except (OSError, pa.ArrowInvalid):
+        line, values = None, {}
+    column = getattr(error, "column_name", None)
+    if column is None and (getattr(error, "sqlstate", None) or "").startswith(_DATA_EXCEPTION):
+        # PostgreSQL puts a text that it cannot read in quotes, and does not say in which column it was.
+        column = ", ".join(name for name, value in values.items() if value and f'"{value}"' in str(error.args[0]))
+    where = f"row {row}, counted from 0" if line is None else f"line {line} (row {row}, counted from 0)"
+    lines = str(error).removeprefix(f"row {row} of the data: ").splitlines()
+    text = "\n".join(each for each in lines if not each.startswith("DETAIL:  Failing row contains"))
+    shown = ", ".join(f"{name}={_short(value)}" for name, value in values.items())
+    row_told = f" [{_short(shown, 5 * SHOWN)}]" if shown else ""
+    return f"{file}, {where}{f', column {column}' if column else ''}: {text}{row_told}"
+
+
+def _short(value: str | None, most: int = SHOWN) -> str:
+    text = "NULL" if value is None else value
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def what_next(error: Exception, mode: str, on_bad_rows: str, again: bool) -> str:
+    """What is committed of a file that failed with *error*, and what to do."""
+    written: WriteResult = getattr(error, "written", WriteResult())
+    rows = written.rows + written.known_rows
+    at_least = "at least " if isinstance(error, OutcomeUnknownError) else ""
+    told = f"{at_least}{rows:,} rows of this file are committed" if rows or at_least else "no row of it is committed"
+    if again:
+        return f"{told}; --again notes nothing, so that the same command loads all rows once more"
+    told += "; the same command loads only what is missing"
+    if hasattr(error, "row") and on_bad_rows == "fail":
+        told += ", and with --on-bad-rows quarantine all rows but those that are refused"
+    if rows and mode == "append":
+        told += (
+            "\na file that is changed is a new one, and loaded from its beginning: before you load it mended, delete "
+            "the rows that are committed, or give --mode ignore or upsert with a --key"
         )
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ConfigError(f"{file}: {error}") from None
-
-
-def _reads(kind: pa.DataType) -> bool:
-    """Whether Arrow reads *kind* from text in the form that PostgreSQL writes; the server reads the rest."""
-    types = pa.types
-    return bool(types.is_integer(kind) or types.is_floating(kind) or types.is_string(kind) or types.is_date(kind))
+    return told

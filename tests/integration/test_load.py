@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import decimal
+import gzip
+import json
 import os
 import pty
 import re
@@ -17,13 +19,14 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from commands import RAYPG, run, variables_of
-from pools import unique_name
+from pools import own_pool, unique_name
 from waiting import eventually
 
 from raypg import ConfigError, WorkflowConnectionPool
-from raypg.cli_load import batch_id, batches, found, load_files
+from raypg.cli_load import LoadError, batch_id, load_files
 from raypg.demo_cluster import LocalCluster
 from raypg.embedded import EmbeddedServer
+from raypg.row_files import batches, found
 
 KINDS = """create table {} (id int primary key, label text, price numeric(8,2), ok boolean, at timestamptz, day date,
            code uuid, tags text[], ratio float8)"""
@@ -73,11 +76,127 @@ async def test_parquet_and_bad_rows(
 ) -> None:
     data = pa.table({"id": range(1000), "label": ["x"] * 1000, "amount": [-1 if n == 500 else n for n in range(1000)]})
     pyarrow.parquet.write_table(data, tmp_path / "rows.parquet")
-    with pytest.raises(asyncpg.CheckViolationError):
+    with pytest.raises(
+        LoadError, match=r"rows\.parquet, row 500, counted from 0: .*\[id=500, label=x, amount=-1\]"
+    ) as bad:
         await load(pool, [tmp_path / "rows.parquet"], table, batch_rows=400)
+    assert isinstance(bad.value.__cause__, asyncpg.CheckViolationError)
     told = await load(pool, [tmp_path / "rows.parquet"], table, batch_rows=400, on_bad_rows="quarantine")
     assert "1 in raypg.quarantine" in told
     assert await direct.fetchval(f"select count(*) from {table}") == 999
+
+
+BAD = {
+    "one": ("int2", "7", "abc", "22P02"),
+    "two": ("int8", "-8", "1.5", "22P02"),
+    "three": ("float4", "0.5", "1e40", "22003"),
+    "four": ("float8", "NaN", "much", "22P02"),
+    "five": ("numeric(6,2)", "1.50", "1,5", "22P02"),
+    "six": ("date", "2024-02-29", "2023-02-29", "22008"),
+    "seven": ("timestamptz", "2024-01-01 00:00+01", "yesteryear", "22007"),
+    "eight": ("bool", "yes", "perhaps", "22P02"),
+    "nine": ("uuid", "6ba7b810-9dad-11d1-80b4-00c04fd430c8", "6ba7", "22P02"),
+    "ten": ("jsonb", "{}", "{", "22P02"),
+    "eleven": ("{schema}.small", "1", "0", "23514"),
+}
+"""Columns: their type, a good text for it, a bad one, and the SQLSTATE of that."""
+
+
+async def test_fields_that_cannot_be_read_are_quarantined(
+    pool: WorkflowConnectionPool, direct: asyncpg.Connection, schema: str, tmp_path: Path
+) -> None:
+    await direct.execute(f"create domain {schema}.small as int check (value > 0)")
+    columns = ", ".join(f"{name} {kind}".format(schema=schema) for name, (kind, *_) in BAD.items())
+    await direct.execute(f"create table {schema}.kinds (id int, {columns})")
+    file, good = tmp_path / "rows.csv", [f'"{text}"' for _, text, *_ in BAD.values()]
+    lines = [",".join(["id", *BAD])]
+    for number in range(40):
+        fields = list(good)
+        if number % 3 == 1 and number // 3 < len(BAD):
+            fields[number // 3] = f'"{list(BAD.values())[number // 3][2]}"'
+        lines.append(",".join([str(number), *fields]))
+    file.write_text("\n".join(lines))
+    into, batches_of = f"{schema}.kinds", {"batch_rows": 10}
+    with pytest.raises(LoadError, match="counted from 0") as failed:
+        await load(pool, [file], into, **batches_of)
+    before = await direct.fetchval("select count(*) from kinds")
+    assert f"{before:,} rows of this file are committed" * bool(before) in str(failed.value)
+    told = await load(pool, [file], into, **batches_of, on_bad_rows="quarantine")
+    assert "11 in raypg.quarantine" in told
+    assert (f"{before:,} loaded before" in told) == bool(before)
+    bad = "select row, sqlstate, data from raypg.quarantine where target = $1 order by row"
+    stored = await direct.fetch(bad, f'"{schema}"."kinds"')
+    assert [tuple(row)[:2] for row in stored] == [(3 * n + 1, case[3]) for n, case in enumerate(BAD.values())]
+    assert json.loads(stored[0]["data"])["one"] == "abc"
+    assert await direct.fetchrow("select count(*), count(distinct id), sum(one) from kinds") == (29, 29, 7 * 29)
+
+
+async def test_a_failed_load_says_where_and_what_is_committed(
+    pool: WorkflowConnectionPool, direct: asyncpg.Connection, table: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text('label,id\n"of two\nlines",1\n\nb,2\nc,0x1F\nd,abc\ne,5\n')
+    with pytest.raises(LoadError) as failed:
+        await load(pool, [file], table, batch_rows=2)
+    assert f"{file}, line 7 (row 3, counted from 0), column id: invalid input syntax for type integer" in str(
+        failed.value
+    )
+    assert "[label=d, id=abc]" in str(failed.value)
+    rows = await direct.fetchval(f"select count(*) from {table}")
+    assert f"{rows} rows of this file are committed; the same command loads only what is missing" in str(failed.value)
+    assert "before you load it mended, delete the rows that are committed" in str(failed.value)
+    await load(pool, [file], table, batch_rows=2, on_bad_rows="quarantine")
+    assert [row["id"] for row in await direct.fetch(f"select id from {table} order by id")] == [1, 2, 5, 31]
+    file.write_text("id,label\n7,x\n8,y,z\n")
+    with pytest.raises(LoadError, match=r"rows\.csv, line 3: CSV parse error.*\nno row of it is committed"):
+        await load(pool, [file], table, on_bad_rows="quarantine")
+    file.write_bytes(b"id,label\n7,\xff\n")
+    with pytest.raises(LoadError, match=r"rows\.csv, line 2 \(files must be UTF-8\)"):
+        await load(pool, [file], table)
+
+
+async def test_what_is_wrong_is_said_before_anything_is_loaded(
+    pool: WorkflowConnectionPool, direct: asyncpg.Connection, table: str, tmp_path: Path
+) -> None:
+    good, bad = tmp_path / "a.csv", tmp_path / "b.csv"
+    good.write_text("id\n1\n")
+    bad.write_text("id,lable\n2,x\n")
+    pyarrow.parquet.write_table(pa.table({"id": [3], "amuont": [1]}), tmp_path / "c.parquet")
+    for files, how, message in [
+        ([good, bad], {}, r"b\.csv: .*item has no column 'lable' \(did you mean 'label'\?\)"),
+        ([good, tmp_path / "c.parquet"], {}, r"c\.parquet: .* no column 'amuont' \(did you mean 'amount'\?\)"),
+        ([good], {"mode": "upsert", "key": ["idd"]}, r"the key: .* no column 'idd' \(did you mean 'id'\?\)"),
+        ([good], {"mode": "upsrt"}, r"mode='upsrt' is unknown \(did you mean 'upsert'\?\)"),
+        ([good], {"on_bad_rows": "quarantaine"}, r"did you mean 'quarantine'\?"),
+        ([good], {"key": ["id"]}, "did you mean 'ignore' or 'upsert'"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            await load(pool, files, table, **how)
+    with pytest.raises(ConfigError, match=rf"no such table \(did you mean '{table}'\?\)"):
+        await load(pool, [good], table[:-1])
+    assert await direct.fetchval(f"select count(*) from {table}") == 0
+
+
+async def test_insert_is_the_only_privilege_that_is_needed(
+    pg: EmbeddedServer, pool: WorkflowConnectionPool, direct: asyncpg.Connection, table: str, tmp_path: Path
+) -> None:
+    role, file = f"loader_{table[:14]}", tmp_path / "rows.csv.gz"
+    file.write_bytes(gzip.compress(b"id,label\n1,x\n2,y\n"))
+    assert "2 rows in" in await load(pool, [file], table)  # the ledger is there
+    await direct.execute(f"truncate {table}; create role {role} login password 'x'")
+    try:
+        await direct.execute(
+            f"grant usage on schema {table.split('.')[0]}, raypg to {role}; grant insert on {table} to {role};"
+            f"grant select, insert, update, delete on raypg.batches, raypg.quarantine to {role}"
+        )
+        async with own_pool(pg, user=role, password="x", max_connections=2) as own:
+            assert "2 rows in" in await load(own, [file], table, again=True)
+    finally:
+        await direct.execute(f"drop owned by {role}; drop role {role}")
+    assert [tuple(row) for row in await direct.fetch(f"select id, label from {table} order by id")] == [
+        (1, "x"),
+        (2, "y"),
+    ]
 
 
 def test_what_is_no_file(tmp_path: Path) -> None:
@@ -95,9 +214,15 @@ def test_what_is_no_file(tmp_path: Path) -> None:
         found([f"{tmp_path}/*.parquet"])
     with pytest.raises(ConfigError, match=r"c\.txt: must be one of"):
         found([f"{tmp_path}/c.txt"])
+    with pytest.raises(ConfigError, match=r"c\.cvs: there is no such file"):
+        found([f"{tmp_path}/c.cvs"])
+    with pytest.raises(ConfigError, match=r"b\.cvs: there is no such file \(did you mean '.*/b\.csv'\?\)"):
+        found([f"{tmp_path}/b.cvs"])
+    with pytest.raises(ConfigError, match=r"is a folder; give the files in it, as '.*/\*\.csv'"):
+        found([f"{tmp_path}"])
     (tmp_path / "bad.parquet").write_text("no")
     with pytest.raises(ConfigError, match=r"bad\.parquet"):
-        list(batches(tmp_path / "bad.parquet", pa.schema([]), 10))
+        list(batches(tmp_path / "bad.parquet", {}, 10))
     before = batch_id(tmp_path / "b.csv")
     (tmp_path / "b.csv").write_text("id\n2\n3\n")
     assert batch_id(tmp_path / "b.csv") != before
