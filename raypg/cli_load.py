@@ -18,13 +18,11 @@ from raypg.core.nearest import did_you_mean, nearest
 from raypg.core.sql_text import quoted_name
 from raypg.core.write_plan import check_options, parse_name
 from raypg.core.write_state import BATCH_ROWS
-from raypg.errors import ConfigError, OutcomeUnknownError, RaypgError
+from raypg.errors import BatchConflictError, ConfigError, OutcomeUnknownError, RaypgError
 from raypg.ingest.writing import WriteResult
+from raypg.load_ledger import PIPELINE, Begun, batch_id, file_id, go_on, how_of, known
 from raypg.pool import get_pool
 from raypg.row_files import batches, found, names_in, row_at
-
-PIPELINE = "load"
-"""Under whose name the ledger has the batches of files."""
 
 READ_HERE: dict[str, pa.DataType] = {**INTEGERS, **FLOATS, "date": pa.date32()}
 """Types of columns that Arrow reads from text in the form that PostgreSQL writes; the server reads the rest."""
@@ -36,7 +34,8 @@ SHOWN = 60
 """Characters that are shown of a value."""
 
 _COLUMNS = """
-SELECT pg_catalog.format('%I.%I', n.nspname, c.relname), a.attname::text, coalesce(base.typname, t.typname)::text
+SELECT pg_catalog.format('%I.%I', n.nspname, c.relname), a.attname::text, coalesce(base.typname, t.typname)::text,
+       EXISTS (SELECT FROM pg_catalog.pg_index i WHERE i.indrelid = c.oid AND i.indisunique)
 FROM pg_catalog.pg_class c
 JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
 JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
@@ -63,10 +62,12 @@ class Target(NamedTuple):
 
     Attributes:
         shown: its schema and name, as SQL.
+        unique: it has a unique index.
         types: its columns, and as what their texts are read here; as texts if the server reads them.
     """
 
     shown: str
+    unique: bool
     types: dict[str, pa.DataType]
 
 
@@ -83,8 +84,8 @@ def load(
 ) -> None:
     """Load all files that *patterns* mean, one after the other.
 
-    What a file is to the ledger is its path, size and time of change: loaded again, or once more after it was
-    interrupted, it goes on where it was; a changed file is a new one.
+    What a file is to the ledger is its path, size and time of change, and the table: loaded again, or once more after
+    it was interrupted, it goes on where it was; a changed file is a new one.
 
     Raises:
         ConfigError: no such file, or one of a kind that is not known; another argument is wrong.
@@ -119,24 +120,29 @@ async def load_files(
     """Load *files*, and tell of each what became of it.
 
     Raises:
-        ConfigError: there is no such table or column, or a file cannot be read. Nothing was loaded.
+        ConfigError: there is no such table or column, a file cannot be read, or its rows would be there twice. Nothing
+            was loaded.
         LoadError: a file was not loaded, or not all of it.
     """
     check_options(mode, on_bad_rows, key, None)
     target = await table_of(pool, into)
     check_columns(target, key or (), files)
+    ids = {file: file_id(file, target.shown) for file in files}
+    wanted = Begun(how_of(mode, key), batch_rows)
+    loads = {} if again else await known(pool, ids.values())
+    ways = go_on(ids, loads, wanted, twice=mode == "append" or not target.unique)
     async with QueryPipelineNode(PIPELINE, pool) as pipeline:
-        for file in files:
+        for file, way in ways.items():
             try:
                 result = await pipeline.write(
-                    batches(file, target.types, batch_rows),
+                    batches(file, target.types, way.batch_rows),
                     into,
                     mode,
                     key,
-                    None if again else batch_id(file),
+                    None if again else batch_id(ids[file], way),
                     on_bad_rows,
                     progress,
-                    batch_rows=batch_rows,
+                    batch_rows=way.batch_rows,
                 )
             except (RaypgError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
                 raise LoadError(f"{what_failed(file, error)}\n{what_next(error, mode, on_bad_rows, again)}") from error
@@ -148,6 +154,8 @@ async def load_files(
             ):
                 if count:
                     told.append(f"{count:,} {what}")
+            if way != wanted:
+                told.append(f"in batches of {way.batch_rows:,} rows, as it was begun")
             tell(f"{file}: {', '.join(told)}")
 
 
@@ -162,7 +170,7 @@ async def table_of(pool: WorkflowConnectionPool, into: str) -> Target:
     if not columns:
         guess = nearest(into, [known for row in await pool.fetch(_TABLES) for known in row if known])
         raise ConfigError(f"into={into!r}: there is no such table{f' (did you mean {guess!r}?)' if guess else ''}")
-    return Target(columns[0][0], {row[1]: READ_HERE.get(row[2], pa.string()) for row in columns})
+    return Target(columns[0][0], columns[0][3], {row[1]: READ_HERE.get(row[2], pa.string()) for row in columns})
 
 
 def check_columns(target: Target, key: Sequence[str], files: Sequence[Path]) -> None:
@@ -178,14 +186,13 @@ def check_columns(target: Target, key: Sequence[str], files: Sequence[Path]) -> 
                 raise ConfigError(f"{where}: {target.shown} has no column {name!r}{hint}")
 
 
-def batch_id(file: Path) -> str:
-    """What the ledger calls a file: the same until it is changed."""
-    status = file.stat()
-    return f"{file.resolve()}:{status.st_size}:{status.st_mtime_ns}"
-
-
 def what_failed(file: Path, error: Exception) -> str:
     """*error* in words; with line, column and values, if it is about a row of *file*."""
+    if isinstance(error, BatchConflictError):
+        return (
+            f"{file}: a part of it was loaded when it had other rows (though its size and time of change are the "
+            "same), or the columns of the table other types; --again loads all its rows, whatever is there"
+        )
     row = getattr(error, "row", None)
     if row is None:
         return str(error) if str(file) in str(error) else f"{file}: {error}"

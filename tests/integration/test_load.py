@@ -23,9 +23,10 @@ from pools import own_pool, unique_name
 from waiting import eventually
 
 from raypg import ConfigError, WorkflowConnectionPool
-from raypg.cli_load import LoadError, batch_id, load_files
+from raypg.cli_load import LoadError, load_files
 from raypg.demo_cluster import LocalCluster
 from raypg.embedded import EmbeddedServer
+from raypg.load_ledger import file_id
 from raypg.row_files import batches, found
 
 KINDS = """create table {} (id int primary key, label text, price numeric(8,2), ok boolean, at timestamptz, day date,
@@ -155,6 +156,38 @@ async def test_a_failed_load_says_where_and_what_is_committed(
         await load(pool, [file], table)
 
 
+async def test_one_file_into_two_tables_and_by_other_ways(
+    pool: WorkflowConnectionPool, direct: asyncpg.Connection, table: str, schema: str, tmp_path: Path
+) -> None:
+    await direct.execute(f'create table "a:b" as table {table}')
+    file, into = tmp_path / "rows.csv", f'{schema}."a:b"'
+    file.write_text("id,amount\n" + "".join(f"{n},{n}\n" for n in range(9)) + "9,-1\n")
+    with pytest.raises(LoadError, match="violates check constraint"):
+        await load(pool, [file], table, batch_rows=3)
+    assert "10 rows in" in await load(pool, [file], into, batch_rows=3)
+    # What was begun in batches of three goes on so: in other batches its rows would be there twice.
+    told = await load(pool, [file], into, batch_rows=4)
+    assert "10 loaded before, in batches of 3 rows, as it was begun" in told
+    assert await direct.fetchval(f"select count(*) from {into}") == 10
+    with pytest.raises(ConfigError, match="with mode append, and by ignore its rows would be there twice"):
+        await load(pool, [file], into, mode="ignore")
+    told = await load(pool, [file], table, mode="upsert", key=["id"], on_bad_rows="quarantine", batch_rows=4)
+    assert told.startswith(f"{file}: 9 rows in")
+    assert "1 in raypg.quarantine" in told
+    told = await load(pool, [file], table, mode="ignore", on_bad_rows="quarantine")
+    assert "9 left out as duplicates" in told
+    with pytest.raises(ConfigError, match=r"with mode (ignore|upsert\(id\)), and by append"):
+        await load(pool, [file], table, on_bad_rows="quarantine")
+    assert await direct.fetchval(f"select count(*) from {table}") == 9
+    # The same size and time of change, but other rows.
+    changed = file.read_text().replace("7,7", "7,8")
+    at = file.stat()
+    file.write_text(changed)
+    os.utime(file, ns=(at.st_atime_ns, at.st_mtime_ns))
+    with pytest.raises(LoadError, match="when it had other rows"):
+        await load(pool, [file], into)
+
+
 async def test_what_is_wrong_is_said_before_anything_is_loaded(
     pool: WorkflowConnectionPool, direct: asyncpg.Connection, table: str, tmp_path: Path
 ) -> None:
@@ -223,9 +256,9 @@ def test_what_is_no_file(tmp_path: Path) -> None:
     (tmp_path / "bad.parquet").write_text("no")
     with pytest.raises(ConfigError, match=r"bad\.parquet"):
         list(batches(tmp_path / "bad.parquet", {}, 10))
-    before = batch_id(tmp_path / "b.csv")
+    before = file_id(tmp_path / "b.csv", "t")
     (tmp_path / "b.csv").write_text("id\n2\n3\n")
-    assert batch_id(tmp_path / "b.csv") != before
+    assert file_id(tmp_path / "b.csv", "t") != before
 
 
 async def test_killed_and_started_again_it_goes_on(
