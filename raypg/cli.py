@@ -142,15 +142,19 @@ def load(
     on_bad_rows: Annotated[str, typer.Option(help="fail, or quarantine: the others are loaded.")] = "fail",
     batch_rows: Annotated[int, typer.Option(help="Rows in a transaction.", min=1)] = 65_536,
     again: Annotated[bool, typer.Option("--again", help="Load what was loaded before, too.")] = False,
+    no_header: Annotated[
+        bool, typer.Option("--no-header", help="CSV and TSV have no line of names, but the table's columns in order.")
+    ] = False,
     address: Address = "auto",
 ) -> None:
     """Load files into a table. Interrupted and started again it goes on where it was; a file that is loaded is skipped.
 
-    The first line of a CSV file names its columns, and an empty field is NULL.
+    The first line of a CSV file names its columns, and an empty field is NULL. CSV and TSV may be compressed: .gz, .bz2
+    or .zst.
     """
     from raypg import cli_load
 
-    cli_load.load(files, into, pool, mode, key or (), on_bad_rows, batch_rows, again, address)
+    cli_load.load(files, into, pool, mode, key or (), on_bad_rows, batch_rows, again, not no_header, address)
 
 
 @app.command()

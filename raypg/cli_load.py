@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,7 +35,8 @@ SHOWN = 60
 
 _COLUMNS = """
 SELECT pg_catalog.format('%I.%I', n.nspname, c.relname), a.attname::text, coalesce(base.typname, t.typname)::text,
-       EXISTS (SELECT FROM pg_catalog.pg_index i WHERE i.indrelid = c.oid AND i.indisunique)
+       EXISTS (SELECT FROM pg_catalog.pg_index i WHERE i.indrelid = c.oid AND i.indisunique),
+       a.attgenerated = '' AND a.attidentity <> 'a'
 FROM pg_catalog.pg_class c
 JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
 JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
@@ -64,11 +65,13 @@ class Target(NamedTuple):
         shown: its schema and name, as SQL.
         unique: it has a unique index.
         types: its columns, and as what their texts are read here; as texts if the server reads them.
+        given: those of them for which values may be given.
     """
 
     shown: str
     unique: bool
     types: dict[str, pa.DataType]
+    given: tuple[str, ...]
 
 
 def load(
@@ -80,6 +83,7 @@ def load(
     on_bad_rows: str,
     batch_rows: int,
     again: bool,
+    header: bool,
     address: str,
 ) -> None:
     """Load all files that *patterns* mean, one after the other.
@@ -100,8 +104,20 @@ def load(
     def tell(text: str) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    how = {"mode": mode, "key": list(key) or None, "on_bad_rows": on_bad_rows, "batch_rows": batch_rows, "again": again}
-    asyncio.run(load_files(get_pool(pool), files, into, tell, **how, progress=console.is_terminal))  # type: ignore[arg-type]
+    loading = load_files(
+        get_pool(pool),
+        files,
+        into,
+        tell,
+        mode=mode,
+        key=list(key) or None,
+        on_bad_rows=on_bad_rows,
+        batch_rows=batch_rows,
+        again=again,
+        header=header,
+        progress=console.is_terminal,
+    )
+    asyncio.run(loading)
 
 
 async def load_files(
@@ -115,9 +131,11 @@ async def load_files(
     on_bad_rows: str = "fail",
     batch_rows: int = BATCH_ROWS,
     again: bool = False,
+    header: bool = True,
     progress: bool = False,
 ) -> None:
-    """Load *files*, and tell of each what became of it.
+    """Load *files*, and tell of each what became of it. Without *header*, CSV and TSV have no line of names, but all
+    columns of the table that can be given, in its order.
 
     Raises:
         ConfigError: there is no such table or column, a file cannot be read, or its rows would be there twice. Nothing
@@ -126,16 +144,17 @@ async def load_files(
     """
     check_options(mode, on_bad_rows, key, None)
     target = await table_of(pool, into)
-    check_columns(target, key or (), files)
+    names = None if header else target.given
+    check_columns(target, key or (), {str(file): names_in(file, names) for file in files})
     ids = {file: file_id(file, target.shown) for file in files}
-    wanted = Begun(how_of(mode, key), batch_rows)
+    wanted = Begun(how_of(mode, key, header), batch_rows)
     loads = {} if again else await known(pool, ids.values())
     ways = go_on(ids, loads, wanted, twice=mode == "append" or not target.unique)
     async with QueryPipelineNode(PIPELINE, pool) as pipeline:
         for file, way in ways.items():
             try:
                 result = await pipeline.write(
-                    batches(file, target.types, way.batch_rows),
+                    batches(file, target.types, way.batch_rows, names),
                     into,
                     mode,
                     key,
@@ -145,7 +164,8 @@ async def load_files(
                     batch_rows=way.batch_rows,
                 )
             except (RaypgError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-                raise LoadError(f"{what_failed(file, error)}\n{what_next(error, mode, on_bad_rows, again)}") from error
+                what = what_failed(file, error, names)
+                raise LoadError(f"{what}\n{what_next(error, mode, on_bad_rows, again)}") from error
             told = [f"{result.rows:,} rows in {result.seconds:.1f} s"]
             for count, what in (
                 (result.known_rows, "loaded before"),
@@ -168,26 +188,28 @@ async def table_of(pool: WorkflowConnectionPool, into: str) -> Target:
     schema, name = parse_name(into)
     columns = await pool.fetch(_COLUMNS, quoted_name(*filter(None, (schema, name))))
     if not columns:
-        guess = nearest(into, [known for row in await pool.fetch(_TABLES) for known in row if known])
+        guess = nearest(into, [text for row in await pool.fetch(_TABLES) for text in row if text])
         raise ConfigError(f"into={into!r}: there is no such table{f' (did you mean {guess!r}?)' if guess else ''}")
-    return Target(columns[0][0], columns[0][3], {row[1]: READ_HERE.get(row[2], pa.string()) for row in columns})
+    types = {row[1]: READ_HERE.get(row[2], pa.string()) for row in columns}
+    return Target(columns[0][0], columns[0][3], types, tuple(row[1] for row in columns if row[4]))
 
 
-def check_columns(target: Target, key: Sequence[str], files: Sequence[Path]) -> None:
-    """Look for what *target* does not have before anything is loaded.
+def check_columns(target: Target, key: Sequence[str], files: Mapping[str, Sequence[str]]) -> None:
+    """Look for what *target* does not have before anything is loaded. *files*: the columns of each.
 
     Raises:
         ConfigError: a column of *key* or of a file is not among its columns; names the nearest.
     """
-    for where, names in [("the key", key), *((str(file), names_in(file)) for file in files)]:
+    for where, names in [("the key", key), *files.items()]:
         for name in names:
             if name not in target.types:
                 hint = did_you_mean(name, target.types)
                 raise ConfigError(f"{where}: {target.shown} has no column {name!r}{hint}")
 
 
-def what_failed(file: Path, error: Exception) -> str:
-    """*error* in words; with line, column and values, if it is about a row of *file*."""
+def what_failed(file: Path, error: Exception, names: Sequence[str] | None) -> str:
+    """*error* in words; with line, column and values, if it is about a row of *file*, whose columns are *names* if it
+    does not say itself."""
     if isinstance(error, BatchConflictError):
         return (
             f"{file}: a part of it was loaded when it had other rows (though its size and time of change are the "
@@ -197,7 +219,7 @@ def what_failed(file: Path, error: Exception) -> str:
     if row is None:
         return str(error) if str(file) in str(error) else f"{file}: {error}"
     try:
-        line, values = row_at(file, row)
+        line, values = row_at(file, row, names)
     except (OSError, pa.ArrowInvalid):
         line, values = None, {}
     column = getattr(error, "column_name", None)

@@ -30,9 +30,10 @@ class Begun(NamedTuple):
     batch_rows: int
 
 
-def how_of(mode: str, key: Sequence[str] | None) -> str:
-    """*mode* and *key*, without a colon."""
-    return f"{mode}({','.join(quote(name, safe='') for name in sorted(key))})" if key else mode
+def how_of(mode: str, key: Sequence[str] | None, header: bool) -> str:
+    """How a file is loaded, as options of the command, without a colon."""
+    keys = [f"--key {quote(name, safe='')}" for name in sorted(key or ())]
+    return " ".join(["--mode", mode, *keys, *([] if header else ["--no-header"])])
 
 
 def file_id(file: Path, table: str) -> str:
@@ -77,8 +78,8 @@ def go_on(
         other = sorted(load.how for load in loads.get(id_, ()) if load.how != wanted.how)
         if other and twice:
             raise ConfigError(
-                f"{file}: it was loaded, or a part of it, with mode {other[0]}, and by {wanted.how} its rows would be "
-                f"there twice; load what is missing with mode {other[0]}, or give --again to have them twice"
+                f"{file}: it was loaded, or a part of it, with {other[0]}, and with {wanted.how} its rows would be "
+                f"there twice; load what is missing with {other[0]}, or give --again to have them twice"
             )
         chosen[file] = Begun(wanted.how, same[0]) if same and wanted.batch_rows not in same else wanted
     return chosen

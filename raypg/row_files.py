@@ -62,26 +62,32 @@ def _meant(file: Path) -> str:
     return f" (did you mean {str(file.parent / guess)!r}?)" if guess else ""
 
 
-def names_in(file: Path) -> list[str]:
-    """The names of the columns of *file*.
+def names_in(file: Path, given: Sequence[str] | None = None) -> list[str]:
+    """The names of the columns of *file*: *given*, if that is CSV or TSV without a line of names.
 
     Raises:
-        ConfigError: it cannot be read as what its name says.
+        ConfigError: it cannot be read as what its name says, or has more or fewer columns than *given*.
     """
     try:
         if kind_of(file) == "parquet":
             return list(pyarrow.parquet.read_schema(file).names)
-        for _, fields in _records(file):
-            return fields
+        for line, fields in _records(file):
+            if given is not None and len(fields) != len(given):
+                raise ConfigError(
+                    f"{file}, line {line}: {len(fields)} fields, and there are {len(given)} columns: {', '.join(given)}"
+                )
+            return fields if given is None else list(given)
     except (pa.ArrowInvalid, OSError, csv.Error) as error:
         raise ConfigError(f"{file}: {error}") from None
     raise ConfigError(f"{file}: it is empty; the first line of a CSV or TSV file names its columns")
 
 
-def batches(file: Path, types: Mapping[str, pa.DataType], batch_rows: int) -> Iterator[pa.Table | pa.RecordBatch]:
+def batches(
+    file: Path, types: Mapping[str, pa.DataType], batch_rows: int, names: Sequence[str] | None = None
+) -> Iterator[pa.Table | pa.RecordBatch]:
     """What is in *file*. Of CSV and TSV, *batch_rows* rows at a time (the last may have less), and each column in its
     type of *types*, if all its fields of these rows can be read so; if not, as texts, for the server to read. So what a
-    batch is depends on nothing but its rows and on *types*.
+    batch is depends on nothing but its rows and on *types*. *names*: as for :func:`names_in`.
 
     Raises:
         ConfigError: it cannot be read as what its name says.
@@ -92,10 +98,10 @@ def batches(file: Path, types: Mapping[str, pa.DataType], batch_rows: int) -> It
             return
         reader = pyarrow.csv.open_csv(
             str(file),
-            read_options=pyarrow.csv.ReadOptions(block_size=BLOCK),
+            read_options=pyarrow.csv.ReadOptions(block_size=BLOCK, column_names=names),
             parse_options=pyarrow.csv.ParseOptions(delimiter=_delimiter(file), newlines_in_values=True),
             convert_options=pyarrow.csv.ConvertOptions(
-                column_types=dict.fromkeys(names_in(file), pa.string()),
+                column_types=dict.fromkeys(names_in(file, names), pa.string()),
                 null_values=[""],
                 strings_can_be_null=True,
                 quoted_strings_can_be_null=False,
@@ -139,9 +145,9 @@ def _read(texts: pa.ChunkedArray, kind: pa.DataType | None) -> pa.ChunkedArray:
     return texts if pc.any(doubtful).as_py() else values
 
 
-def row_at(file: Path, number: int) -> tuple[int | None, dict[str, str | None]]:
+def row_at(file: Path, number: int, names: Sequence[str] | None = None) -> tuple[int | None, dict[str, str | None]]:
     """(line on which row *number*, from 0, of *file* begins, its values); no line and no values where they cannot be
-    told."""
+    told. *names*: as for :func:`names_in`."""
     if kind_of(file) == "parquet":
         first = 0
         for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
@@ -150,11 +156,10 @@ def row_at(file: Path, number: int) -> tuple[int | None, dict[str, str | None]]:
                 return None, {name: None if value is None else str(value) for name, value in values.items()}
             first += batch.num_rows
         return None, {}
-    names: list[str] = []
-    for place, (line, fields) in enumerate(_records(file)):
-        if not place:
+    for place, (line, fields) in enumerate(_records(file), start=0 if names is not None else -1):
+        if names is None:
             names = fields
-        elif place == number + 1:
+        elif place == number:
             return line, dict(zip(names, fields, strict=False))
     return None, {}
 

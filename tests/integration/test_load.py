@@ -12,7 +12,9 @@ import re
 import select
 import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import asyncpg
 import pyarrow as pa
@@ -169,14 +171,14 @@ async def test_one_file_into_two_tables_and_by_other_ways(
     told = await load(pool, [file], into, batch_rows=4)
     assert "10 loaded before, in batches of 3 rows, as it was begun" in told
     assert await direct.fetchval(f"select count(*) from {into}") == 10
-    with pytest.raises(ConfigError, match="with mode append, and by ignore its rows would be there twice"):
+    with pytest.raises(ConfigError, match="with --mode append, and with --mode ignore its rows would be there twice"):
         await load(pool, [file], into, mode="ignore")
     told = await load(pool, [file], table, mode="upsert", key=["id"], on_bad_rows="quarantine", batch_rows=4)
     assert told.startswith(f"{file}: 9 rows in")
     assert "1 in raypg.quarantine" in told
     told = await load(pool, [file], table, mode="ignore", on_bad_rows="quarantine")
     assert "9 left out as duplicates" in told
-    with pytest.raises(ConfigError, match=r"with mode (ignore|upsert\(id\)), and by append"):
+    with pytest.raises(ConfigError, match=r"with --mode (ignore|upsert --key id), and with --mode append"):
         await load(pool, [file], table, on_bad_rows="quarantine")
     assert await direct.fetchval(f"select count(*) from {table}") == 9
     # The same size and time of change, but other rows.
@@ -186,6 +188,26 @@ async def test_one_file_into_two_tables_and_by_other_ways(
     os.utime(file, ns=(at.st_atime_ns, at.st_mtime_ns))
     with pytest.raises(LoadError, match="when it had other rows"):
         await load(pool, [file], into)
+
+
+async def test_without_a_line_of_names_columns_are_those_of_the_table(
+    pool: WorkflowConnectionPool, direct: asyncpg.Connection, schema: str, tmp_path: Path
+) -> None:
+    await direct.execute(
+        "create table t (a text, n int generated always as identity, b int, c int generated always as (b * 2) stored)"
+    )
+    file = tmp_path / "rows.tsv"
+    file.write_text('x\t1\n\n"two\n""lines"""\tb\ny,z\t3\n')
+    with pytest.raises(LoadError, match=r'rows\.tsv, line 3 \(row 1, .*\), column b: .*: "b"'):
+        await load(pool, [file], f"{schema}.t", header=False)
+    assert "2 rows in" in await load(pool, [file], f"{schema}.t", header=False, on_bad_rows="quarantine")
+    assert [tuple(row) for row in await direct.fetch("select a, b, c from t order by b")] == [
+        ("x", 1, 2),
+        ("y,z", 3, 6),
+    ]
+    file.write_text("x\t1\t2\n")
+    with pytest.raises(ConfigError, match=r"rows\.tsv, line 1: 3 fields, and there are 2 columns: a, b"):
+        await load(pool, [file], f"{schema}.t", header=False)
 
 
 async def test_what_is_wrong_is_said_before_anything_is_loaded(
@@ -261,46 +283,104 @@ def test_what_is_no_file(tmp_path: Path) -> None:
     assert file_id(tmp_path / "b.csv", "t") != before
 
 
-async def test_killed_and_started_again_it_goes_on(
-    command_cluster: LocalCluster, pg18: EmbeddedServer, direct: asyncpg.Connection, tmp_path: Path
-) -> None:
-    rows, name = 400_000, unique_name("load").replace("-", "_")
-    (tmp_path / "rows.csv").write_text("id,label\n" + "".join(f"{n},row number {n}\n" for n in range(rows)))
-    (tmp_path / "raypg.toml").write_text("[pools.loading]\nmax_connections = 3\n")
+@pytest.fixture(scope="module")
+def loading(
+    command_cluster: LocalCluster, pg18: EmbeddedServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, str]]:
+    """The environment of commands, in which a pool `loading` of one worker runs."""
+    directory = tmp_path_factory.mktemp("loading")
+    (directory / "raypg.toml").write_text("[pools.loading]\nmax_connections = 3\n")
     environment = {**command_cluster.environment(), **variables_of(pg18)}
+    assert run(RAYPG, "up", environment=environment, cwd=directory).returncode == 0
+    yield environment
+    run(RAYPG, "down", "loading", environment=environment)
+
+
+async def killed(
+    command: tuple[str, ...], how: dict[str, Any], pg: EmbeddedServer, table: str, ids: tuple[int, int], shown: int
+) -> None:
+    """Run a load until it has both its batches that hold *ids* under way, and kill it then. Somebody else is about to
+    insert these rows, so that they wait for him. *shown*: a terminal, whose bar must have shown some rows; 0 for none.
+    """
+    in_the_way, direct = await asyncpg.connect(**pg.parameters), await asyncpg.connect(**pg.parameters)
+    waiting = "select count(*) from pg_stat_activity where wait_event_type = 'Lock' and strpos(query, $1) > 0"
+    text = ""
+    try:
+        await in_the_way.execute("begin")
+        await in_the_way.execute(f"insert into {table} (id) select unnest($1::int[])", list(ids))
+        first = subprocess.Popen(command, **how)  # noqa: ASYNC220
+
+        async def half_way() -> bool:
+            nonlocal text
+            assert first.poll() is None, "it was over before it could be killed"
+            while shown and select.select([shown], [], [], 0)[0]:
+                text += os.read(shown, 65536).decode()
+            bar = re.search(r"[1-9]\d*/\?", text) is not None
+            return await direct.fetchval(waiting, table.partition(".")[2]) == 2 and (bar or not shown)
+
+        try:
+            await eventually(half_way, timeout=60)
+        finally:
+            first.send_signal(signal.SIGKILL)
+            first.wait()
+    finally:
+        in_the_way.terminate()
+        direct.terminate()
+
+
+async def test_killed_and_started_again_it_goes_on(
+    loading: dict[str, str], pg18: EmbeddedServer, direct: asyncpg.Connection, tmp_path: Path
+) -> None:
+    rows, name = 4_000, unique_name("load").replace("-", "_")
+    (tmp_path / "rows.csv").write_text("id,label\n" + "".join(f"{n},row number {n}\n" for n in range(rows)))
     await direct.execute(f"create table public.{name} (id int primary key, label text)")
     into = ("--into", f"public.{name}", "--pool", "loading", "--mode", "upsert", "--key", "id")
-    command = (RAYPG, "load", "*.csv", *into, "--batch-rows", "10000")
-    count = f"select count(*) from public.{name}"
+    command = (RAYPG, "load", "*.csv", *into, "--batch-rows", "100")
     terminal, end = pty.openpty()
     try:
-        assert run(RAYPG, "up", environment=environment, cwd=tmp_path).returncode == 0
-        first = subprocess.Popen(  # noqa: ASYNC220
-            command, env={**environment, "TERM": "xterm"}, cwd=tmp_path, stdout=end
-        )
-        shown = ""
-
-        async def some() -> bool:
-            nonlocal shown
-            assert first.poll() is None, "it was over before it could be killed"
-            while select.select([terminal], [], [], 0)[0]:
-                shown += os.read(terminal, 65536).decode()
-            return bool(await direct.fetchval(count)) and re.search(r"[1-9]\d*/\?", shown) is not None
-
-        await eventually(some, timeout=60)  # rows are there, and the bar shows some
-        first.send_signal(signal.SIGKILL)
-        first.wait()
-        done = run(*command, environment=environment, cwd=tmp_path)
+        how = {"env": {**loading, "TERM": "xterm"}, "cwd": tmp_path, "stdout": end}
+        await killed(command, how, pg18, f"public.{name}", (1000, 1100), terminal)
+        done = run(*command, environment=loading, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-        assert "loaded before" in done.stdout
-        assert await direct.fetchrow(f"{count[:16]}, sum(id) from public.{name}") == (rows, rows * (rows - 1) // 2)
-        await prunes(environment, tmp_path, direct, f"{(tmp_path / 'rows.csv').resolve()}:%")
-        bad = run(RAYPG, "load", "no.csv", "--into", "t", environment=environment, cwd=tmp_path)
-        assert (bad.returncode, bad.stderr) == (1, "raypg: no.csv: there is no such file\n")
+        assert re.search(r"csv: 2,[789]00 rows in .*, 1,[123]00 loaded before\n", done.stdout), done.stdout
+        sums = f"select count(*), sum(id), count(label) from public.{name}"
+        assert await direct.fetchrow(sums) == (rows, rows * (rows - 1) // 2, rows)
+        await prunes(loading, tmp_path, direct, f"{(tmp_path / 'rows.csv').resolve()}:%")
+        bad = run(RAYPG, "load", "no.csv", "--into", "t", environment=loading, cwd=tmp_path)
+        assert (bad.returncode, bad.stderr) == (
+            1,
+            "raypg: no.csv: there is no such file (did you mean 'rows.csv'?)\n",
+        )
     finally:
         os.close(terminal)
         os.close(end)
-        run(RAYPG, "down", "loading", environment=environment)
+        await direct.execute(f"drop table public.{name}")
+
+
+async def test_killed_in_one_of_many_files_it_goes_on(
+    loading: dict[str, str], pg18: EmbeddedServer, direct: asyncpg.Connection, tmp_path: Path
+) -> None:
+    """TSV and Parquet, by a pattern; appended, so that a row that were written twice would be refused."""
+    name = unique_name("load").replace("-", "_")
+    (tmp_path / "a.tsv").write_text("label\tid\n" + "".join(f'"x, {n}"\t{n}\n' for n in range(1_000)))
+    for file, first in (("b.parquet", 1_000), ("c.parquet", 2_000)):
+        data = pa.table({"id": range(first, first + 1_000), "label": [f"x, {n}" for n in range(first, first + 1_000)]})
+        pyarrow.parquet.write_table(data, tmp_path / file, row_group_size=150)
+    await direct.execute(f"create table public.{name} (id int primary key, label text)")
+    command = (RAYPG, "load", "*.*", "--into", f"public.{name}", "--pool", "loading", "--batch-rows", "100")
+    try:
+        how = {"env": loading, "cwd": tmp_path, "stdout": subprocess.DEVNULL}
+        await killed(command, how, pg18, f"public.{name}", (2_333, 2_444), 0)
+        done = run(*command, environment=loading, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        told = done.stdout.splitlines()
+        assert [re.sub(r"[\d.]+ s,", "…", line) for line in told[:2]] == [
+            "a.tsv: 0 rows in … 1,000 loaded before",
+            "b.parquet: 0 rows in … 1,000 loaded before",
+        ]
+        assert re.match(r"c\.parquet: [567]00 rows in .*, [345]00 loaded before$", told[2]), told
+        assert await direct.fetchval(f"select count(*) from public.{name} where label = 'x, ' || id") == 3_000
+    finally:
         await direct.execute(f"drop table public.{name}")
 
 
