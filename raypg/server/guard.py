@@ -57,6 +57,7 @@ class Guard:
         self.alone = True
         self._moved = moved
         self._order: Order | None = None
+        self._pool_well = False  # whether the breaker of the pool is closed, as far as was ever heard
         self._retry_at = math.inf  # what the last order said of it
         self._probed_for = 0  # the epoch in which the Breaker asked for probes last
         self._lost_at = -math.inf
@@ -176,6 +177,7 @@ class Guard:
             return
         new = known is None or order.epoch > known.epoch
         self._order = order
+        self._pool_well = order.state == CLOSED
         self._retry_at = math.inf if order.retry_after is None else now + order.retry_after
         held = machine.forced or machine.state == DISABLED
         if order.state == DISABLED:
@@ -202,7 +204,8 @@ class Guard:
         self._note()
 
     def forget_order(self) -> None:
-        """The Breaker is a new one: its epochs begin anew."""
+        """The Breaker is a new one: its epochs begin anew. What the last one said of the pool holds until it speaks:
+        who asks a worker that is cut off is sent to another one meanwhile, too."""
         self._order = None
         self._probed_for = 0
 
@@ -257,7 +260,7 @@ class Guard:
         retry_after = machine.time_until_recovery(now)
         if order is not None and order.state == OPEN and retry_after is not None:
             retry_after = max(0.0, min(retry_after, self._retry_at - now))
-        isolated = not self.alone and order is not None and order.state == CLOSED
+        isolated = not self.alone and self._pool_well
         reason = machine.reason
         return CircuitBreakerError(self.pool, machine.state, reason, retry_after, isolated)
 
