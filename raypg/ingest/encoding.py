@@ -21,7 +21,10 @@ from raypg.core.write_plan import ROW, Field, WritePlan
 from raypg.errors import IncompatibleDataError
 
 CHUNK_ROWS = 8_192
-"""Rows that are encoded at a time; the event loop stands still for some milliseconds."""
+"""Rows that are encoded at a time; other threads stand still for some milliseconds."""
+
+CHUNK_BYTES = 4_000_000
+"""Bytes that these may have, about: rows may be wide."""
 
 MOST_BYTES = 2**31 - 1
 """Of the values in one array of a type that is not large."""
@@ -277,8 +280,9 @@ class Encoder:
                 encoders[name] = ArrowToPostgresBinaryEncoder.infer_encoder(field)
         encoder = ArrowToPostgresBinaryEncoder.new_with_encoders(schema, encoders)
         yield encoder.write_header()
-        for start in range(0, batch.num_rows, CHUNK_ROWS):
-            part = batch.slice(start, CHUNK_ROWS)
+        rows = max(1, min(CHUNK_ROWS, CHUNK_BYTES * batch.num_rows // max(1, batch.nbytes)))
+        for start in range(0, batch.num_rows, rows):
+            part = batch.slice(start, rows)
             yield encoder.write_batch(pa.RecordBatch.from_arrays(part.columns, schema=schema))
         yield encoder.finish()
 

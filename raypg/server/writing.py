@@ -95,7 +95,7 @@ class Intake:
         async with self._gate:
             if engine.closed is not None:
                 raise engine.closed
-            batch = encoding.one_batch(await fetch())
+            batch = await asyncio.to_thread(encoding.one_batch, await fetch())  # of a Table of many pieces, a copy
             now = engine.now()
             request = WriteRequest(self, batch, spec, now, now + engine.config.acquire_timeout)
             engine.enqueue(job, request, cost=max(1.0, batch.num_rows / 1000))

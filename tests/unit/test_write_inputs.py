@@ -210,6 +210,15 @@ def test_the_hash_is_of_the_values_and_of_what_they_are_for() -> None:
     assert len({digest(whole), digest(whole, "upsert"), digest(rows(19_999)), digest(rows(20_000, 1))}) == 4
 
 
+def test_wide_rows_are_encoded_few_at_a_time() -> None:
+    plan = WritePlan(Table("s", "t", "r", False, False, True, True, (), ()), (), "append", False, (), False, False)
+    chunks = list(encoding.Encoder(plan).chunks(pa.record_batch({"text": ["x" * 1_000_000] * 20})))
+    assert max(map(len, chunks)) <= encoding.CHUNK_BYTES * 1.1
+    assert sum(map(len, chunks)) > 20_000_000
+    (_, one, _) = encoding.Encoder(plan).chunks(pa.record_batch({"text": ["x" * 2 * encoding.CHUNK_BYTES]}))
+    assert len(one) > 2 * encoding.CHUNK_BYTES
+
+
 @pytest.mark.parametrize("kind", [pa.string(), pa.binary(), pa.large_string(), pa.string_view()])
 def test_a_batch_has_all_rows_however_large_its_columns(kind: pa.DataType) -> None:
     """Above 2 GiB pyarrow gives several arrays for one column; here above 100 bytes."""
