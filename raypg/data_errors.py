@@ -96,7 +96,8 @@ class BatchConflictError(RaypgError):
 
 
 class LedgerError(RaypgError):
-    """The ledger of written batches cannot be used. Nothing was written. ``args``: (message,)."""
+    """The ledger of written batches cannot be used, or another transaction that writes the batch does not end: the
+    message says what to grant, or who it is. Nothing of the batch was written. ``args``: (message,)."""
 
 
 class DataLostError(RaypgError):

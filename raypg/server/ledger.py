@@ -93,6 +93,17 @@ INSERT INTO raypg.quarantine (pipeline, batch_id, target, row, sqlstate, message
 SELECT $1, $2, $3, bad.* FROM unnest($4::bigint[], $5::text[], $6::text[], $7::text[]) AS bad
 """
 
+# A row that is not committed nobody else can see: these are the transactions that have written any row, and have been
+# open for so long. State and age are hidden of those of another role.
+_HOLDERS = """
+SELECT l.pid, a.application_name, a.state, extract(epoch FROM clock_timestamp() - a.xact_start)::int
+FROM pg_catalog.pg_locks l LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid
+WHERE l.relation = 'raypg.batches'::regclass AND l.mode = 'RowExclusiveLock' AND l.granted
+  AND l.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database())
+  AND (a.xact_start > clock_timestamp() - $1 * interval '1 second') IS NOT TRUE
+ORDER BY a.xact_start LIMIT 3
+"""
+
 MISSING = ("42P01", "3F000", "42703", "42P10")
 """There is no such table, schema, column, or unique index: of a table that somebody made by hand."""
 
@@ -196,6 +207,26 @@ async def claim(connection: ServerConnection, entry: Entry) -> BatchCounts | Non
         if is_conflict(stored, entry.digest):
             raise BatchConflictError(entry.pipeline, entry.batch_id, entry.target)
         return BatchCounts(count or 0, duplicates, quarantined, known=True)
+
+
+async def held(connection: ServerConnection, entry: Entry, seconds: float) -> LedgerError:
+    """What to say when another transaction has held a batch for so many *seconds*. Not inside a transaction."""
+    rows, _ = await connection.run(FETCH, _HOLDERS, (seconds,))
+    holders = [_holder(*row) for row in rows]
+    who = f"{'one of ' * (len(holders) > 1)}{', '.join(holders)}" if holders else "nobody that is still there"
+    pid = rows[0][0] if len(rows) == 1 else None
+    end = "" if pid is None else f", or end it: SELECT pg_terminate_backend({pid})"
+    return LedgerError(
+        f"batch {entry.batch_id!r} of pipeline {entry.pipeline!r} was not written: another transaction writes it, and "
+        f"has not ended for {seconds:g} s; it is held by {who}. Write it again when that has ended{end}"
+    )
+
+
+def _holder(pid: int | None, application: str | None, state: str | None, seconds: int | None) -> str:
+    if pid is None:
+        return "a prepared transaction (see pg_prepared_xacts)"
+    since = "" if state is None or seconds is None else f", {state}, for {seconds} s"
+    return f"process {pid} ({application or 'without application_name'}{since})"
 
 
 async def correct(connection: ServerConnection, entry: Entry, counts: BatchCounts) -> None:

@@ -42,7 +42,8 @@ TRIES = 6
 """How often a batch is written that meets deadlocks, or loses its connection."""
 
 PATIENCE = 60.0
-"""Seconds to wait for another transaction that writes the same batch."""
+"""Seconds to wait for another transaction that writes the same batch. That of a dead worker is ended long before, by
+the Pool actor, and so it goes on: see :mod:`raypg.actors.membership`."""
 
 RETRY_AFTER = 0.05
 """Seconds before the second try, about; each further one waits twice as long."""
@@ -249,7 +250,7 @@ class WriteRequest(Request[BatchCounts]):
             await ledger.ensure(connection, tolerant)
             self._intake.ledger_tables = needed
         if prepared.entry is not None:
-            counts = await self._claim(connection, prepared)
+            counts = await self._claim(engine, connection, prepared.entry)
             self._unsure = False  # the ledger has told
             if counts is not None:
                 return counts
@@ -278,12 +279,12 @@ class WriteRequest(Request[BatchCounts]):
         await connection.run(STATUS, "COMMIT", ())
         return counts
 
-    async def _claim(self, connection: ServerConnection, prepared: Prepared) -> BatchCounts | None:
+    async def _claim(self, engine: Engine, connection: ServerConnection, entry: ledger.Entry) -> BatchCounts | None:
         """Begin the transaction with the batch's row in the ledger; what was written before, if it was."""
         for attempt in range(2):
             await connection.run(STATUS, ledger.BEGIN, ())
             try:
-                counts = None if prepared.entry is None else await ledger.claim(connection, prepared.entry)
+                counts = await ledger.claim(connection, entry)
             except asyncpg.PostgresError as error:
                 await connection.run(STATUS, "ROLLBACK", ())
                 if error.sqlstate in ledger.MISSING and not attempt:
@@ -291,6 +292,9 @@ class WriteRequest(Request[BatchCounts]):
                     continue
                 if error.sqlstate == ledger.FORBIDDEN:
                     raise await ledger.forbidden(connection, error) from error
+                waited = 0.0 if self._since is None else engine.now() - self._since
+                if isinstance(error, asyncpg.LockNotAvailableError) and waited > PATIENCE:
+                    raise await ledger.held(connection, entry, PATIENCE) from error
                 raise
             if counts is not None:
                 await connection.run(STATUS, "ROLLBACK", ())

@@ -352,3 +352,38 @@ async def test_without_a_batch_id_a_lost_worker_is_an_unknown_outcome(ray_cluste
         finally:
             await direct.execute(f"drop table {table}")
             await direct.close()
+
+
+async def test_a_batch_that_a_frozen_worker_holds_is_written_by_another(
+    ray_cluster: Any, pg: EmbeddedServer, schema: str, direct: asyncpg.Connection
+) -> None:
+    """Its connection stays, and with it the transaction that has noted the batch, until the Pool actor ends it."""
+    table = f"{schema}.item"
+    await direct.execute(f"create table {table} (id int8, v int8, t text)")
+    async with own_pool(pg, max_connections=4, workers=2) as pool:
+        pids = await worker_pids(pool.name)
+        pipeline = QueryPipelineNode(name=unique_name("load"), connection_pool=pool)
+        async with direct.transaction():
+            await direct.execute(f"lock table {table} in share mode")
+            work = asyncio.ensure_future(pipeline.write(rows().slice(0, 100), into=table, batch_id="x"))
+            waiting = (
+                "select pid, split_part(application_name, ':', 3)::int as worker from pg_stat_activity "
+                "where pid = (select pid from pg_locks where not granted and relation = $1::text::regclass)"
+            )
+            other = await asyncpg.connect(**pg.parameters)
+            holder, worker = await eventually(lambda: other.fetchrow(waiting, table), timeout=30)
+            os.kill(pids[worker], signal.SIGSTOP)
+        try:
+            holds = "select state from pg_stat_activity where pid = $1"
+            await eventually(lambda: _is(other.fetchval(holds, holder), "idle in transaction"))
+            written = await asyncio.wait_for(work, 40)
+            assert (written.rows, list(written.workers)) == (100, [1 - worker])
+            assert await other.fetchval(holds, holder) is None
+            assert await other.fetchval(f"select count(*) from {table}") == 100
+            await other.close()
+        finally:
+            os.kill(pids[worker], signal.SIGKILL)
+
+
+async def _is(answer: Any, expected: str) -> bool:
+    return bool(await answer == expected)

@@ -11,12 +11,17 @@ from typing import Any
 import asyncpg
 import pyarrow as pa
 import pytest
-from pools import own_pool, pipeline_of
+from pools import grant, own_pool, pipeline_of
 from waiting import eventually
 
 from raypg import LedgerError, WorkflowConnectionPool, ledger
+from raypg.actors.worker import PoolWorker
+from raypg.config import from_kwargs
 from raypg.embedded import EmbeddedServer
+from raypg.portable import unpack_error
+from raypg.server import writing
 from raypg.server.ledger import LOCK_TIMEOUT
+from raypg.server.work import Refused
 
 OLDER = """
 create schema raypg;
@@ -244,3 +249,36 @@ async def test_a_batch_is_on_disk_when_it_is_known(
         await pipeline_of(pool).write(items(1), into="item", batch_id="b")
         assert await database.fetch("select * from seen") == [("item", used)]
         assert await pool.fetchval("show synchronous_commit") == given
+
+
+async def test_who_holds_a_batch_is_told(
+    pg: EmbeddedServer, database: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A transaction of somebody who lives is waited for, but not for ever. In this process, where that can be short."""
+    monkeypatch.setattr(writing, "PATIENCE", 0.5)
+    parameters = {**pg.parameters, "database": await named(database)}
+    worker = PoolWorker("p", 0, "cluster", from_kwargs(name="p", environ={}, **parameters).to_dict())
+    await grant(worker, 2)
+    intake = writing.Intake(worker._engine)
+
+    async def write(batch_id: str) -> tuple[int, int, int, bool]:
+        spec = writing.Spec((None, "item"), "append", None, "p", batch_id, "fail", False, 0)
+        return await intake.write("job", spec, fetch)
+
+    async def fetch() -> pa.Table:
+        return items(1)
+
+    assert (await write("makes the ledger"))[0] == 1
+    await database.execute("set application_name = 'the other one'; truncate item")
+    pid = await database.fetchval("select pg_backend_pid()")
+    async with database.transaction():
+        await database.execute("insert into raypg.batches (pipeline, batch_id) values ('p', 'b')")
+        with pytest.raises(Refused) as caught:
+            await asyncio.wait_for(write("b"), 30)
+        error = unpack_error(caught.value.packed)
+        assert isinstance(error, LedgerError)
+        assert f"process {pid} (the other one, idle in transaction, for " in str(error)
+        assert f"pg_terminate_backend({pid})" in str(error)
+        await database.execute("delete from raypg.batches where batch_id = 'b'")
+    assert (await write("b"))[0] == 1
+    await worker.close("the test is over")
