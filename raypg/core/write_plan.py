@@ -307,6 +307,17 @@ def insert_text(plan: WritePlan) -> str:
     )
 
 
+def index_text(plan: WritePlan) -> str:
+    """CREATE INDEX by which a range of staged rows is found without reading all."""
+    stage = stage_name(plan)
+    return f"CREATE INDEX {stage}_rows ON pg_temp.{stage} ({ROW})"
+
+
+def drop_index_text(plan: WritePlan) -> str:
+    """DROP INDEX of :func:`index_text`."""
+    return f"DROP INDEX pg_temp.{stage_name(plan)}_rows"
+
+
 def leave_out_text(plan: WritePlan) -> str:
     """DELETE staged rows by their numbers, $1."""
     return f"DELETE FROM pg_temp.{stage_name(plan)} WHERE {ROW} = ANY($1)"

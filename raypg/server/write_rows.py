@@ -157,7 +157,7 @@ class Loader:
         text = write_plan.insert_text(self._plan)
         rows = max(self._bad.rows, 1)
         search = Bisection(rows)
-        written = 0
+        written, indexed = 0, False
         while (trip := search.next()) is not None:
             first, end = (rows - trip[1], rows - trip[0]) if backwards else trip
             await self._run(f"{begin}SAVEPOINT {_SAVEPOINT}")
@@ -168,6 +168,9 @@ class Loader:
                 if _kind(error) != "row":
                     raise
                 await self._run(f"ROLLBACK TO SAVEPOINT {_SAVEPOINT}; RELEASE SAVEPOINT {_SAVEPOINT}")
+                if not indexed:
+                    await self._run(write_plan.index_text(self._plan))
+                    indexed = True
                 if not search.failed("row"):
                     continue
                 if not tolerant:
@@ -177,6 +180,8 @@ class Loader:
                 await self._run(f"RELEASE SAVEPOINT {_SAVEPOINT}")
                 search.passed()
                 written += int(tag.rpartition(" ")[2])
+        if indexed:  # the table may stay, and is filled faster without
+            await self._run(write_plan.drop_index_text(self._plan))
         return written, search.trips == 1
 
     async def _attempt(self, text: str, tolerant: bool) -> None:
