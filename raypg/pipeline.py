@@ -266,8 +266,9 @@ class QueryPipelineNode:
         """Write Arrow data into a table, by COPY over all workers; each batch in a transaction of its own.
 
         Args:
-            data: Table, RecordBatch, RecordBatchReader or iterator of batches; ObjectRef of a Table or RecordBatch, or
-                iterator of these; Ray Data Dataset; or what has ``__arrow_c_stream__``.
+            data: Table, RecordBatch, RecordBatchReader or iterator of batches; ObjectRef of a Table, a RecordBatch or a
+                list of these, or iterator of such references (a streaming task's too); Ray Data Dataset; or what has
+                ``__arrow_c_stream__``.
             into: name of the table as in SQL. Columns go by their names; those that are missing get their default.
             mode: ``append``; ``ignore`` (a row whose key is there is left out) or ``upsert`` (it replaces that row's
                 values). Of rows of one batch with one key the last wins.

@@ -59,17 +59,23 @@ class Normal:
 
 
 def one_batch(data: Any, most: int = MOST_BYTES) -> pa.RecordBatch:
-    """A Table or RecordBatch as one RecordBatch, with all of its rows.
+    """A Table or RecordBatch, or a list of these, as one RecordBatch, with all of its rows.
 
     Args:
         most: bytes of a text or binary column above which it gets the type of large ones.
 
     Raises:
-        TypeError: it is neither.
-        IncompatibleDataError: a column, lists of texts for instance, is too large to be one array.
+        TypeError: it is none of these.
+        IncompatibleDataError: those of a list have different columns; or a column, lists of texts for instance, is too
+            large to be one array.
     """
     if isinstance(data, pa.RecordBatch):
         return data
+    if isinstance(data, list | tuple) and data and all(isinstance(each, pa.Table | pa.RecordBatch) for each in data):
+        tables = [each if isinstance(each, pa.Table) else pa.Table.from_batches([each]) for each in data]
+        if any(not each.schema.equals(tables[0].schema) for each in tables):
+            raise IncompatibleDataError("the tables of one reference have different columns: write each for itself")
+        data = pa.concat_tables(tables)
     if not isinstance(data, pa.Table):
         raise TypeError(f"a pyarrow Table or RecordBatch is needed, not {type(data).__module__}.{type(data).__name__}")
     try:

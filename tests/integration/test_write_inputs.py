@@ -14,7 +14,7 @@ import ray
 from pools import unique_name
 from waiting import eventually
 
-from raypg import QueryPipelineNode, WorkflowConnectionPool
+from raypg import IncompatibleDataError, QueryPipelineNode, WorkflowConnectionPool
 
 pytestmark = pytest.mark.usefixtures("quiet_ray_data")
 
@@ -79,6 +79,17 @@ async def test_a_dataset_whose_write_was_broken_off_is_written_once(
     again = await pipeline.write(data(), into=table, batch_id="data", batch_rows=700)
     assert again.known_batches >= 3
     assert await direct.fetchrow(FOUND.format(table)) == expected(12)
+
+
+async def test_a_reference_to_several_batches_is_one(
+    pipeline: QueryPipelineNode, direct: asyncpg.Connection, table: str
+) -> None:
+    several = ray.put([part(0), part(1).to_batches()[0], part(2)])
+    written = await pipeline.write(several, into=table, batch_id="several")
+    assert (written.rows, written.batches) == (3 * EACH, 1)
+    assert await direct.fetchrow(FOUND.format(table)) == expected(3)
+    with pytest.raises(IncompatibleDataError, match="different columns"):
+        await pipeline.write(ray.put([part(3), part(4).append_column("n", [[1] * EACH])]), into=table)
 
 
 async def test_a_dataset_is_as_it_was(pipeline: QueryPipelineNode, table: str) -> None:
