@@ -83,6 +83,14 @@ async def direct(pg: EmbeddedServer) -> AsyncIterator[asyncpg.Connection]:
 
 
 @pytest.fixture
+async def watcher(pg: EmbeddedServer) -> AsyncIterator[asyncpg.Connection]:
+    """A connection outside of any transaction: inside one pg_stat_activity never changes."""
+    connection = await asyncpg.connect(**pg.parameters)
+    yield connection
+    connection.terminate()
+
+
+@pytest.fixture
 async def schema(pg: EmbeddedServer, direct: asyncpg.Connection) -> AsyncIterator[str]:
     """Name of a fresh schema in `pg`, first in the search_path of `direct`; dropped after the test."""
     name = f"t_{secrets.token_hex(6)}"

@@ -35,13 +35,30 @@ async def queries(pool: WorkflowConnectionPool) -> int:
     return int((await known_of(pool))["counters"]["queries"])
 
 
+async def counted(pool: WorkflowConnectionPool, count: int) -> None:
+    """Wait until *count* statements are known, and assert that no more are: of a worker that does not answer at once
+    what it told last is taken, and one that has not joined yet is not among them."""
+
+    async def told() -> int:
+        known = await queries(pool)
+        return known if known >= count else 0
+
+    assert await eventually(told, timeout=30, what=f"{count} statements are known") == count
+
+
+async def both_known(pool: WorkflowConnectionPool) -> bool:
+    """Whether both workers have joined."""
+    return sorted((await known_of(pool))["workers"]) == [0, 1]
+
+
 async def run(pool: WorkflowConnectionPool, count: int) -> None:
     await asyncio.gather(*(pool.fetch("select 1") for _ in range(count)))
 
 
 async def test_counts_of_a_killed_worker_stay(pool: WorkflowConnectionPool) -> None:
     await run(pool, 200)
-    assert await queries(pool) == 200
+    await counted(pool, 200)
+    await eventually(lambda: both_known(pool), timeout=30)
     incarnation = (await known_of(pool))["workers"][0]["incarnation"]
     os.kill((await worker_pids(pool.name))[0], signal.SIGKILL)
     seen = []
@@ -56,19 +73,19 @@ async def test_counts_of_a_killed_worker_stay(pool: WorkflowConnectionPool) -> N
     await eventually(lives_again, timeout=60)
     assert set(seen) == {200}
     await run(pool, 100)
-    assert await queries(pool) == 300
+    await counted(pool, 300)
 
 
 async def test_a_killed_metrics_actor_comes_back_with_all_it_knew_and_a_gap(pool: WorkflowConnectionPool) -> None:
     await run(pool, 100)
-    assert await queries(pool) == 100
+    await counted(pool, 100)
 
     async def durable() -> bool:
         return kv_get(naming.metrics_key(pool.name)) is not None
 
     await eventually(durable, timeout=15)
     await run(pool, 50)  # told, but perhaps not durable yet
-    assert await queries(pool) == 150
+    await counted(pool, 150)
     metrics = cluster.find_metrics()
     assert metrics is not None
     pid = await metrics.__ray_call__.remote(lambda self: os.getpid())
@@ -94,12 +111,12 @@ async def test_a_killed_metrics_actor_comes_back_with_all_it_knew_and_a_gap(pool
     gap = there[first:].index(False)  # nobody has looked after the first figures …
     assert any(there[first + gap :])  # … and somebody has again
     await run(pool, 5)
-    assert await queries(pool) == 180
+    await counted(pool, 180)
 
 
 async def test_a_worker_that_is_taken_away_leaves_its_counts_and_is_not_missed(pool: WorkflowConnectionPool) -> None:
     await run(pool, 200)
-    assert sorted((await known_of(pool))["workers"]) == [0, 1]
+    await eventually(lambda: both_known(pool), timeout=30)
     await pool.scale(workers=1)
 
     async def left() -> bool:
@@ -107,7 +124,7 @@ async def test_a_worker_that_is_taken_away_leaves_its_counts_and_is_not_missed(p
 
     await eventually(left, timeout=30)
     await run(pool, 10)
-    assert await queries(pool) == 210
+    await counted(pool, 210)
     text = (await pool.process({"operation": "export_metrics"}))["prometheus_metrics"]
     assert text.count("connection_pool_worker_up{") == 1
     assert "connection_pool_worker_up{" + f'pool="{pool.name}",worker="' in text

@@ -58,8 +58,7 @@ async def read_pool(
 
 
 async def is_used(pool: WorkflowConnectionPool, wanted: bool, place: int = 1) -> bool:
-    status = await pool.process({"operation": "get_status"})
-    return bool(status["replicas"][place]["healthy"]) is wanted
+    return bool((await status_of_all(pool))["replicas"][place]["healthy"]) is wanted
 
 
 class Readers:
@@ -105,7 +104,7 @@ async def test_readers_go_on_while_a_replica_is_stopped_and_comes_back(
         await asyncio.to_thread(victim.stop, "fast")
         await readers.more()
         await eventually(lambda: is_used(read_pool, False), 30)
-        status = await read_pool.process({"operation": "get_status"})
+        status = await status_of_all(read_pool)
         assert status["replicas"][1]["problem"]
         await asyncio.to_thread(victim.start)
         await eventually(lambda: is_used(read_pool, True), 30)
@@ -124,7 +123,7 @@ async def test_a_replica_that_is_killed_takes_only_what_it_runs(
         assert await is_used(read_pool, False)
 
         async def told() -> bool:
-            replica = (await read_pool.process({"operation": "get_status"}))["replicas"][1]
+            replica = (await status_of_all(read_pool))["replicas"][1]
             return bool(replica["circuit_breaker"] == "open" and replica["used_by"] == 0 and replica["workers"] == 1)
 
         await eventually(told, 30)
@@ -272,7 +271,7 @@ async def test_a_replica_is_promoted_under_load(ray_cluster: Any) -> None:
             await asyncio.gather(*writers)
             kinds = {kind.partition(": ")[2] for kind in outcomes} - {"ok"}
             assert kinds <= {error.__name__ for error in GONE}, outcomes
-            assert resumed < 2.0, outcomes
+            assert resumed < 8, outcomes  # with a recovery timeout that is not heeded it would be 60
 
             async def both_judged() -> bool:  # they and the primary are looked at four times a second
                 one, other = (await status_of_all(pool))["replicas"]
