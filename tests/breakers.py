@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from typing import Any
 
 from waiting import eventually
 
 from raypg import UnavailableError, WorkflowConnectionPool
+from raypg.embedded import EmbeddedServer
 
 
 async def becomes(pool: WorkflowConnectionPool, state: str, timeout: float = 15.0) -> float:
@@ -31,6 +33,18 @@ async def transitions(pool: WorkflowConnectionPool) -> list[tuple[str, str]]:
     """(from, to) of the last transitions."""
     status = await pool.circuit_breaker.status()
     return [(change["from"], change["to"]) for change in status["state_transitions"]]
+
+
+async def closes(pool: WorkflowConnectionPool, server: EmbeddedServer) -> float:
+    """Start *server*: the breaker of *pool* closes with the first probe that begins after that, so that one more may
+    fail at the most. The seconds that took."""
+    await asyncio.to_thread(server.start)
+    since = datetime.now(UTC)
+    back = await becomes(pool, "closed")
+    changes = (await pool.circuit_breaker.status())["state_transitions"]
+    later = [change for change in changes if datetime.fromisoformat(change["timestamp"]) > since]
+    assert [(change["from"], change["to"]) for change in later].count(("half_open", "open")) <= 1, later
+    return back
 
 
 @contextlib.asynccontextmanager

