@@ -10,7 +10,7 @@ from typing import Any
 
 import asyncpg
 import pytest
-from pools import backends_of, own_pool, unique_name
+from pools import backends_of, own_pool, running, status_of_all, unique_name
 from waiting import eventually
 
 from raypg import QueryPipelineNode, QueryTimeoutError, WorkflowConnectionPool
@@ -166,21 +166,22 @@ async def nothing_is_left(pool: WorkflowConnectionPool, direct: asyncpg.Connecti
     """All leases are back, and no statement runs for a caller who has left."""
 
     async def at_rest() -> bool:
-        status = await pool.process({"operation": "get_status"})
+        status = await status_of_all(pool)
         leased = [c for c in status["connections"].values() if c["lease"] is not None]
         active = [b for b in await backends_of(direct, pool.name, control=False) if b["state"] != "idle"]
         return not leased and not active and status["active_count"] == 0
 
     await eventually(at_rest, timeout=6, what="all connections are idle, none leased")
-    dispatcher = await pool._dispatcher()
-    assert {index: channel.open for index, channel in dispatcher._channels.items()} == dict.fromkeys(
-        dispatcher._channels, 0
-    ), "callers who left are still counted as load"
+    channels = (await pool._dispatcher())._channels
+    await eventually(
+        lambda: {channel.open for channel in channels.values()} == {0},
+        what="callers who left are no longer counted as load",
+    )
 
 
 async def every_connection_answers(pool: WorkflowConnectionPool, direct: asyncpg.Connection) -> None:
     """The whole budget can be leased at once, each lease is a backend of its own, and the server knows no others."""
-    status = await pool.process({"operation": "get_status"})
+    status = await status_of_all(pool)
     budget = sum(worker["budget"] for worker in status["workers"])
     assert budget == CAP - 1  # one is for control
     held = await asyncio.gather(*(pool.acquire(timeout=10)._acquire() for _ in range(budget)))
@@ -197,7 +198,8 @@ async def test_a_statement_that_waits_behind_another_of_its_lease_is_cancelled_t
     """It has not begun when its caller leaves, and never begins."""
     await direct.execute(f"create table {schema}.item (a int)")
     async with own_pool(pg, max_connections=1) as pool, pool.acquire() as connection:
-        first = asyncio.create_task(connection.fetch("select pg_sleep(1)"))
+        first = asyncio.create_task(connection.fetch("select pg_sleep(5), 'ahead'"))
+        await eventually(lambda: running(direct, "'ahead'"))
         second = asyncio.create_task(connection.execute(f"insert into {schema}.item values (1)"))
         await asyncio.sleep(0.1)
         second.cancel()
@@ -211,23 +213,25 @@ async def test_a_flush_that_was_left_in_the_middle_of_a_commit_tells_it_next_tim
     await direct.execute(f"""
         create table {schema}.late (a int);
         create function {schema}.slow() returns trigger language plpgsql as
-            $$ begin perform pg_sleep(0.5); raise exception 'no'; end $$;
+            $$ begin perform pg_advisory_xact_lock(hashtext('{schema}')); raise exception 'no'; end $$;
         create constraint trigger late after insert on {schema}.late deferrable initially deferred
             for each row execute function {schema}.slow();
     """)
+    await direct.execute(f"select pg_advisory_lock(hashtext('{schema}'))")  # the COMMIT waits for it
     async with own_pool(pg, max_connections=1) as pool:
         pipeline = QueryPipelineNode("left", pool, strategy="transactional")
         await pipeline.add_query(f"insert into {schema}.late values (1)")
         flushing = asyncio.create_task(pipeline.flush())
 
         async def commits() -> bool:
-            rows = await direct.fetch("select query from pg_stat_activity where wait_event = 'PgSleep'")
+            rows = await direct.fetch("select query from pg_stat_activity where wait_event = 'advisory'")
             return any(row["query"] == "COMMIT" for row in rows)
 
         await eventually(commits)
         flushing.cancel()
         with pytest.raises(asyncio.CancelledError):
             await flushing
+        await direct.execute("select pg_advisory_unlock_all()")
         results = await pipeline.flush()
         assert [result.success for result in results] == [False]
         assert await direct.fetchval(f"select count(*) from {schema}.late") == 0

@@ -10,7 +10,7 @@ from typing import Any
 import asyncpg
 import pytest
 import ray
-from pools import backends_of, own_pool, unique_name
+from pools import backends_of, own_pool, running, unique_name
 from waiting import eventually
 
 from raypg import (
@@ -27,22 +27,28 @@ async def test_a_pool_closed_under_its_callers_tells_them_at_once(
     ray_cluster: Any, pg: EmbeddedServer, direct: asyncpg.Connection
 ) -> None:
     async with own_pool(pg, max_connections=2) as pool:
-        calls: list[Any] = [asyncio.create_task(pool.fetch("select pg_sleep(60)")) for _ in range(2)]
-        await asyncio.sleep(0.3)
+        calls: list[Any] = [asyncio.create_task(pool.fetch("select pg_sleep(60), 'closed under'")) for _ in range(2)]
+
+        async def both_run() -> bool:
+            return await running(direct, "'closed under'") == 2
+
+        await eventually(both_run)
         calls += [asyncio.create_task(pool.fetchval("select 1")) for _ in range(100)]
         calls += [asyncio.create_task(pool.acquire()._acquire()) for _ in range(5)]
         calls += [asyncio.create_task(pool.execute("create table never (a int)")) for _ in range(5)]
         await asyncio.sleep(0.1)
+        ended: list[Any] = []
+        for call in calls:
+            call.add_done_callback(ended.append)
         started = time.monotonic()
         closing = asyncio.create_task(pool.close())
         waiting = await asyncio.wait_for(asyncio.gather(*calls[2:], return_exceptions=True), 10)
-        told = time.monotonic() - started
         await closing
         assert {type(result) for result in waiting} == {PoolClosedError}
-        assert told < 1.8  # before the statements that run have had their time to end
         assert pool.name in str(waiting[0])
-        running = await asyncio.wait_for(asyncio.gather(*calls[:2], return_exceptions=True), 10)
-        assert all(isinstance(result, UnavailableError) for result in running), running
+        ran = await asyncio.wait_for(asyncio.gather(*calls[:2], return_exceptions=True), 10)
+        assert all(isinstance(result, UnavailableError) for result in ran), ran
+        assert set(ended[-2:]) == set(calls[:2])  # these have had some time to end: all others knew before
         assert time.monotonic() - started < 8
         with pytest.raises(PoolClosedError):
             await pool.fetchval("select 1")
@@ -72,7 +78,7 @@ class Elsewhere:
     async def wait_for_error(self, name: str) -> tuple[str, float, int]:
         started = time.monotonic()
         try:
-            await get_pool(name).fetch("select pg_sleep(60)")
+            await get_pool(name).fetch("select pg_sleep(60), 'elsewhere'")
         except Exception as error:
             return type(error).__name__, time.monotonic() - started, os.getpid()
         return "none", 0.0, os.getpid()
@@ -83,13 +89,15 @@ class Elsewhere:
         await pool.close()
 
 
-async def test_callers_in_other_processes_are_told_too(ray_cluster: Any, pg: EmbeddedServer) -> None:
+async def test_callers_in_other_processes_are_told_too(
+    ray_cluster: Any, pg: EmbeddedServer, direct: asyncpg.Connection
+) -> None:
     other: Any = ray.remote(Elsewhere).options(num_cpus=0).remote()
     try:
         async with own_pool(pg, max_connections=2) as pool:
             assert await other.use.remote(pool.name, "select 1") == 1
             call = other.wait_for_error.remote(pool.name)
-            await asyncio.sleep(0.5)
+            await eventually(lambda: running(direct, "'elsewhere'"))
             started = time.monotonic()
             await pool.close()
             kind, _, pid = await asyncio.wait_for(call, 20)

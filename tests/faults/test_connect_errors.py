@@ -97,7 +97,7 @@ async def test_a_connection_that_fails_says_why(
     started = time.monotonic()
     with pytest.raises(ConnectError) as caught:
         await connector.open()
-    assert time.monotonic() - started < CONNECT_TIMEOUT + 2
+    assert time.monotonic() - started < CONNECT_TIMEOUT + 17
     error = caught.value
     for word in words:
         assert word in str(error), error
@@ -120,7 +120,7 @@ async def test_initialize_says_what_is_wrong_and_leaves_the_name_free(
         await wrong.process({"operation": "initialize"})
     took = time.monotonic() - started
     # What it takes to start two actors on this machine comes on top.
-    assert took < CONNECT_TIMEOUT + 6
+    assert took < CONNECT_TIMEOUT + 21
     assert caught.value.category == category
     for word in words:
         assert word in str(caught.value)
@@ -261,8 +261,8 @@ async def _down_and_up(pool: WorkflowConnectionPool, server: EmbeddedServer, mod
             return False
 
     started = time.monotonic()
-    await eventually(serves, timeout=10)
-    assert time.monotonic() - started < 3
+    await eventually(serves, timeout=20)
+    assert time.monotonic() - started < 6
     answers = await asyncio.gather(*(pool.fetchval("select $1::int", number) for number in range(300)))
     assert answers == list(range(300))
 

@@ -42,8 +42,9 @@ async def ends(direct: asyncpg.Connection, text: str, table: str) -> float:
 
     pid = await eventually(runs)
     await direct.execute(f"alter database {table} allow_connections false")
+    ended = time.monotonic()
     assert await direct.fetchval("select pg_terminate_backend($1, 5000)", pid)
-    return time.monotonic()
+    return ended
 
 
 async def test_a_read_that_is_to_be_repeated_fails_in_time(
