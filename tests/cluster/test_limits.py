@@ -135,20 +135,20 @@ async def test_what_finished_tasks_and_dead_processes_had_comes_back(ray_cluster
         async def one() -> bool:
             return (await reclaimed(pool))["forgotten"] == 1
 
-        await eventually(one, 5)
+        await eventually(one, 10)
         with pytest.raises(ray.exceptions.WorkerCrashedError):
             await doomed.remote(pool.name)
 
         async def two() -> bool:
             return (await reclaimed(pool))["process died"] == 1
 
-        await eventually(two, 5)
+        await eventually(two, 10)
         async with pool.acquire(lease_timeout=0.2) as late:
 
             async def three() -> bool:
                 return await reclaimed(pool) == {"process died": 1, "forgotten": 1, "deadline": 1}
 
-            await eventually(three, 5)
+            await eventually(three, 10)
             with contextlib.suppress(raypg.LeaseLostError):
                 await late.fetchval("select 1")
         held = await asyncio.gather(*(pool.acquire(timeout=5)._acquire() for _ in range(3)))
