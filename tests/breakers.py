@@ -29,9 +29,22 @@ async def becomes(pool: WorkflowConnectionPool, state: str, timeout: float = 15.
     return time.monotonic() - started
 
 
+def stands(pool: WorkflowConnectionPool, timeout: float = 20.0) -> dict[str, Any]:
+    """``get_status`` as it is now, asked again while the Breaker needs more than its second: the handle has then what
+    was known last, or nothing to say."""
+    asked = datetime.now(UTC)
+    deadline = time.monotonic() + timeout
+    while True:
+        with contextlib.suppress(UnavailableError):
+            status = pool.circuit_breaker.get_status()
+            if datetime.fromisoformat(status["as_of"]) >= asked:
+                return status
+        assert time.monotonic() < deadline, f"the breaker of {pool.name} does not answer"
+
+
 async def transitions(pool: WorkflowConnectionPool) -> list[tuple[str, str]]:
     """(from, to) of the last transitions."""
-    status = await pool.circuit_breaker.status()
+    status = await asyncio.to_thread(stands, pool)
     return [(change["from"], change["to"]) for change in status["state_transitions"]]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import ray
 from pools import status_of_all
 from rich.console import Console
+from waiting import eventually
 
 from raypg import WorkflowConnectionPool, cli_pools
 
@@ -25,11 +26,15 @@ async def owner(pool: WorkflowConnectionPool, backend: int) -> dict[str, Any]:
 
 async def shown(pool: WorkflowConnectionPool, backend: int) -> str:
     """The line of `raypg status` about it."""
-    text = io.StringIO()
-    (known,) = await cli_pools._all_figures([pool.name])
-    cli_pools._show(Console(width=200, file=text), known)
-    (line,) = [line for line in text.getvalue().splitlines() if f" {backend} " in line]
-    return line
+
+    async def lines() -> list[str]:  # none of a worker that does not answer in time
+        text = io.StringIO()
+        (known,) = await cli_pools._all_figures([pool.name])
+        cli_pools._show(Console(width=200, file=text), known)
+        return [line for line in text.getvalue().splitlines() if f" {backend} " in line]
+
+    (line,) = await eventually(lines)
+    return str(line)
 
 
 async def in_async(pool: WorkflowConnectionPool) -> tuple[dict[str, Any], str, int]:

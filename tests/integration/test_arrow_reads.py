@@ -17,7 +17,7 @@ import pytest
 import values
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pools import nothing_leased, own_pool, worker_pids
+from pools import figures, nothing_leased, own_pool, worker_pids
 from shared_memory import is_shared, memory_of
 from waiting import eventually
 
@@ -286,7 +286,7 @@ async def read_on(stream: ArrowStream) -> None:
 
 
 async def test_what_is_looked_at_stays_though_its_lease_ends(pool: WorkflowConnectionPool) -> None:
-    stream = pool.stream(SERIES, 400_000, batch_bytes=1 << 20, lease_timeout=1.0)
+    stream = pool.stream(SERIES, 400_000, batch_bytes=1 << 20, lease_timeout=5.0)
     data = await stream.next_piece()
     assert data is not None
     seen = bytes(data)
@@ -367,8 +367,7 @@ async def test_many_streams_share_the_memory_of_a_worker(ray_cluster: Any, pg: E
 
 async def test_its_rows_are_counted(pool: WorkflowConnectionPool) -> None:
     async def fetched() -> int:
-        status = await pool.process({"operation": "get_comprehensive_status"})
-        return int(status["detailed_metrics"]["counters"]["rows_fetched"])
+        return int((await figures(pool))["detailed_metrics"]["counters"]["rows_fetched"])
 
     before = await fetched()
     await pool.fetch_arrow(SERIES, 12_345)

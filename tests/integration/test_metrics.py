@@ -12,7 +12,8 @@ from typing import Any
 import asyncpg
 import pytest
 import ray
-from pools import NO_BREAKER, backends_of, own_pool, unique_name
+from breakers import stands
+from pools import NO_BREAKER, backends_of, figures, own_pool, unique_name
 from waiting import eventually
 
 from raypg import CircuitBreakerError, PoolExhaustedError, QueryPipelineNode, WorkflowConnectionPool, naming
@@ -21,11 +22,6 @@ from raypg.errors import ConfigError
 from raypg.metrics_access import history
 
 WORKERS = 3
-
-
-async def status(pool: WorkflowConnectionPool) -> dict[str, Any]:
-    answer: dict[str, Any] = await pool.process({"operation": "get_comprehensive_status"})
-    return answer
 
 
 @pytest.fixture
@@ -72,7 +68,7 @@ async def test_quantiles_over_all_workers_are_within_one_percent(three: Workflow
     assert all(heard)
     exact = sorted(seconds * 1000 for part in heard for seconds in part)
     assert len(exact) == 600
-    known = (await status(three))["detailed_metrics"]
+    known = (await figures(three, WORKERS))["detailed_metrics"]
     times = known["histograms"]["query_execution_ms"]
     assert times["count"] == 600
     assert times["sum"] == pytest.approx(sum(exact))
@@ -84,7 +80,7 @@ async def test_quantiles_over_all_workers_are_within_one_percent(three: Workflow
 async def test_every_figure_against_a_counted_workload(
     three: WorkflowConnectionPool, table: str, direct: asyncpg.Connection
 ) -> None:
-    virgin = (await status(three))["detailed_metrics"]["counters"]
+    virgin = (await figures(three, WORKERS))["detailed_metrics"]["counters"]
     await asyncio.gather(*(three.fetch("select generate_series(1, $1)", 200) for _ in range(30)))
     for number in range(20):
         await three.execute(f"insert into {table} (id) values ($1)", number)
@@ -101,13 +97,13 @@ async def test_every_figure_against_a_counted_workload(
         held = [await stack.enter_async_context(three.acquire()) for _ in range(6)]
         with pytest.raises(PoolExhaustedError):
             await three.fetch("select 1", timeout=0.2)
-        during = await status(three)
+        during = await figures(three, WORKERS)
         real = await backends_of(direct, three.name, control=False)
         assert during["active_connections"] == len(held) == 6
         assert during["total_connections"] == len(real)
         assert during["utilization_rate"] == pytest.approx(6 / 7)
         assert during["detailed_metrics"]["gauges"]["workers_up"] == WORKERS
-    known = await status(three)
+    known = await figures(three, WORKERS)
     details = known["detailed_metrics"]
     counts = {name: count - virgin[name] for name, count in details["counters"].items()}
     summary = details["query_summary"]
@@ -150,12 +146,12 @@ async def test_every_figure_against_a_counted_workload(
 async def test_connections_and_those_who_wait_against_the_server(
     three: WorkflowConnectionPool, direct: asyncpg.Connection
 ) -> None:
-    before = await status(three)
+    before = await figures(three, WORKERS)
     counts = before["detailed_metrics"]["counters"]
     assert counts["connections_acquired"] == counts["queries_total"] == 0
     for _ in range(40):
         await three.fetch("select 1")
-    known = await status(three)
+    known = await figures(three, WORKERS)
     assert 0 < known["queries_per_second"] <= 40
     assert known["query_time_samples"] == known["detailed_metrics"]["counters"]["connections_acquired"] == 40
     assert known["detailed_metrics"]["histograms"]["connection_acquisition_ms"]["count"] == 40
@@ -168,11 +164,11 @@ async def test_connections_and_those_who_wait_against_the_server(
         waiting = [asyncio.create_task(three.fetch("select 1")) for _ in range(5)]
 
         async def all_wait() -> bool:
-            return bool((await status(three))["queue_depth"] == 5)
+            return bool((await figures(three, WORKERS))["queue_depth"] == 5)
 
-        await eventually(all_wait, timeout=0.9)
+        await eventually(all_wait)
     await asyncio.gather(*waiting)
-    assert (await status(three))["queue_depth"] == 0
+    assert (await figures(three, WORKERS))["queue_depth"] == 0
 
     ended = await direct.fetchval(
         "select count(pg_terminate_backend(pid, 5000)) from pg_stat_activity where pid = any($1::int[])",
@@ -181,11 +177,11 @@ async def test_connections_and_those_who_wait_against_the_server(
     assert ended == 2
 
     async def replaced() -> bool:
-        details = (await status(three))["detailed_metrics"]
+        details = (await figures(three, WORKERS))["detailed_metrics"]
         return bool(details["counters"]["connections_recycled"] >= counts["connections_recycled"] + 2)
 
     await eventually(replaced)
-    details = (await status(three))["detailed_metrics"]
+    details = (await figures(three, WORKERS))["detailed_metrics"]
     created = details["counters"]["connections_created"]
     assert created - details["counters"]["connections_recycled"] == details["gauges"]["pool_connections_total"]
     assert details["histograms"]["connection_creation_ms"]["count"] == created
@@ -195,7 +191,12 @@ async def test_connections_and_those_who_wait_against_the_server(
         with pytest.raises(CircuitBreakerError):
             await three.fetch("select 1")
     await three.circuit_breaker.force_close("over")
-    known = await status(three)
+
+    async def told() -> bool:  # a worker tells the Breaker of them with its next report
+        return bool(stands(three)["metrics"]["rejected_calls"] == 4)
+
+    await eventually(told)
+    known = await figures(three, WORKERS)
     rejected = known["detailed_metrics"]["counters"]["calls_rejected"]
     assert rejected == known["circuit_breaker"]["metrics"]["rejected_calls"] == 4
     assert known["detailed_metrics"]["errors"]["total_errors"] == 0
@@ -204,7 +205,7 @@ async def test_connections_and_those_who_wait_against_the_server(
 
 async def test_chunks_of_a_pipeline_count_each_statement(pool: WorkflowConnectionPool, table: str) -> None:
     async def inserts() -> tuple[int, int]:
-        known = (await status(pool))["detailed_metrics"]["query_summary"].get("INSERT", {"count": 0, "errors": 0})
+        known = (await figures(pool))["detailed_metrics"]["query_summary"].get("INSERT", {"count": 0, "errors": 0})
         return known["count"], known["errors"]
 
     count, errors = await inserts()
@@ -233,7 +234,7 @@ async def test_no_literal_and_no_parameter_is_shown_anywhere(virgin: WorkflowCon
     ]:
         with pytest.raises(asyncpg.PostgresError):
             await virgin.execute(sql, *arguments)
-    known = await status(virgin)
+    known = await figures(virgin)
     text = await virgin.process({"operation": "export_metrics"})
     assert known["detailed_metrics"]["errors"]["total_errors"] == 5
     assert len(known["pattern_insights"]["detected_patterns"]) >= 4
@@ -261,7 +262,7 @@ async def test_a_pool_that_ended_is_forgotten(ray_cluster: Any, pg: EmbeddedServ
     name = unique_name()
     for _ in range(2):
         async with own_pool(pg, name=name, max_connections=2) as pool:
-            known = await status(pool)
+            known = await figures(pool)
             assert known["detailed_metrics"]["counters"]["queries_total"] == 0
             await pool.fetch("select 1")
-            assert (await status(pool))["detailed_metrics"]["counters"]["queries_total"] == 1
+            assert (await figures(pool))["detailed_metrics"]["counters"]["queries_total"] == 1

@@ -10,7 +10,7 @@ from typing import Any
 
 import asyncpg
 import pytest
-from pools import backends_of, own_pool, unique_name
+from pools import all_open, backends_of, figures, nothing_leased, own_pool, status_of_all, unique_name
 from waiting import eventually
 
 from raypg import (
@@ -281,19 +281,15 @@ async def test_figures_before_the_first_query(ray_cluster: Any, pg: EmbeddedServ
 async def test_figures_agree_with_what_was_done_and_with_the_server(
     ray_cluster: Any, pg: EmbeddedServer, direct: asyncpg.Connection
 ) -> None:
-    async with own_pool(pg, max_connections=5) as pool:
+    async with own_pool(pg, min_connections=4, max_connections=5) as pool:
+        await all_open(pool, direct, 4)
         await asyncio.gather(*(pool.fetchval("select $1::int", number) for number in range(40)))
         await asyncio.gather(*(pool.fetch("select 1/0") for _ in range(10)), return_exceptions=True)
         held = await pool.process({"operation": "acquire"})
-
-        async def all_are_open() -> bool:
-            counted = (await pool.process({"operation": "stats"}))["connections"]["created"]
-            return bool(counted == len(await backends_of(direct, pool.name, control=False)))
-
-        await eventually(all_are_open, what="what was being opened is open")
+        await figures(pool)  # what was counted until now is in all that is told from now on
         stats = await pool.process({"operation": "stats"})
         statistics = await pool.process({"operation": "get_pool_statistics"})
-        status = await pool.process({"operation": "get_status"})
+        status = await status_of_all(pool)
         real = {row["pid"] for row in await backends_of(direct, pool.name, control=False)}
         await pool.process({"operation": "release", "connection_id": held["connection_id"]})
 
@@ -302,7 +298,7 @@ async def test_figures_agree_with_what_was_done_and_with_the_server(
     assert stats["queries"]["error_rate"] == pytest.approx(0.2)
     assert stats["performance"]["query_samples"] == 50
     assert stats["performance"]["avg_query_time_ms"] > 0
-    assert stats["connections"]["created"] == statistics["total_connections"] == len(real)
+    assert stats["connections"]["created"] == statistics["total_connections"] == len(real) == 4
     assert statistics["active_connections"] == 1
     assert statistics["idle_connections"] == len(real) - 1
     assert statistics["utilization_rate"] == pytest.approx(1 / 5)
@@ -323,16 +319,18 @@ async def test_adjust_pool_size_moves_the_cap_both_ways(
 ) -> None:
     async with own_pool(pg, max_connections=3) as pool:
 
-        async def most_at_once() -> int:
+        async def reaches(count: int) -> bool:
+            """Whether so many work at once; more never do."""
             pids = await asyncio.gather(
                 *(pool.fetchval("select pg_backend_pid() from (select pg_sleep(0.1)) s") for _ in range(20))
             )
-            return len(set(pids))
+            assert len(set(pids)) <= count
+            return len(set(pids)) == count
 
-        assert await most_at_once() == 3
+        await eventually(lambda: reaches(3))
         answer = await pool.process({"operation": "adjust_pool_size", "new_size": 8})
         assert answer == {"success": True, "previous_size": 3, "new_size": 8}
-        assert await most_at_once() == 7  # from 4 on, one of them is for control
+        await eventually(lambda: reaches(7))  # from 4 on, one of them is for control
         answer = await pool.process({"operation": "adjust_pool_size", "new_size": 2})
         assert answer == {"success": True, "previous_size": 8, "new_size": 2}
 
@@ -340,7 +338,7 @@ async def test_adjust_pool_size_moves_the_cap_both_ways(
             return len(await backends_of(direct, pool.name)) <= 2
 
         await eventually(shrunk, what="backends over the new cap are closed")
-        assert await most_at_once() == 2
+        await eventually(lambda: reaches(2))
 
 
 # --- close -----------------------------------------------------------------------------------------------------------
@@ -354,7 +352,11 @@ async def test_close_by_the_maker_ends_the_pool_and_its_backends(
         assert await other.fetchval("select 1") == 1
         assert await pool.process({"operation": "close"}) == {"status": "closed"}
         assert await pool.process({"operation": "close"}) == {"status": "closed"}
-        assert await backends_of(direct, pool.name) == []
+
+        async def none_left() -> bool:
+            return await backends_of(direct, pool.name) == []
+
+        await eventually(none_left)
         with pytest.raises(PoolClosedError):
             await pool.fetchval("select 1")
         with pytest.raises((PoolClosedError, PoolNotFoundError), match=pool.name):
@@ -375,12 +377,7 @@ async def test_close_of_a_found_handle_only_detaches(pool: WorkflowConnectionPoo
 async def test_a_lease_is_given_back_when_its_handle_is_closed(pool: WorkflowConnectionPool) -> None:
     found = get_pool(pool.name)
     await found.process({"operation": "acquire"})
-    before = (await pool.process({"operation": "get_status"}))["connections"].values()
+    before = (await status_of_all(pool))["connections"].values()
     assert sum(connection["lease"] is not None for connection in before) == 1
     await found.close()
-
-    async def given_back() -> bool:
-        status = await pool.process({"operation": "get_status"})
-        return all(connection["lease"] is None for connection in status["connections"].values())
-
-    await eventually(given_back, timeout=5, what="the lease of the closed handle ended")
+    await eventually(lambda: nothing_leased(pool), what="the lease of the closed handle ended")

@@ -11,7 +11,7 @@ from typing import Any
 import asyncpg
 import pyarrow as pa
 import pytest
-from pools import CapWatch, nothing_leased, own_pool, running, unique_name
+from pools import CapWatch, figures, nothing_leased, own_pool, running, unique_name
 from shared_memory import memory_of
 from waiting import eventually
 
@@ -98,8 +98,7 @@ async def test_one_connection_does_where_there_is_no_other(ray_cluster: Any, pg:
             assert numbers(found) == list(range(800_000))
             assert readers(found) == 1
             assert read.alone, "it has waited, and has left the queue"
-            status = await own.process({"operation": "get_comprehensive_status"})
-            assert status["detailed_metrics"]["counters"]["pool_exhaustion_events"] == 0
+            assert (await figures(own))["detailed_metrics"]["counters"]["pool_exhaustion_events"] == 0
         await eventually(lambda: nothing_leased(own))
 
 

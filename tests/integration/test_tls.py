@@ -300,7 +300,7 @@ async def test_cancel_requests_go_through(tls: Tls, sslmode: str, user: str) -> 
         started = time.monotonic()
         with pytest.raises(QueryTimeoutError):
             await connection.run(messages.STATUS, "select pg_sleep(60)", (), timeout=0.2)
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 15
         assert await connection.run(messages.FETCH, "select 1 as a", ()) == ([(1,)], ("a",))
 
 
