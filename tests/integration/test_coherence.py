@@ -149,19 +149,28 @@ async def test_what_is_not_written_to_stays(
         return coherence.unchanged(two, mark)
 
     await eventually(only_one)
-    mark = await held(coherence, one | two)
-    await pool.fetch(f"select * from {schema}.one")
-    await pool.fetchval(f"select nextval('{schema}.numbers')")
-    await pool.execute("select pg_notify('nobody', 'x')")
-    async with pool.transaction() as tx:
-        await tx.execute(f"declare c cursor for select * from {schema}.one")
-        assert len(await tx.fetch("fetch 1 from c")) == 1
-    assert coherence.unchanged(one | two, mark)
-    node = pipeline_of(pool)
-    await node.write(pa.table({"id": [1]}), into=f"{schema}.one")  # by a ledger that may not exist
-    await node.close()
-    assert not coherence.unchanged(one, mark)
-    assert coherence.unchanged(two, mark)
+
+    async def neither() -> bool:
+        mark = await held(coherence, one | two)
+        await pool.fetch(f"select * from {schema}.one")
+        await pool.fetchval(f"select nextval('{schema}.numbers')")
+        await pool.execute("select pg_notify('nobody', 'x')")
+        async with pool.transaction() as tx:
+            await tx.execute(f"declare c cursor for select * from {schema}.one")
+            assert len(await tx.fetch("fetch 1 from c")) == 1
+        return coherence.unchanged(one | two, mark)
+
+    await eventually(neither, 30)
+
+    async def only_one_by_a_ledger() -> bool:  # that may not exist
+        mark = await held(coherence, one | two)
+        node = pipeline_of(pool)
+        await node.write(pa.table({"id": [1]}), into=f"{schema}.one")
+        await node.close()
+        assert not coherence.unchanged(one, mark)
+        return coherence.unchanged(two, mark)
+
+    await eventually(only_one_by_a_ledger, 30)
 
 
 async def leased(pool: WorkflowConnectionPool, query: str) -> None:
@@ -322,8 +331,12 @@ async def test_who_writes_past_the_pool_is_heard_of_by_triggers(
     await eventually(listener, 20)  # a worker that could not read the catalogue just now waits before it tries again
     # As soon as it listens it tells that it has not heard what was before, which counts as a change of everything.
     await eventually(lambda: leaves_the_other("delete from item"))
-    for change in ("insert into item values (1)", "update item set amount = 2", "delete from item", "truncate item"):
-        assert await leaves_the_other(change)
+
+    async def each_leaves_the_other() -> bool:
+        ways = "insert into item values (1)", "update item set amount = 2", "delete from item", "truncate item"
+        return all([await leaves_the_other(change) for change in ways])
+
+    await eventually(each_leaves_the_other, 60)
     # What goes through the pool is not told twice.
     await pool.execute(f"insert into {table} values (2)")
     mark = await held(coherence, tables | other)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import secrets
 from collections.abc import AsyncIterator, Iterator
@@ -16,7 +17,7 @@ from routers import answer, goes_to
 from standby import ask, caught_up, pause, resume, standby_of
 from starlette.applications import Starlette
 from starlette.routing import Route
-from waiting import eventually
+from waiting import eventually, needs, one_round
 
 from raypg import QueryRouterNode, WorkflowConnectionPool
 from raypg.deployments.query_door import Door, RouterArgs
@@ -47,7 +48,7 @@ async def splitting(
     """A router whose replica answers, and has the table."""
     await caught_up(pg18, replica)
     async with QueryRouterNode("splitting", split) as router:
-        await eventually(lambda: goes_to(router, "replica", "select 1 as one"))
+        await eventually(lambda: goes_to(router, "replica", "select 1 as one"), 30)
         yield router
 
 
@@ -64,8 +65,12 @@ async def test_reads_go_to_the_replica_and_all_else_to_the_primary(
         assert await goes_to(splitting, "primary", query), query
     await splitting.process({"query": f"select count(*) from {table}", "session_id": "other"})
     found = await answer(splitting, f"select count(*) as n from {table}", session_id="reader")
-    await eventually(lambda: goes_to(splitting, "replica", f"select count(*) as n from {table}"))
-    found = await answer(splitting, f"select count(*) as n from {table}")
+
+    async def by_the_replica() -> dict[str, Any] | None:
+        found = await answer(splitting, f"select count(*) as n from {table}")
+        return found if found["routing_metadata"]["target"] == "replica" else None
+
+    found = await eventually(by_the_replica)
     assert found["data"] == [{"n": 1}]
     assert found["routing_metadata"]["replica"] == f"127.0.0.1:{replica.port}"
     assert (await splitting.get_metrics())["router_metrics"]["by_target"]["replica"] >= 1
@@ -87,8 +92,16 @@ async def test_a_session_reads_what_it_wrote_while_the_replica_is_held_up(
         for number in range(1, 6):
             await answer(splitting, f"insert into {table} (id) values ($1)", number, session_id="writer")
             assert (await answer(splitting, count, session_id="writer"))["data"] == [{"n": number}]
-        other = QueryRouterNode("other process", split)
-        assert (await answer(other, count))["data"] == [{"n": 0}]  # by the replica, which is behind
+
+        async def by_the_replica() -> QueryRouterNode | None:
+            other = QueryRouterNode("other process", split)
+            found = await answer(other, count)
+            if found["routing_metadata"]["target"] != "replica":
+                return None  # it has seen what the primary has
+            assert found["data"] == [{"n": 0}]  # of one that is behind
+            return other
+
+        other = await eventually(by_the_replica)
         found = await answer(other, count, after=splitting.token("writer"))
         assert (found["data"], found["routing_metadata"]["target"]) == ([{"n": 5}], "primary")
         # It has seen that now, and never sees less again.
@@ -108,13 +121,18 @@ async def test_a_chain_of_writes_is_asked_for_once_and_a_chain_of_reads_never(
         await splitting.execute(f"insert into {table} (id) values ($1)", number, session_id="chain")
         assert splitting.token("chain") == "0/0/primary"
     count = f"select count(*) as n from {table}"
-    await eventually(lambda: goes_to(splitting, "replica", count, session_id="chain"))
-    place, _, seen = splitting.token("chain").rpartition("/")
-    assert place != "0/0"
-    assert seen != "primary"
-    for _ in range(5):
-        assert await splitting.fetchval(count, session_id="chain") == 5
-    assert splitting.token("chain") == f"{place}/{seen}"
+
+    async def asked_for_no_more() -> bool:
+        if not await goes_to(splitting, "replica", count, session_id="chain"):
+            return False
+        place, _, seen = splitting.token("chain").rpartition("/")
+        assert place != "0/0"
+        assert seen != "primary"
+        for _ in range(5):
+            assert await splitting.fetchval(count, session_id="chain") == 5
+        return splitting.token("chain") == f"{place}/{seen}"
+
+    await eventually(asked_for_no_more, 30)
 
 
 async def test_a_token_is_good_in_another_process(
@@ -130,7 +148,11 @@ async def test_a_token_is_good_in_another_process(
     await pause(replica)
     try:
         await splitting.execute(f"insert into {table} (id) values (1)", session_id="writer")
-        assert await read.remote(splitting, query, None) == (0, "replica", True)
+
+        async def by_the_replica() -> bool:
+            return bool(await read.remote(splitting, query, None) == (0, "replica", True))
+
+        await eventually(by_the_replica, 30)
         assert await read.remote(splitting, query, splitting.token("writer")) == (1, "primary", True)
     finally:
         await resume(replica)
@@ -146,17 +168,26 @@ async def test_a_session_over_http_that_goes_to_several_doors(
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
             return (await client.post("/query", json={"query": query, **more})).json()
 
-    one, other = (Door(RouterArgs(pool=split.name, num_replicas=2), True, "no token is needed") for _ in range(2))
+    doors: list[Door] = []
+
+    def new_door() -> Door:
+        doors.append(Door(RouterArgs(pool=split.name, num_replicas=2), True, "no token is needed"))
+        return doors[-1]
+
+    async def behind() -> Door | None:  # what was answered by the primary is not forgotten again
+        door = new_door()
+        return door if (await post(door, count))["data"] == [{"n": 0}] else None
+
     count = f"select count(*) as n from {table}"
     await pause(replica)
     try:
-        await post(one, f"insert into {table} (id) values (1)", session_id="s")
-        assert (await post(other, count))["data"] == [{"n": 0}]
+        await post(new_door(), f"insert into {table} (id) values (1)", session_id="s")
+        other = await eventually(behind)
         found = await post(other, count, session_id="s")
         assert (found["data"], found["routing_metadata"]["target"]) == ([{"n": 1}], "primary")
     finally:
         await resume(replica)
-        for door in (one, other):
+        for door in doors:
             await door.close()
 
 
@@ -165,11 +196,19 @@ async def test_the_age_that_a_router_allows_is_for_queries_that_do_not_say(
 ) -> None:
     async with QueryRouterNode("fresh", split, max_staleness=0.0) as fresh:
         assert await goes_to(fresh, "primary", "select 1")
-        assert await goes_to(QueryRouterNode("any", split), "replica", "select 1")
-        assert await goes_to(QueryRouterNode("some", split, max_staleness=0.0), "replica", "select 1", max_staleness=60)
-        assert await goes_to(
-            QueryRouterNode("none", split, max_staleness=0.0), "replica", "select 1", max_staleness=None
-        )
+        for allowed, more in (
+            ({}, {}),
+            ({"max_staleness": 0.0}, {"max_staleness": 60}),
+            (
+                {"max_staleness": 0.0},
+                {"max_staleness": None},
+            ),
+        ):
+
+            async def by_the_replica(allowed: dict[str, Any] = allowed, more: dict[str, Any] = more) -> bool:
+                return await goes_to(QueryRouterNode("any", split, **allowed), "replica", "select 1", **more)
+
+            await eventually(by_the_replica)
 
 
 async def test_what_a_replica_does_not_have_yet_is_asked_of_the_primary(
@@ -189,28 +228,43 @@ async def test_what_a_replica_refuses_is_learnt(
     splitting: QueryRouterNode, pg18: EmbeddedServer, replica: EmbeddedServer, schema: str, direct: asyncpg.Connection
 ) -> None:
     """A function becomes one that writes behind the router's back: the verdict on it is old for a moment."""
-    function = f"create or replace function {schema}.g() returns bigint language sql as"
-    await direct.execute(f"create sequence {schema}.n; {function} 'select 1::bigint'")
-    splitting._catalogue.changed()
-    await caught_up(pg18, replica)
-    query = f"select {schema}.g() as n"
-    assert (await splitting.classify(query)).kind == "READ"
-    await direct.execute(f"{function} 'select nextval(''{schema}.n'')'")
-    await caught_up(pg18, replica)
-    assert (await answer(splitting, query, session_id="fresh"))["data"] == [{"n": 1}]
-    verdict = await splitting.classify(query)
-    assert (verdict.kind, (await splitting.get_metrics())["router_metrics"]["replica_refusals"]) == ("UNKNOWN", 1)
-    assert (await answer(splitting, query, session_id="fresh"))["data"] == [{"n": 2}]
-    splitting._catalogue.changed()
-    verdict = await splitting.classify(query)
-    assert (verdict.kind, verdict.reason) == ("WRITE", "function nextval is not harmless")
+    rounds = itertools.count()
+
+    async def refusals() -> int:
+        return int((await splitting.get_metrics())["router_metrics"]["replica_refusals"])
+
+    async def attempt() -> None:
+        round_ = next(rounds)
+        g, n, session = f"{schema}.g{round_}", f"{schema}.n{round_}", f"fresh {round_}"
+        function = f"create or replace function {g}() returns bigint language sql as"
+        await direct.execute(f"create sequence {n}; {function} 'select 1::bigint'")
+        splitting._catalogue.changed()
+        await caught_up(pg18, replica)
+        query, before = f"select {g}() as n", await refusals()
+        assert (await splitting.classify(query)).kind == "READ"
+        await direct.execute(f"{function} 'select nextval(''{n}'')'")
+        await caught_up(pg18, replica)
+        assert (await answer(splitting, query, session_id=session))["data"] == [{"n": 1}]
+        needs(await refusals() == before + 1, "the replica was asked")
+        assert (await splitting.classify(query)).kind == "UNKNOWN"
+        assert (await answer(splitting, query, session_id=session))["data"] == [{"n": 2}]
+        splitting._catalogue.changed()
+        verdict = await splitting.classify(query)
+        assert (verdict.kind, verdict.reason) == ("WRITE", "function nextval is not harmless")
+
+    await one_round(attempt)
 
 
 async def test_who_has_failed_a_read_is_told_too(
     splitting: QueryRouterNode, schema: str, pg18: EmbeddedServer, replica: EmbeddedServer, direct: asyncpg.Connection
 ) -> None:
-    found = await answer(splitting, "select 1 / $1::int", 0)
-    assert (found["sqlstate"], found["routing_metadata"]["target"]) == ("22012", "replica")
+
+    async def fails_on_the_replica() -> bool:
+        found = await answer(splitting, "select 1 / $1::int", 0)
+        assert found["sqlstate"] == "22012"
+        return bool(found["routing_metadata"]["target"] == "replica")
+
+    await eventually(fails_on_the_replica)
     found = await answer(splitting, "select * from nowhere")
     assert (found["sqlstate"], found["routing_metadata"]["target"]) == ("42P01", "primary")
     # What a replica refuses, and fails on the primary, is learnt as well.
@@ -220,9 +274,13 @@ async def test_who_has_failed_a_read_is_told_too(
     assert (await splitting.classify(f"select {schema}.h()")).kind == "READ"
     await direct.execute(f"{function} 'select nextval(''{schema}.n'')'; select nextval('{schema}.n')")
     await caught_up(pg18, replica)
-    found = await answer(splitting, f"select {schema}.h()", session_id="fresh")
-    assert (found["sqlstate"], found["routing_metadata"]["target"]) == ("2200H", "primary")
-    assert (await splitting.classify(f"select {schema}.h()")).kind == "UNKNOWN"
+
+    async def learnt() -> bool:  # as soon as the replica was asked
+        found = await answer(splitting, f"select {schema}.h()", session_id=secrets.token_hex(4))
+        assert (found["sqlstate"], found["routing_metadata"]["target"]) == ("2200H", "primary")
+        return (await splitting.classify(f"select {schema}.h()")).kind == "UNKNOWN"
+
+    await eventually(learnt)
 
 
 async def test_without_the_split_all_goes_to_the_primary(
