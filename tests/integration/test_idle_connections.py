@@ -23,8 +23,10 @@ from raypg.server.connection import ServerConnection
 
 
 @pytest.fixture
-async def worker(pg: EmbeddedServer) -> AsyncIterator[PoolWorker]:
-    """A worker, without Ray around it, with four connections, that pings in every round of maintenance."""
+async def worker(pg: EmbeddedServer, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[PoolWorker]:
+    """A worker, without Ray around it, with four connections, that pings in every round of maintenance; a server that
+    is held up has time to answer."""
+    monkeypatch.setattr(connection_set, "PING_TIMEOUT", 30.0)
     config = from_kwargs(name="p", environ={}, **pg.parameters, health_check_interval=0.1)
     worker = PoolWorker("p", 0, "cluster", config.to_dict())
     await grant(worker, 4)  # as the Pool does: any that are to be kept would open beside warm_up's
@@ -74,7 +76,7 @@ async def test_a_fault_in_a_ping_leaves_no_connection_in_nobodys_hands(
 async def test_who_waits_is_told_in_time_while_a_ping_gets_no_answer(
     pg: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connection_set, "PING_TIMEOUT", 5.0)
+    monkeypatch.setattr(connection_set, "PING_TIMEOUT", 30.0)
     async with Proxy(pg.port) as proxy:
         settings = {**pg.parameters, "port": proxy.port, "sslmode": "disable", "health_check_interval": 0.1}
         worker = PoolWorker("p", 0, "cluster", from_kwargs(name="p", environ={}, **settings).to_dict())
@@ -89,7 +91,7 @@ async def test_who_waits_is_told_in_time_while_a_ping_gets_no_answer(
         asked = worker.acquire(pack((("client", 2), "job", {"client": "client"}, 0.2, 60.0, None)))
         kind, error = unpack(await asyncio.wait_for(asked, 20))
         assert (kind, error[1]) == ("error", PoolExhaustedError.__name__)
-        assert time.monotonic() - started < 2.5
+        assert time.monotonic() - started < 8
         proxy.mend()
         await worker.close("the test is over")
 
@@ -98,7 +100,7 @@ async def test_who_waits_is_told_in_time_while_a_ping_gets_no_answer(
 async def test_a_connection_that_gets_stuck_while_it_is_opened_is_closed(
     pg: EmbeddedServer, direct: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    config = from_kwargs(name="p", environ={}, **pg.parameters, connect_timeout=1.0 if how == "connect_timeout" else 60)
+    config = from_kwargs(name="p", environ={}, **pg.parameters, connect_timeout=5.0 if how == "connect_timeout" else 60)
     connector = Connector(config, unique_name("stuck"))
     stuck = asyncio.Event()
 
@@ -112,7 +114,9 @@ async def test_a_connection_that_gets_stuck_while_it_is_opened_is_closed(
 
     monkeypatch.setattr(codecs, "install", no_answer)
     opening = asyncio.create_task(connector.open())
-    await stuck.wait()
+    reached = asyncio.create_task(stuck.wait())
+    await asyncio.wait({opening, reached}, return_when=asyncio.FIRST_COMPLETED)
+    assert reached.done()
     assert await backends() == 1
     if how == "cancelled":
         opening.cancel()
@@ -133,11 +137,11 @@ async def test_it_connects_again_ever_more_seldom(pg: EmbeddedServer) -> None:
         await grant(worker, 2, least=2)
         await eventually(lambda: worker._engine.connections.idle == 2)
         proxy.cut()
-        before, until = proxy.accepted, time.monotonic() + 2.0
-        await eventually(lambda: time.monotonic() > until)
-        tries = proxy.accepted - before
-        print(f"{tries} tries in 2 s")
-        assert 3 <= tries <= 12  # after up to 0.05 s, 0.1 s, 0.2 s …; at every look it would be 40
+        before, began = proxy.accepted, time.monotonic()
+        await eventually(lambda: proxy.accepted >= before + 3 and time.monotonic() > began + 2.0, 30)
+        tries, seconds = proxy.accepted - before, time.monotonic() - began
+        print(f"{tries} tries in {seconds:.1f} s")
+        assert tries <= 6 * seconds  # after up to 0.05 s, 0.1 s, 0.2 s …; at every look it would be 20 a second
         proxy.mend()
         await eventually(lambda: worker._engine.connections.idle == 2)
         await worker.close("the test is over")

@@ -121,18 +121,18 @@ async def test_a_cancelled_statement_is_cancelled_on_the_server(
 async def test_after_its_deadline_a_lease_is_gone_and_its_connection_serves_others(
     pair: WorkflowConnectionPool, table: str
 ) -> None:
-    one = await pair.acquire(lease_timeout=1.5)
-    two = await pair.acquire(lease_timeout=1.5)
+    one = await pair.acquire(lease_timeout=5.0)
+    two = await pair.acquire(lease_timeout=5.0)
     for connection in (one, two):
         await connection.execute("begin")
         await connection.execute("create temp table shadow (a int)")
         await connection.execute(f"insert into {table} values ({connection.backend_pid}, 'x')")
     started = time.monotonic()
     assert await pair.fetchval(f"select count(*) from {table}", timeout=10) == 0
-    assert time.monotonic() - started < 6
+    assert time.monotonic() - started < 10
     await eventually(lambda: nothing_leased(pair))  # the count needed but one of the two connections
     for connection in (one, two):
-        with pytest.raises(LeaseLostError, match=r"deadline of 1\.5 s"):
+        with pytest.raises(LeaseLostError, match=r"deadline of 5 s"):
             await connection.execute(f"insert into {table} values (5, 'x')")
         with pytest.raises(LeaseLostError):
             await connection.execute("commit")
@@ -151,20 +151,20 @@ async def test_a_deadline_under_a_running_statement(pair: WorkflowConnectionPool
 
 async def test_a_deadline_inside_a_transaction_block_is_told(pair: WorkflowConnectionPool, table: str) -> None:
     with pytest.raises(LeaseLostError, match="deadline"):  # noqa: PT012
-        async with pair.transaction(lease_timeout=0.3) as tx:
+        async with pair.transaction(lease_timeout=3.0) as tx:
             await tx.execute(f"insert into {table} values (1, 'x')")
-            await asyncio.sleep(0.6)
+            await eventually(lambda: nothing_leased(pair))
     assert await pair.fetchval(f"select count(*) from {table}") == 0
 
 
 async def test_the_error_on_its_way_is_not_hidden_by_a_lost_lease(pair: WorkflowConnectionPool) -> None:
     with pytest.raises(ZeroDivisionError):  # noqa: PT012
-        async with pair.transaction(lease_timeout=0.2):
-            await asyncio.sleep(0.5)
+        async with pair.transaction(lease_timeout=3.0):
+            await eventually(lambda: nothing_leased(pair))
             raise ZeroDivisionError
     with pytest.raises(ZeroDivisionError):  # noqa: PT012
-        async with pair.acquire(lease_timeout=0.2) as connection, connection.transaction():
-            await asyncio.sleep(0.5)
+        async with pair.acquire(lease_timeout=3.0) as connection, connection.transaction():
+            await eventually(lambda: nothing_leased(pair))
             raise ZeroDivisionError
 
 
@@ -247,10 +247,10 @@ async def test_when_leases_hold_all_connections_waiting_ends_in_time(pair: Workf
                 await call
             took = time.monotonic() - started
             error = caught.value
-            assert 0.3 < took < 4
+            assert 0.3 < took < 10
             assert isinstance(error, TimeoutError)
             assert error.name == pair.name
-            assert 0.3 < error.waited < 3
+            assert 0.3 < error.waited < 8
             assert error.depth == 1
             assert error.limit == 10_000
             assert error.connections == 2

@@ -222,11 +222,11 @@ async def test_a_lost_lease_is_loud(
     caplog: pytest.LogCaptureFixture,
     end: str,
 ) -> None:
-    connection = await pair.acquire(lease_timeout=0.5 if end == "deadline" else None)
+    connection = await pair.acquire(lease_timeout=3.0 if end == "deadline" else None)
     await connection.add_listener(channel, Ear())
     if end == "backend":
         await direct.fetchval("select pg_terminate_backend($1, 5000)", connection.backend_pid)
-    await missed(connection, channel, caplog, "deadline of 0.5 s" if end == "deadline" else "terminated")
+    await missed(connection, channel, caplog, "deadline of 3 s" if end == "deadline" else "terminated")
 
 
 async def test_so_is_one_whose_worker_died(

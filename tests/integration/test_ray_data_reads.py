@@ -35,7 +35,10 @@ pytestmark = pytest.mark.usefixtures("quiet_ray_data")
 async def items(schema: str, direct: asyncpg.Connection) -> str:
     """20,000 rows on many pages, with NULLs."""
     name = f'{schema}."the Items"'
-    await direct.execute(f"create table {name} (id int, label text, price numeric(10,2), at timestamptz, score float8)")
+    await direct.execute(
+        f"create table {name} (id int, label text, price numeric(10,2), at timestamptz, score float8)"
+        " with (autovacuum_enabled = off)"
+    )
     await direct.execute(
         f"""insert into {name} select n, 'label ' || n, n / 4.0, timestamptz '2020-01-01 00:00+00' + n * interval '1 s',
             case when n % 100 = 0 then 'NaN' when n % 7 > 0 then n / 8.0 end from generate_series(1, 20000) n"""

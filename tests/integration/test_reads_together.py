@@ -11,7 +11,7 @@ from typing import Any
 
 import asyncpg
 import pytest
-from waiting import eventually
+from waiting import eventually, needs, one_round
 
 from raypg import messages
 from raypg.config import from_kwargs
@@ -19,6 +19,7 @@ from raypg.core.patterns import FoldGain
 from raypg.embedded import EmbeddedServer
 from raypg.errors import QueryTimeoutError
 from raypg.portable import unpack_error
+from raypg.server import preparing
 from raypg.server.connect import Connector
 from raypg.server.engine import Engine
 from raypg.server.replies import BatchState
@@ -97,17 +98,22 @@ async def test_every_caller_gets_its_own_answer(bench: Bench, rng: random.Random
     texts = ["select $1::int + 1", "select repeat('x', $1::int)", "select g from generate_series(1, $1::int) g"]
     await bench.train(*[(text, 1) for text in texts])
     bench.engine.pace.gain = FoldGain(0)  # remembers nothing: what it takes here and now decides nothing
-    asked = [(rng.choice(texts), rng.randrange(2000)) for _ in range(1000)]
-    before = bench.engine.figures.together
-    outcomes = await bench.outcomes(bench.submit(*asked))
-    assert bench.engine.figures.together - before > 500
-    for (text, number), rows in zip(asked, outcomes, strict=True):
-        if text == texts[0]:
-            assert rows == [(number + 1,)]
-        elif text == texts[1]:
-            assert rows == [("x" * number,)]
-        else:
-            assert rows == [(g,) for g in range(1, number + 1)]
+
+    async def attempt() -> None:
+        asked = [(rng.choice(texts), rng.randrange(2000)) for _ in range(1000)]
+        before = bench.engine.figures.together
+        outcomes = await bench.outcomes(bench.submit(*asked))
+        for (text, number), rows in zip(asked, outcomes, strict=True):
+            if text == texts[0]:
+                assert rows == [(number + 1,)]
+            elif text == texts[1]:
+                assert rows == [("x" * number,)]
+            else:
+                assert rows == [(g,) for g in range(1, number + 1)]
+        together = bench.engine.figures.together - before
+        needs(together > 500, f"{together} of 1000 together")  # fewer when they seem to be slow
+
+    await one_round(attempt)
 
 
 async def test_an_error_is_that_of_its_own_statement(bench: Bench) -> None:
@@ -159,7 +165,7 @@ async def _nothing(bench: Bench) -> bool:
 async def test_a_timeout_hits_only_its_own_statement(bench: Bench) -> None:
     await bench.train((COUNT, 1))
     patient = bench.submit(*[(COUNT, n) for n in range(50)])
-    hasty = bench.submit((COUNT, LONG), timeout=0.3)
+    hasty = bench.submit((COUNT, LONG), timeout=3.0)
     others = bench.submit(*[(COUNT, n) for n in range(50)])
     assert isinstance((await bench.outcomes(hasty))[0], QueryTimeoutError)
     assert await bench.outcomes(patient) == await bench.outcomes(others) == [[(n,)] for n in range(50)]
@@ -194,11 +200,17 @@ async def test_when_all_have_left_the_server_stops(bench: Bench) -> None:
 async def test_a_terminated_backend_is_not_noticed(bench: Bench) -> None:
     """They only read: all are asked once more, on another connection."""
     await bench.train((COUNT, 1))
-    batch = bench.submit(*[(COUNT, 200_000 + n) for n in range(100)])
-    pids = await eventually(lambda: bench.running("counted"))
-    assert await bench.direct.fetchval("select pg_terminate_backend($1, 5000)", pids[0])
-    assert await bench.outcomes(batch) == [[(200_000 + n,)] for n in range(100)]
-    assert bench.engine.figures.retries
+
+    async def met() -> bool:  # a backend may have become idle before it is ended
+        batch = bench.submit(*[(COUNT, 200_000 + n) for n in range(100)])
+        pids: list[int] = []
+        while batch.open and not pids:
+            pids = await bench.running("counted")
+        await bench.direct.fetchval("select pg_terminate_backend($1, 5000)", pids[0] if pids else None)
+        assert await bench.outcomes(batch) == [[(200_000 + n,)] for n in range(100)]
+        return bench.engine.figures.retries > 0
+
+    await eventually(met, 60)
 
 
 async def test_who_waited_behind_a_lost_read_has_a_try_left(bench: Bench) -> None:
@@ -298,7 +310,10 @@ async def test_what_was_found_to_gain_nothing_together_is_sent_alone(bench: Benc
     assert few < 15 < many  # it is tried again now and then
 
 
-async def test_a_new_connection_has_prepared_what_comes_most_often(bench: Bench) -> None:
+async def test_a_new_connection_has_prepared_what_comes_most_often(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparing, "PREPARED_WITHIN", 10.0)
     table = f"public.t{bench.name[9:]}"
     await bench.direct.execute(f"create table {table} as select 5 as n")
     often, rarely = f"select n + $1::int from {table}", "select $1::int + 6"

@@ -263,7 +263,7 @@ async def test_an_end_without_a_beginning_and_a_beginning_too_many(router: Query
 
 async def test_a_begin_that_fails_holds_nothing(pg18: EmbeddedServer, ray_cluster: Any) -> None:
     async with (
-        own_pool(pg18, max_connections=1, acquire_timeout=1.0, **NO_BREAKER) as pool,
+        own_pool(pg18, max_connections=1, acquire_timeout=4.0, **NO_BREAKER) as pool,
         QueryRouterNode("r", pool) as router,
     ):
         await answer(router, "begin", session_id="holder")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -32,14 +33,16 @@ ALL = ("READ", "WRITE", "DDL", "TRANSACTION", "SESSION", "UNKNOWN")
 
 @pytest.fixture(scope="module")
 def address(serving: None, pool: WorkflowConnectionPool) -> Iterator[str]:
-    """Serve on loopback, with four applications: as it is by default (``/raypg``), with all kinds of statements and
-    strict limits (``/all``), for a pool that does not run (``/none``), of three replicas with caches (``/three``)."""
+    """Serve on loopback, with five applications: as it is by default (``/raypg``), with all kinds of statements and
+    small bodies (``/all``), with little patience (``/hasty``), for a pool that does not run (``/none``), of three
+    replicas with caches (``/three``)."""
     port = free_port("127.0.0.1", 0, "try again")
     serve.shutdown()  # the one of the session has no HTTP
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     apps = {
         "/raypg": RouterArgs(pool=pool.name),
-        "/all": RouterArgs(pool=pool.name, statements=ALL, max_body_bytes=10_000, body_timeout=0.5, query_timeout=2.0),
+        "/all": RouterArgs(pool=pool.name, statements=ALL, max_body_bytes=10_000),
+        "/hasty": RouterArgs(pool=pool.name, body_timeout=0.5, query_timeout=2.0),
         "/none": RouterArgs(pool=unique_name("nowhere")),
         "/three": RouterArgs(pool=pool.name, num_replicas=3, cache_size=100, cache_ttl=600.0),
     }
@@ -89,7 +92,7 @@ async def test_what_the_server_refuses_and_what_takes_too_long(client: httpx.Asy
     answer = await ask(client, "select pg_sleep(30)", timeout=0.2)
     assert (answer.status_code, answer.json()["error_type"]) == (504, "QueryTimeoutError")
     # The deployment's own limit holds for those who ask for more.
-    answer = await ask(client, "select pg_sleep(30)", timeout=100, route="/all")
+    answer = await ask(client, "select pg_sleep(30)", timeout=100, route="/hasty")
     assert answer.status_code == 504
 
 
@@ -170,9 +173,10 @@ async def test_it_holds_no_connection_to_the_database(client: httpx.AsyncClient,
 
     processes = {kind: [] for kind in ("ServeReplica:", "PoolWorker")}  # as Ray calls them
     for process in psutil.Process().children(recursive=True):
-        for kind, found in processes.items():
-            if kind in process.name() or kind in " ".join(process.cmdline()):
-                found.append(connected(process))
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+            for kind, found in processes.items():
+                if kind in process.name() or kind in " ".join(process.cmdline()):
+                    found.append(connected(process))
     assert len(processes["ServeReplica:"]) >= 3
     assert not any(processes["ServeReplica:"])
     assert any(processes["PoolWorker"])
@@ -194,7 +198,7 @@ async def test_limits_of_a_request(client: httpx.AsyncClient) -> None:
         await asyncio.sleep(1)  # its body_timeout is 0.5 s
         yield b'"select 1"}'
 
-    answer = await client.post("/all/query", content=slow(), headers={"Content-Type": "application/json"})
+    answer = await client.post("/hasty/query", content=slow(), headers={"Content-Type": "application/json"})
     assert (answer.status_code, answer.json()["error_type"]) == (400, "TooSlow")
     answer = await client.post("/all/query", content=b'{"query": "select 1"}', headers={"Content-Type": "text/plain"})
     assert answer.status_code == 400

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import ray
-from pools import grant, pipeline_of, unique_name
+from pools import grant, own_pool, pipeline_of, unique_name
 from shared_memory import are_shared
 from waiting import eventually
 
@@ -101,9 +101,15 @@ async def test_a_worker_encodes_from_rays_memory(single: WorkflowConnectionPool)
 
 
 async def test_a_deadlock_is_tried_again(
-    pool: WorkflowConnectionPool, schema: str, direct: asyncpg.Connection, pg: EmbeddedServer
+    ray_cluster: Any, schema: str, direct: asyncpg.Connection, pg: EmbeddedServer
 ) -> None:
     """Two unique indexes: the order of the key does not help against somebody who goes by the other one."""
+    # Who waits looks for a deadlock once, after that time: both must wait by then.
+    async with own_pool(pg, max_connections=3, server_settings={"deadlock_timeout": "4s"}) as pool:
+        await deadlocked(pool, schema, direct, pg)
+
+
+async def deadlocked(pool: WorkflowConnectionPool, schema: str, direct: asyncpg.Connection, pg: EmbeddedServer) -> None:
     await direct.execute(f"create table {schema}.two (a int primary key, b int unique); set deadlock_timeout = '30s'")
     transaction = direct.transaction()
     await transaction.start()
