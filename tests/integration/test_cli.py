@@ -16,16 +16,20 @@ import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import asyncpg
 import pytest
 from commands import RAYPG, run, variables_of
 from pools import unique_name
-from waiting import eventually
+from waiting import eventually, wait_until
 
 import raypg
 from raypg.demo_cluster import LocalCluster
 from raypg.embedded import EmbeddedServer
+
+SOMEBODY_IS_SILENT = re.compile(r'does not answer|silent for|"(circuit_breaker|alerts|figures)": null')
+"""In what ``raypg status`` says: an actor that was asked has needed longer than its moment."""
 
 
 class Command:
@@ -55,6 +59,15 @@ class Command:
         (line,) = done.stderr.splitlines()
         assert line.startswith("raypg: ")
         return line
+
+    def status(self, *arguments: str) -> str:
+        """What ``status`` says, which is asked again while somebody has not answered it in time."""
+
+        def told() -> str | None:
+            shown = self.good("status", *arguments)
+            return None if SOMEBODY_IS_SILENT.search(shown) else shown
+
+        return wait_until(told, timeout=60, what="everybody answers `raypg status`") or ""
 
     def configure(self, text: str) -> None:
         """Write raypg.toml."""
@@ -106,9 +119,9 @@ async def test_up_status_down(command: Command, pg18: EmbeddedServer, direct: as
     assert command.good("up") == f"{name}: runs already, at most 3 connections\n"
     assert 1 <= await connections(direct, name) <= 3
 
-    shown = command.good("status")  # of all pools
+    shown = command.status()  # of all pools
     assert re.search(rf"{name}  postgres@127.0.0.1:{pg18.port}/postgres  \d of 3 connections, 0 waiting", shown)
-    (figures,) = json.loads(command.good("status", name, "--json"))
+    (figures,) = json.loads(command.status(name, "--json"))
     assert figures["pool_name"] == name
     assert figures["max_connections"] == 3
     assert [worker["reachable"] for worker in figures["workers"]] == [True]
@@ -120,7 +133,7 @@ async def test_up_status_down(command: Command, pg18: EmbeddedServer, direct: as
     assert done == f"{name}: at most 5 connections, 2 workers\n"
     assert "each worker needs a connection" in command.bad("scale", name, "--workers", "9")
     assert command.good("restart", "--pool", name) == f"{name}: 2 workers replaced, and the pool's own actor\n"
-    shown = command.good("status", name)
+    shown = command.status(name)
     assert re.search(r"\d of 5 connections, 0 waiting", shown)
     assert shown.count(" serving ") == 2
     assert "give the name of one pool" in command("restart").stderr
@@ -161,7 +174,7 @@ def test_status_names_who_holds_a_lease(command: Command, running: str) -> None:
         assert holder.stdout is not None
         backend = holder.stdout.readline().strip()
         assert backend.isdigit()
-        shown = command.good("status", running)
+        shown = command.status(running)
         (line,) = [line for line in shown.splitlines() if f" {backend} " in line]
         assert "driver" in line
         assert f" {holder.pid} " in line
@@ -182,23 +195,23 @@ async def test_status_says_that_the_breaker_is_open_and_why(command: Command, ru
         forced = run(sys.executable, "-c", FORCE, running, how, reason, environment=command.environment)
         assert forced.returncode == 0, forced.stderr
 
-    shown = command.good("status", running)
+    shown = command.status(running)
     assert "circuit breaker" not in shown  # nothing is wrong
     assert "alert:" not in shown
     force("force_open", "maintenance until noon")
-    shown = command.good("status", running)
+    shown = command.status(running)
     (line,) = [line for line in shown.splitlines() if "circuit breaker" in line]
     assert line.strip() == "circuit breaker: open; until it is lifted: maintenance until noon"
 
     def fires() -> str | None:
-        return next((line for line in command.good("status", running).splitlines() if "alert:" in line), None)
+        return next((line for line in command.status(running).splitlines() if "alert:" in line), None)
 
-    alert = await eventually(fires)
+    alert = await eventually(fires, timeout=30)
     assert re.fullmatch(
         r" *alert: Circuit breaker open \(critical, for \d+ s\): .*: circuit_breaker_open is 1, .*half_open is 0",
         alert,
     )
-    (told,) = json.loads(command.good("status", running, "--json"))
+    (told,) = json.loads(command.status(running, "--json"))
     assert told["circuit_breaker"]["forced_reason"] == "maintenance until noon"
     assert [(alert["rule_id"], alert["state"]) for alert in told["alerts"]] == [("default-breaker-open", "firing")]
     force("force_close", "it is noon")
@@ -344,8 +357,13 @@ def test_the_dashboard_where_serve_does_not_run_and_its_port_is_busy(command: Co
     (url,) = re.findall(r"^dashboard: (http://localhost:\d+)$", done.stdout, re.MULTILINE)
     try:
         command.good("up", other)
-        with urllib.request.urlopen(f"{url}/api/pools", timeout=10) as answer:
-            shown = json.load(answer)
+
+        def both() -> dict[str, Any] | None:  # it has just begun to look
+            with urllib.request.urlopen(f"{url}/api/pools", timeout=10) as answer:
+                shown: dict[str, Any] = json.load(answer)
+            return shown if {name, other} <= shown.keys() else None
+
+        shown = wait_until(both, timeout=30) or {}
         assert (shown[name]["max_connections"], shown[other]["max_connections"]) == (2, 3)
         port = url.rpartition(":")[2]
         assert command.good("dashboard", "--port", port) == f"dashboard: {url} (runs already)\n"
