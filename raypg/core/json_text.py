@@ -25,6 +25,8 @@ def writer(kind: pa.DataType) -> Write:
     if not _needs_care(kind):
         return _text
     kind = plain(kind)
+    if pa.types.is_union(kind):
+        return _text  # what a value is, only it says
     if pa.types.is_decimal(kind):
         return _or_null(lambda value: format(value, "f"))
     if pa.types.is_struct(kind):

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
@@ -16,7 +17,7 @@ from pgpq.schema import Jsonb
 
 from raypg.core import arrow_ranges, json_text
 from raypg.core.array_text import render
-from raypg.core.arrow_types import plain
+from raypg.core.arrow_types import CASTS_FROM_ARRAY, plain
 from raypg.core.write_plan import ROW, Field, WritePlan
 from raypg.errors import IncompatibleDataError
 
@@ -145,14 +146,14 @@ def _range(field: Field, to: pa.DataType) -> tuple[str, str]:
     return state, f"value {what} for type {field.column.shown} in column {field.column.name!r}"
 
 
-def _cast(column: pa.Array, to: pa.DataType, longest: int | None) -> tuple[pa.Array, Any]:
+def _cast(column: pa.Array, to: pa.DataType, longest: int | None, may_vanish: bool = False) -> tuple[pa.Array, Any]:
     """(*column* as *to*, which of its values are out of the range of that or have more than *longest* bytes, and so
-    are NULL, or ``None``)."""
+    are NULL, or ``None``). *may_vanish*: what is too small for a float4 becomes 0."""
     if longest is not None:
         column = pc.cast(column, to)
         wrong = pc.greater(pc.binary_length(column), longest)
     else:
-        wrong = _out_of_range(column, to)
+        wrong = _out_of_range(column, to, may_vanish)
     if wrong is not None:
         if not pc.any(wrong).as_py():
             wrong = None
@@ -163,12 +164,11 @@ def _cast(column: pa.Array, to: pa.DataType, longest: int | None) -> tuple[pa.Ar
     return column if column.type == to else pc.cast(column, to, safe=not lossy), wrong
 
 
-def _out_of_range(column: pa.Array, to: pa.DataType) -> Any:
+def _out_of_range(column: pa.Array, to: pa.DataType, may_vanish: bool) -> Any:
     if pa.types.is_float64(column.type) and pa.types.is_float32(to):
         near = pc.cast(column, to, safe=False)
         above = pc.and_(pc.is_inf(near), pc.is_finite(column))
-        below = pc.and_(pc.equal(near, 0), pc.not_equal(column, 0))
-        return pc.or_(above, below)
+        return above if may_vanish else pc.or_(above, pc.and_(pc.equal(near, 0), pc.not_equal(column, 0)))
     if (limits := arrow_ranges.limits(column.type, to)) is None:
         return None
     if pa.types.is_temporal(column.type):
@@ -179,13 +179,15 @@ def _out_of_range(column: pa.Array, to: pa.DataType) -> Any:
 
 def _lists(column: pa.Array, field: Field) -> _Found:
     to = field.way.to
-    values, wrong = _cast(
-        _decoded(pc.list_flatten(column)), to.value_type, arrow_ranges.LONGEST.get(field.column.element)
-    )
-    rows = [] if wrong is None else pc.list_parent_indices(column).filter(wrong).to_pylist()
+    longest = arrow_ranges.LONGEST.get(field.column.element)
+    is_vector = field.column.type in CASTS_FROM_ARRAY  # pgvector makes 0 of what is too small
+    values, wrong = _cast(_decoded(pc.list_flatten(column)), to.value_type, longest, is_vector)
+    lengths = pc.fill_null(pc.list_value_length(column), 0)
+    rows: list[int] = []
+    if wrong is not None:  # not by list_parent_indices: it counts what lies behind a null, and list_flatten does not
+        rows = pa.array(np.repeat(np.arange(len(column)), lengths)).filter(wrong).to_pylist()
     null = pc.is_null(column)
     if column.type != to or rows:
-        lengths = pc.fill_null(pc.list_value_length(column), 0)
         ends = pc.cast(pc.cumulative_sum(lengths), pa.int32())
         offsets = pa.concat_arrays([pa.array([0], pa.int32()), ends])
         if rows:

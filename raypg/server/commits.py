@@ -34,8 +34,10 @@ SELECT pg_catalog.txid_current_if_assigned(), pg_catalog.clock_timestamp(), a.pi
        EXISTS (SELECT FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
                WHERE n.nspname = 'raypg' AND c.relname = 'batches'
                  AND pg_catalog.has_schema_privilege(n.oid, 'USAGE')
-                 AND pg_catalog.has_table_privilege(c.oid, 'SELECT')
-                 AND pg_catalog.has_table_privilege(c.oid, 'INSERT'))
+                 AND 2 = (SELECT count(*) FROM pg_catalog.pg_attribute m
+                          WHERE m.attrelid = c.oid AND m.attname IN ('pipeline', 'batch_id')
+                            AND pg_catalog.has_column_privilege(c.oid, m.attnum, 'SELECT')
+                            AND pg_catalog.has_column_privilege(c.oid, m.attnum, 'INSERT')))
 FROM pg_catalog.pg_stat_activity a WHERE a.pid = pg_catalog.pg_backend_pid()
 """
 _MARK = "INSERT INTO raypg.batches (pipeline, batch_id) VALUES ($1, $2)"

@@ -56,9 +56,10 @@ COMMIT
 # yet if an older raypg or somebody by hand has made it.
 _PRIMARY_KEY = "ALTER TABLE raypg.batches ADD CONSTRAINT batches_pkey PRIMARY KEY USING INDEX batches_pkey"
 _IDENTITY = "ALTER TABLE raypg.quarantine REPLICA IDENTITY FULL"
+# Who waits for the lock that this takes keeps all writers waiting.
 _UPGRADE = f"""
 BEGIN;
-SET LOCAL lock_timeout = '{LOCK_TIMEOUT}s';
+SET LOCAL lock_timeout = '100ms';
 SELECT pg_catalog.pg_advisory_xact_lock({_ADVISORY});
 {{}};
 COMMIT
@@ -66,7 +67,8 @@ COMMIT
 
 # By the catalogue, since to_regclass() fails where one may not use the schema.
 _TABLES = """
-SELECT c.relname::text, i.indrelid IS NOT NULL OR c.relname = 'quarantine' AND c.relreplident <> 'd'
+SELECT c.relname::text, CASE c.relname WHEN 'quarantine' THEN c.relreplident <> 'd' ELSE i.indrelid IS NOT NULL OR NOT
+           EXISTS (SELECT FROM pg_catalog.pg_class k WHERE k.relnamespace = n.oid AND k.relname = 'batches_pkey') END
 FROM pg_catalog.pg_class c
 JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
 LEFT JOIN pg_catalog.pg_index i ON i.indrelid = c.oid AND i.indisprimary
@@ -121,16 +123,17 @@ class Entry(NamedTuple):
     rows: int
 
 
-async def ensure(connection: ServerConnection, with_quarantine: bool) -> None:
-    """Make the tables if they are missing, and give them what those of an older raypg lack; raises as :func:`create`.
+async def ensure(connection: ServerConnection, with_quarantine: bool, upgrade: bool) -> None:
+    """Make the tables if they are missing; raises as :func:`create`.
 
     Args:
         with_quarantine: the one of refused rows is needed too.
+        upgrade: give them what those of an older raypg lack. To be tried once: it takes a lock.
     """
     tables = await _tables(connection)
     if "batches" not in tables or (with_quarantine and "quarantine" not in tables):
         await create(connection)
-    else:
+    elif upgrade:
         await _upgrade(connection, tables)
 
 

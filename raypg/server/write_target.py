@@ -55,7 +55,9 @@ _COLUMNS = """
 SELECT a.attname::text, base.typname::text, base.typtype::text,
        coalesce(CASE WHEN base.typelem <> 0 AND base.typlen = -1 THEN e.typname::text END, ''),
        pg_catalog.format_type(a.atttypid, a.atttypmod),
-       pg_catalog.format_type(CASE WHEN e.typtype = 'd' THEN inner_base.typarray ELSE base.oid END, -1),
+       pg_catalog.format_type(
+           coalesce(nullif(CASE WHEN e.typtype = 'd' THEN inner_base.typarray END, 0), base.oid), -1
+       ),
        (a.attnotnull OR t.typnotnull) AND NOT a.atthasdef AND t.typdefault IS NULL AND a.attidentity = '',
        a.attidentity::text, a.attgenerated <> ''
 FROM pg_catalog.pg_attribute a

@@ -79,6 +79,7 @@ class Intake:
         self._gate = asyncio.Semaphore(AT_ONCE)
         self._tables: dict[tuple[str | None, str], tuple[float, Table]] = {}
         self.ledger_tables = 0  # how many of its two tables are there, as far as we know
+        self.ledger_seen = False  # since we began
 
     async def write(self, job: str, spec: Spec, fetch: Callable[[], Awaitable[Any]]) -> tuple[int, int, int, bool]:
         """Write the batch that *fetch* gives.
@@ -247,7 +248,8 @@ class WriteRequest(Request[BatchCounts]):
         tolerant = spec.on_bad_rows == "quarantine"
         needed = 2 if tolerant else int(prepared.entry is not None)
         if self._intake.ledger_tables < needed:
-            await ledger.ensure(connection, tolerant)
+            upgrade, self._intake.ledger_seen = not self._intake.ledger_seen, True
+            await ledger.ensure(connection, tolerant, upgrade)
             self._intake.ledger_tables = needed
         if prepared.entry is not None:
             counts = await self._claim(engine, connection, prepared.entry)

@@ -210,6 +210,30 @@ def test_the_hash_is_of_the_values_and_of_what_they_are_for() -> None:
     assert len({digest(whole), digest(whole, "upsert"), digest(rows(19_999)), digest(rows(20_000, 1))}) == 4
 
 
+def test_a_vector_makes_zero_of_what_is_too_small() -> None:
+    for type_, bad in (("vector", []), ("float4[]", [0])):
+        found = normal(pa.array([[1e-50, 1.0], [1.0, 2.0]]), type_)
+        assert sorted(found.bad) == bad
+    assert sorted(normal(pa.array([[1e300, 1.0], [1.0, 2.0]]), "vector").bad) == [0]
+
+
+def test_what_lies_behind_a_null_list_does_not_count() -> None:
+    lists = pa.ListArray.from_arrays(
+        [0, 2, 4, 6], pa.array([1, 2, 3, 4, 2**40, 6]), mask=pa.array([True, False, False])
+    )
+    found = normal(lists, "int4[]")
+    assert sorted(found.bad) == [2]
+    assert found.batch.column(0).to_pylist() == [None, [3, 4], None]
+
+
+def test_a_union_is_written_as_python_writes_it() -> None:
+    types = pa.array([0, 1], pa.int8())
+    union = pa.UnionArray.from_sparse(types, [pa.array([1, 2]), pa.array([decimal.Decimal("1.5")] * 2)])
+    found = normal(union, "jsonb")
+    assert found.batch.column(0).to_pylist() == ["1", None]
+    assert sorted(found.bad) == [1]
+
+
 def test_wide_rows_are_encoded_few_at_a_time() -> None:
     plan = WritePlan(Table("s", "t", "r", False, False, True, True, (), ()), (), "append", False, (), False, False)
     chunks = list(encoding.Encoder(plan).chunks(pa.record_batch({"text": ["x" * 1_000_000] * 20})))
