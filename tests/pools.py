@@ -191,9 +191,13 @@ class CapWatch:
         """Looks per second."""
         return len(self.counts) / self.seconds
 
+    def seen_enough(self) -> bool:
+        """Whether so many looks were made as :meth:`held` asks for: in a block that is soon over, to be waited for."""
+        return len(self.looks) >= 20
+
     def looked_well(self) -> None:
         """Asserts that there were 20 looks at least, and no more than 0.05 s from one to the next but now and then."""
-        assert len(self.looks) >= 20
+        assert self.seen_enough()
         assert statistics.median(later - look for look, later in itertools.pairwise(self.looks)) < 0.05
 
     def held(self, cap: int) -> None:

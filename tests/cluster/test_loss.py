@@ -145,4 +145,5 @@ async def test_the_server_restarts_under_several_workers(ray_cluster: Any) -> No
                     await asyncio.to_thread(restart)
                     reads = running.reads
                     await eventually(lambda running=running, reads=reads: running.reads > reads + 200, 20)
+                    await eventually(watch.seen_enough)
         watch.held(7)
