@@ -175,6 +175,7 @@ REFUSED: list[tuple[str, pa.Array, str]] = [
     ("{schema}.cents", pa.array([D("1.00"), D("100.00")]), "22003"),
     ("{schema}.there", pa.array(["", None]), "23502"),
     ("{schema}.words", pa.array([["abc"], ["abcdef"]]), "22001"),
+    ("{schema}.words[]", pa.array(['{"{abc}"}', '{"{abcdef}"}']), "22001"),
     ("{schema}.short[]", pa.array([["abc", None], ["abc", "abcdef"]]), "22001"),
     ("{schema}.shorter[]", pa.array([["abc"], ["no"]]), "23514"),
     ("{schema}.short[]", pa.array([[["abc"]], [["abcdef"]]]), "22001"),
