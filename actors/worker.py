@@ -24,7 +24,17 @@ from raypg.core.pool_metrics import Delta
 from raypg.core.quorum import Order
 from raypg.packing import packed
 from raypg.portable import pack_error
-from raypg.server import commits, copying, cursors, ending, errand, planning, tokens, worker_status
+from raypg.server import (
+    commits,
+    copying,
+    cursors,
+    ending,
+    errand,
+    freed_memory,
+    planning,
+    tokens,
+    worker_status,
+)
 from raypg.server.chunk import ChunkRequest, ChunkRun
 from raypg.server.connect import Connector
 from raypg.server.connection import STEP
@@ -82,6 +92,7 @@ class PoolWorker:
         self._intake: Any = None
         self._newest = 0  # number of the newest ping
         self._epoch = 0
+        freed_memory.keep()
         # What is alive now (Ray, asyncpg) stays alive: looking through it again and again took 8 % of a busy worker.
         gc.collect()
         gc.freeze()
