@@ -77,6 +77,8 @@ class Intake:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._gate = asyncio.Semaphore(AT_ONCE)
+        # They have one interpreter: all at once, the first of them would be ready when the last one is.
+        self.preparing = asyncio.Lock()
         self._tables: dict[tuple[str | None, str], tuple[float, Table]] = {}
         self.ledger_tables = 0  # how many of its two tables are there, as far as we know
         self.ledger_seen = False  # since we began
@@ -238,7 +240,8 @@ class WriteRequest(Request[BatchCounts]):
         if self._prepared is None:
             table, is_new = await self._intake.table(connection, spec.into, anew)
             try:
-                self._prepared = await asyncio.to_thread(prepare, table, self._batch, spec)
+                async with self._intake.preparing:
+                    self._prepared = await asyncio.to_thread(prepare, table, self._batch, spec)
             except (IncompatibleDataError, StatementNotAllowedError):
                 if is_new:
                     raise
