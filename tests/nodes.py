@@ -41,7 +41,7 @@ class Nodes:
     def kill(self, node: str) -> None:
         """Let *node* die as a machine does: all its processes at once."""
         for process in self.processes(node):
-            with contextlib.suppress(psutil.NoSuchProcess):
+            with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
                 os.kill(process.pid, signal.SIGKILL)
         self.remove(node, graceful=False)
 

@@ -11,7 +11,6 @@ from collections import Counter
 from typing import Any
 
 import asyncpg
-import psutil
 import pytest
 import ray
 from load import load
@@ -61,7 +60,7 @@ async def lost(nodes: Nodes, node: str, how: signal.Signals, pool: WorkflowConne
     known to be lost, and others have the *shares* of the pool, in time. Then take the node away."""
     index = next(worker["index"] for worker in await workers(pool) if worker["node"] == node)
     for process in nodes.processes(node):
-        with contextlib.suppress(psutil.NoSuchProcess):
+        with contextlib.suppress(ProcessLookupError):
             os.kill(process.pid, how)
     lost_at = time.monotonic()
 
