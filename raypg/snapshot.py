@@ -106,13 +106,10 @@ class Snapshot:
         """
         async with pool.transaction(readonly=True) as before:
             await before.execute(f"EXPLAIN {query}")
-            oids, files = [], []
-            for oid, file in await before.fetch(_TABLES):
-                oids.append(oid)
-                files.append(file)
+            tables = await before.fetch(_TABLES)
         connection = await PoolTransaction(pool._dispatcher, BEGIN, None, seconds, pool._users_name).__aenter__()
         name: str = await connection.fetchval(_EXPORT, str(idle_limit(seconds)))
-        return cls(name, connection, query, (oids, files))
+        return cls(name, connection, query, ([oid for oid, _ in tables], [file for _, file in tables]))
 
     @staticmethod
     @contextlib.asynccontextmanager

@@ -51,9 +51,11 @@ async def killing(
         connection.terminate()
 
 
-AT_REST = (
-    "select bool_and(state = 'idle' and now() - state_change > '200 ms') from pg_stat_activity where pid = any($1)"
-)
+AT_REST = """
+SELECT bool_and(coalesce(state = 'idle' AND now() - state_change > '200 ms', false))
+FROM pg_stat_activity WHERE pid = any($1)
+"""
+"""Of a backend that is just beginning the state is not known yet."""
 
 
 async def kill_all(direct: asyncpg.Connection, name: str) -> None:

@@ -149,25 +149,6 @@ async def all_open(pool: WorkflowConnectionPool, direct: asyncpg.Connection, cou
     await eventually(so, 20)
 
 
-_ALL_REST = """
-SELECT array_agg(pid) FROM pg_stat_activity
-WHERE pid = ANY ($1) HAVING bool_and(coalesce(state = 'idle' AND now() - state_change > '200 ms', false))
-"""
-
-
-async def end_all(direct: asyncpg.Connection, name: str) -> None:
-    """End the workers' backends of pool *name*, when none of them is just beginning: a connection that is lost while it
-    begins is a failure of the server."""
-
-    async def ended() -> bool:
-        pids = [row["pid"] for row in await backends_of(direct, name, control=False)]
-        resting = await direct.fetchval(_ALL_REST, pids)
-        await direct.execute("select pg_terminate_backend(pid, 2000) from unnest($1::int[]) pid", resting or [])
-        return bool(resting)
-
-    await eventually(ended)
-
-
 class CapWatch:
     """Counts the client backends of a pool, over a connection of its own, as often as it can."""
 

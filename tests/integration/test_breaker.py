@@ -17,7 +17,8 @@ import asyncpg
 import pytest
 import ray
 from breakers import becomes, stands, transitions
-from pools import backends_of, end_all, own_pool, status_of_all, unique_name
+from killing import kill_all
+from pools import backends_of, own_pool, status_of_all, unique_name
 from waiting import eventually
 
 import raypg
@@ -358,7 +359,7 @@ async def test_nor_do_timeouts_cancellations_and_ended_sessions(
         with pytest.raises(asyncpg.PostgresError):
             await pool.execute("select pg_sleep(30)", settings={"statement_timeout": "10ms"})
     for _ in range(8):
-        await end_all(direct, pool.name)
+        await kill_all(direct, pool.name)
         assert await pool.fetchval("select 1") == 1
     status = stands(pool)
     assert status["state"] == "closed"
